@@ -1,0 +1,116 @@
+"""Scenes in: `data.make(name, split, seed, device)` gives scenes, `.batch(start, size)` a batch.
+
+A scene is a pure function of (dataset, split, seed, number), bitwise: alone, anywhere in a batch,
+on CUDA. So there are no files, no loader and no loader state, and training data never repeats.
+To keep that true, generators draw with `data.draws` and make images from + - *, comparisons,
+integer operations and table look-ups only: sin, cos and exp differ between devices, einsum may use
+TF32, and CUDA turns division by a Python number into multiplication by its rounded inverse.
+
+Axes: B scenes, E entities (0 is the background), N = E - 1 objects, S stencils, C H W image.
+"""
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data import draws
+
+SPLITS = ("train", "validation", "test")  # to fit, to choose, to report
+
+
+class Batch(NamedTuple):
+    """Scenes with their ground truth. Whether `present` means exists or visible, and how the
+    entities are ordered, is in each generator's docstring."""
+
+    image: Tensor  # (B, C, H, W) float32 in [0, 1]
+    masks: Tensor  # (B, E, H, W) bool, exactly one entity per pixel, the topmost wins
+    present: Tensor  # (B, E) bool, present[:, 0] True
+    factors: dict[str, Tensor]  # (B, E, ...): int64 classes, float32 the rest; absent and 0: zero
+    coverage: Tensor | None = None  # (B, E, H, W) float32 in [0, 1], only where objects blend
+
+
+class Scenes:
+    """An endless list of scenes. Subclasses set the sizes and override `scenes`."""
+
+    num_channels: int
+    height: int
+    width: int
+    max_entities: int  # background included
+
+    def __init__(self, name: str, split: str, seed: int, device: str | torch.device):
+        self.name, self.split, self.seed = name, split, seed
+        self.device = torch.device(device)
+        self.key = draws.make_key(name, split, seed)  # of all draws of these scenes
+
+    def batch(self, start: int, size: int) -> Batch:
+        """Scenes start .. start+size-1. Raises ValueError for a negative start or size < 1."""
+        if start < 0 or size < 1:
+            raise ValueError(f"batch needs start >= 0 and size >= 1, not {start} and {size}")
+        return self.scenes(torch.arange(start, start + size, device=self.device))
+
+    def scenes(self, index: Tensor) -> Batch:
+        """The scenes whose numbers are in `index`, int64 (B,) on `device`, in that order."""
+        raise NotImplementedError
+
+
+def stamp(stencils: Tensor, shape: Tensor, row: Tensor, col: Tensor, size: int) -> Tensor:
+    """Place stencil `shape` with its top-left pixel at (row, col) of an empty size x size image.
+
+    stencils (S, h, w) with a border of zeros one pixel wide, which is where everything outside of
+    the stencil is looked up; shape, row, col int64 (B, N) -> (B, N, size, size).
+    """
+    _, h, w = stencils.shape
+    pixels = torch.arange(size, device=stencils.device) + 1  # + 1 for the border
+    y = (pixels - row[..., None]).clamp_(0, h - 1)  # (B, N, H)
+    x = (pixels - col[..., None]).clamp_(0, w - 1)  # (B, N, W)
+    line = (shape[..., None] * h + y) * w  # (B, N, H)
+    return stencils.flatten()[line[..., None] + x[..., None, :]]  # (B, N, H, W)
+
+
+def add_background(objects: Tensor) -> Tensor:
+    """Zeros for entity 0 in front of the objects' values: (B, N, ...) -> (B, E, ...)."""
+    return F.pad(objects, [0, 0] * (objects.ndim - 2) + [1, 0])
+
+
+def _factory(module: str, maker: str, **options) -> Callable[..., Scenes]:
+    """A constructor whose module is imported when it is first called."""
+
+    def construct(name: str, split: str, seed: int, device: str | torch.device) -> Scenes:
+        make_scenes = getattr(importlib.import_module(f"data.{module}"), maker)
+        return make_scenes(name, split, seed, device, **options)
+
+    return construct
+
+
+_mini = partial(_factory, "mini_sprites", "MiniSprites")
+_tetrominoes = partial(_factory, "tetrominoes", "Tetrominoes")
+_dsprites = partial(_factory, "multi_dsprites", "MultiDSprites")
+
+# name -> constructor(name, split, seed, device)
+DATASETS: dict[str, Callable[..., Scenes]] = {
+    "mini_sprites": _mini(size=12, sprite=4, min_objects=2, max_objects=3),
+    "mini_sprites_16": _mini(size=16, sprite=5, min_objects=2, max_objects=4),
+    "mini_sprites_16_shaded": _mini(size=16, sprite=5, min_objects=2, max_objects=4, shaded=True),
+    "mini_tetrominoes": _tetrominoes(tile="flat", cell=2),
+    "tetrominoes": _tetrominoes(tile="shaded", cell=5),
+    "shapes": _factory("shapes", "Shapes"),
+    "multi_dsprites_binarized": _dsprites(colors="binarized"),
+    "multi_dsprites_colored_on_grayscale": _dsprites(colors="colored_on_grayscale"),
+    "multi_dsprites_colored_on_colored": _dsprites(colors="colored_on_colored"),
+}
+
+
+def make(
+    name: str, split: str = "train", seed: int = 0, device: str | torch.device = "cpu"
+) -> Scenes:
+    """The scenes of a dataset. Raises ValueError, in one line, for an unknown name or split."""
+    if name not in DATASETS:
+        raise ValueError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
+    return DATASETS[name](name, split, seed, device)

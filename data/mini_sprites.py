@@ -1,0 +1,133 @@
+"""Small squares, discs and triangles in pure colours on black: the quick presets' data.
+
+Ours throughout; no paper specifies it. It is what a laptop can learn in minutes and still has what
+matters here: a varying number of objects, repeated shapes and repeated colours.
+
+- The number of objects is uniform in min_objects .. max_objects; shape (0 square, 1 disc,
+  2 triangle) and colour (0 to 5: red, green, blue, cyan, magenta, yellow) are uniform, with
+  repetition.
+- Objects are placed one after the other, each uniformly over the pixel positions where its
+  bounding box lies inside the image and overlaps no earlier one. Boxes may touch. Positions are
+  chosen among those that are left, so nothing is rejected and no scene can fail.
+- `shaded` multiplies an object's colour by a brightness uniform in [0.5, 1] and by a gradient that
+  falls from 1 at the box's top left to 0.7 at its bottom right.
+
+`present` means exists, and so visible, as nothing overlaps; objects are entities 1 .. number.
+Factors: shape, color_id (int64); color (B, E, 3), as it is multiplied; row, col of the bounding
+box's top left pixel; brightness (1 where not shaded).
+
+Axes: B scenes, E entities, N = E - 1 objects, P positions along one side, C H W image.
+"""
+
+import torch
+from torch import Tensor
+
+from data import Batch, Scenes, add_background, draws, stamp
+
+PURE_COLORS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0))
+SHAPES = ("square", "disc", "triangle")
+
+
+class MiniSprites(Scenes):
+    """size and sprite are sides in pixels. Raises ValueError where max_objects might not fit."""
+
+    num_channels = 3
+
+    def __init__(
+        self,
+        name: str = "mini_sprites",
+        split: str = "train",
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        size: int = 12,
+        sprite: int = 4,
+        min_objects: int = 2,
+        max_objects: int = 3,
+        shaded: bool = False,
+    ):
+        super().__init__(name, split, seed, device)
+        # Of positions 2 * sprite - 1 apart, one object blocks at most one, so this many objects
+        # fit wherever the ones before them went.
+        room = ((size - sprite) // (2 * sprite - 1) + 1) ** 2 if 1 <= sprite <= size else 0
+        if not 1 <= min_objects <= max_objects <= room:
+            raise ValueError(
+                f"{min_objects} to {max_objects} objects of {sprite} px need not fit into {size} px"
+                f" (at most {room} always do)"
+            )
+        self.height = self.width = self.size = size
+        self.sprite, self.shaded = sprite, shaded
+        self.min_objects, self.max_objects = min_objects, max_objects
+        self.max_entities = max_objects + 1
+        self.stencils = make_stencils(sprite, shaded).to(self.device)  # (3, sprite+2, sprite+2)
+        self.colors = torch.tensor(PURE_COLORS, dtype=torch.float32, device=self.device)
+
+    def scenes(self, index: Tensor) -> Batch:
+        u = draws.uniform(self.key, index, (5, self.max_objects))
+        u_shape, u_color, u_position, u_light, u_number = u.unbind(1)  # (B, N) each
+        number = self.min_objects + draws.pick(
+            u_number[:, :1], self.max_objects - self.min_objects + 1
+        )
+        exists = torch.arange(self.max_objects, device=self.device) < number  # (B, N)
+        shape = draws.pick(u_shape, len(SHAPES)) * exists
+        color_id = draws.pick(u_color, len(PURE_COLORS)) * exists
+        color = self.colors[color_id] * exists[..., None]  # (B, N, 3)
+        row, col = self.place(u_position)  # (B, N)
+        # A multiple of 2**-24 halved is exact, and so is its sum with one half.
+        light = u_light * 0.5 + 0.5 if self.shaded else torch.ones_like(u_light)
+
+        levels = stamp(self.stencils, shape, row, col, self.size)  # (B, N, H, W)
+        levels = levels * exists[..., None, None]
+        if self.shaded:
+            levels = levels * light[..., None, None]
+        # Boxes do not overlap, so each sum has one term at most and is exact in any order.
+        image = (levels[:, :, None] * color[..., None, None]).sum(1)  # (B, 3, H, W)
+        masks = add_background(levels > 0)  # (B, E, H, W)
+        masks[:, 0] = ~masks.any(1)
+        present = add_background(exists)
+        present[:, 0] = True
+        factors = {
+            "shape": shape,
+            "color_id": color_id,
+            "color": color,
+            "row": row * exists.float(),
+            "col": col * exists.float(),
+            "brightness": light * exists,
+        }
+        return Batch(image, masks, present, {k: add_background(v) for k, v in factors.items()})
+
+    def place(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the objects, each uniform over what the earlier ones left free.
+
+        u (B, N) in [0, 1) -> two int64 (B, N).
+        """
+        side = self.size - self.sprite + 1  # P
+        positions = torch.arange(side, device=u.device)
+        free = torch.ones(len(u), side * side, dtype=torch.bool, device=u.device)  # (B, P*P)
+        rows, cols = [], []
+        for k in range(self.max_objects):
+            seen = free.cumsum(1)
+            # The chosen position is the first at which `chosen` + 1 free ones have been seen.
+            chosen = draws.pick(u[:, k : k + 1], seen[:, -1:])
+            place = (seen <= chosen).sum(1, keepdim=True)  # (B, 1)
+            row = place // side
+            col = place - row * side
+            blocked_rows = (positions - row).abs() < self.sprite  # (B, P)
+            blocked_cols = (positions - col).abs() < self.sprite
+            blocked = blocked_rows[:, :, None] & blocked_cols[:, None]  # (B, P, P)
+            free = free & ~blocked.flatten(1)
+            rows.append(row)
+            cols.append(col)
+        return torch.cat(rows, 1), torch.cat(cols, 1)
+
+
+def make_stencils(side: int, shaded: bool) -> Tensor:
+    """Light levels of the three shapes, with a border of zeros: float32 (3, side+2, side+2)."""
+    stencils = torch.zeros(len(SHAPES), side + 2, side + 2)
+    for i in range(side):
+        for j in range(side):
+            # Twice the distance from the box's centre lines to the pixel's centre, an integer.
+            down, across = abs(2 * i + 1 - side), abs(2 * j + 1 - side)
+            inside = (True, down**2 + across**2 <= side**2, across <= i + 1)
+            level = 1 - 0.3 * (i + j) / max(2 * side - 2, 1) if shaded else 1.0
+            stencils[:, i + 1, j + 1] = level * torch.tensor(inside)
+    return stencils

@@ -1,0 +1,146 @@
+"""Multi-dSprites: squares, ellipses and hearts that occlude each other, 64 x 64, hard edges.
+
+Specified by Greff et al. 2019 (appendix B.2): two to five sprites that vary in shape (square,
+ellipse, heart), colour ("uniform saturated colors"), scale, position and rotation (all three
+continuous), on a background that is grey and varies in brightness; binarized: two or three white
+sprites on black. By the published data set (multi_object_datasets): a third version of one to four
+sprites, sprites and background each in a random RGB colour; "HSV-random" sprites on the grey ones;
+at most 4, 6 and 5 entities. By dSprites: scales 0.5 to 1, binary sprites.
+
+Assumed:
+- Number, shape, scale, orientation in [0, 2 pi) and centre are uniform and independent. Centres
+  lie in [16, 48], so that each sprite is inside the image whatever its scale and orientation.
+- At scale 1 the square's side is 22 pixels, the ellipse's semi-axes are 15 and 10, the heart is
+  26 wide; each covers about 475 pixels, so that size tells nothing of shape.
+- On grey: hue uniform, saturation and value 1. Background brightness, RGB colours: uniform.
+- Orientation has 4096 steps (0.02 px at a sprite's rim), its sine and cosine come from a table.
+- A pixel is a sprite's where its centre lies inside the outline. No anti-aliasing: every pixel has
+  exactly one owner.
+
+Entities are in depth order, a later one occludes an earlier one. `present` means visible: a sprite
+that others hide completely is absent, its mask empty, its factors zero, so `present` can have gaps.
+The number of sprites that is uniform counts the hidden ones.
+Factors: shape (int64; 0 square, 1 ellipse, 2 heart), color (B, E, C), scale, orientation (radians,
+counter-clockwise as seen; a square is the same after a quarter turn, an ellipse after half a turn),
+row, col of the centre in pixels, where pixel i covers [i, i + 1].
+
+Axes: B scenes, E entities, N = E - 1 sprites, C H W image.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from data import Batch, Scenes, add_background, draws
+
+SHAPES = ("square", "ellipse", "heart")
+SPRITES = {  # colors: (channels, fewest, most sprites)
+    "binarized": (1, 2, 3),
+    "colored_on_grayscale": (3, 2, 5),
+    "colored_on_colored": (3, 1, 4),
+}
+SIZE = 64
+MARGIN = 16.0  # of the centres
+ANGLES = 4096
+# The outlines below are in units of these lengths, in pixels at scale 1.
+UNITS = (11.0, 15.0, 11.4)  # half a side, the longer semi-axis, the curve's own unit
+HEART_RISE = 0.118  # from the middle of the heart's bounding box down to the curve's own origin
+
+
+class MultiDSprites(Scenes):
+    """`colors` is a key of SPRITES."""
+
+    height = width = SIZE
+
+    def __init__(
+        self,
+        name: str = "multi_dsprites_colored_on_grayscale",
+        split: str = "train",
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        colors: str = "colored_on_grayscale",
+    ):
+        super().__init__(name, split, seed, device)
+        if colors not in SPRITES:
+            raise ValueError(f"unknown colors {colors!r}; choose from {', '.join(SPRITES)}")
+        self.colors = colors
+        self.num_channels, self.min_objects, self.max_objects = SPRITES[colors]
+        self.max_entities = self.max_objects + 1
+        angles = [math.tau * k / ANGLES for k in range(ANGLES)]
+        rows = [angles, [math.cos(a) for a in angles], [math.sin(a) for a in angles]]
+        self.angles = torch.tensor(rows, dtype=torch.float32, device=self.device)  # (3, ANGLES)
+        self.units = torch.tensor(UNITS, device=self.device)
+        self.centres = torch.arange(SIZE, device=self.device) + 0.5  # of the pixels
+
+    def scenes(self, index: Tensor) -> Batch:
+        u = draws.uniform(self.key, index, (10, self.max_objects))
+        u_number, u_ground, u_shape, u_scale, u_angle, u_row, u_col, *u_color = u.unbind(1)
+        number = self.min_objects + draws.pick(
+            u_number[:, :1], self.max_objects - self.min_objects + 1
+        )
+        numbers = torch.arange(1, self.max_entities, dtype=torch.uint8, device=self.device)
+        exists = numbers <= number  # (B, N)
+        shape = draws.pick(u_shape, len(SHAPES))
+        scale = u_scale * 0.5 + 0.5
+        orientation, cos, sin = self.angles[:, draws.pick(u_angle, ANGLES)]
+        row = u_row * (SIZE - 2 * MARGIN) + MARGIN
+        col = u_col * (SIZE - 2 * MARGIN) + MARGIN
+        ground, color = self.paint(u_ground, torch.stack(u_color, -1))  # (B, 1, C), (B, N, C)
+
+        inside = self.outline(shape, scale, cos, sin, row, col) & exists[..., None, None]
+        owner = (inside * numbers[:, None, None]).amax(1)  # (B, H, W): the topmost
+        entities = torch.arange(self.max_entities, dtype=torch.uint8, device=self.device)
+        masks = owner[:, None] == entities[:, None, None]  # (B, E, H, W)
+        present = masks.flatten(2).any(2)  # (B, E)
+        present[:, 0] = True
+
+        palette = torch.cat([ground, color], 1).mT  # (B, C, E)
+        pixels = owner.flatten(1)[:, None].long().expand(-1, self.num_channels, -1)  # (B, C, HW)
+        image = palette.gather(2, pixels).unflatten(2, (SIZE, SIZE))  # (B, C, H, W)
+        visible = present[:, 1:]
+        factors = {
+            "shape": shape * visible,
+            "color": color * visible[..., None],
+            "scale": scale * visible,
+            "orientation": orientation * visible,
+            "row": row * visible,
+            "col": col * visible,
+        }
+        return Batch(image, masks, present, {k: add_background(v) for k, v in factors.items()})
+
+    def outline(
+        self, shape: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, row: Tensor, col: Tensor
+    ) -> Tensor:
+        """Which pixels' centres are inside each sprite, (B, N) each -> bool (B, N, H, W)."""
+        scale = self.units[shape] * scale
+        cos, sin = cos / scale, sin / scale
+        right = self.centres - col[..., None]  # (B, N, W)
+        up = row[..., None] - self.centres  # (B, N, H)
+        is_heart = shape == SHAPES.index("heart")
+        # The pixel in the sprite's own frame, x to its right and y up, in units of its size. Both
+        # are one sum of a column and a row, the only place where H meets W.
+        x = (sin[..., None] * up)[..., None] + (cos[..., None] * right)[..., None, :]
+        y_up = cos[..., None] * up + (is_heart * HEART_RISE)[..., None]  # (B, N, H)
+        y = y_up[..., None] - (sin[..., None] * right)[..., None, :]  # (B, N, H, W)
+        xx, yy = x * x, y * y
+        square = torch.maximum(xx, yy) <= 1
+        ellipse = xx + yy * 2.25 <= 1
+        ring = xx + yy - 1
+        heart = ring * ring * ring <= xx * yy * y
+        is_square = (shape == SHAPES.index("square"))[..., None, None]
+        is_heart = is_heart[..., None, None]
+        return torch.where(is_heart, heart, torch.where(is_square, square, ellipse))
+
+    def paint(self, u_ground: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Colours of background (B, 1, C) and sprites (B, N, C) from draws (B, N), (B, N, 3)."""
+        if self.colors == "binarized":
+            return torch.zeros_like(u[:, :1, :1]), torch.ones_like(u[..., :1])
+        if self.colors == "colored_on_colored":
+            return u_ground[:, None, :3], u  # N is 4 here: three draws for three channels
+        hue = u[..., 0] * 6
+        red = (hue - 3).abs() - 1
+        green = 2 - (hue - 2).abs()
+        blue = 2 - (hue - 4).abs()
+        rgb = torch.stack([red, green, blue], -1).clamp_(0, 1)  # (B, N, 3)
+        return u_ground[:, :1, None].expand(-1, -1, 3), rgb

@@ -1,0 +1,72 @@
+"""Shapes: three white triangles and squares on black, 28 x 28, binary.
+
+Specified by Greff et al. 2019 (appendix B.4), who use the data of Reichert & Serre 2013: binary
+images of 28 x 28 pixels, each with three random shapes out of upward triangle, downward triangle
+and square.
+
+Assumed: shapes are uniform, with repetition; each fills a box of 9 x 9 pixels, whose position is
+uniform over the pixel positions inside the image, independently of the others. So shapes overlap;
+being all white they then merge in the image, while in the masks the topmost wins.
+
+Entities are in depth order, a later one occludes an earlier one. `present` means visible: a shape
+of whose mask nothing is left is absent, its factors zero, so `present` can have gaps.
+Factors: shape (int64; 0 upward triangle, 1 downward triangle, 2 square), row, col of the box's top
+left pixel.
+
+Axes: B scenes, E = 4 entities, N = 3 shapes, C H W image.
+"""
+
+import torch
+from torch import Tensor
+
+from data import Batch, Scenes, add_background, draws, stamp
+
+SHAPES = ("up", "down", "square")
+SIZE = 28
+BOX = 9
+NUM_SHAPES = 3
+
+
+class Shapes(Scenes):
+    num_channels = 1
+    height = width = SIZE
+    max_entities = NUM_SHAPES + 1
+
+    def __init__(
+        self,
+        name: str = "shapes",
+        split: str = "train",
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+    ):
+        super().__init__(name, split, seed, device)
+        self.stencils = make_stencils().to(self.device)  # (3, BOX+2, BOX+2)
+
+    def scenes(self, index: Tensor) -> Batch:
+        u_shape, u_row, u_col = draws.uniform(self.key, index, (3, NUM_SHAPES)).unbind(1)
+        shape = draws.pick(u_shape, len(SHAPES))  # (B, N)
+        row = draws.pick(u_row, SIZE - BOX + 1)
+        col = draws.pick(u_col, SIZE - BOX + 1)
+
+        inside = stamp(self.stencils, shape, row, col, SIZE)  # (B, N, H, W)
+        entities = torch.arange(self.max_entities, dtype=torch.uint8, device=self.device)
+        owner = (inside * entities[1:, None, None]).amax(1)  # (B, H, W): the topmost
+        masks = owner[:, None] == entities[:, None, None]  # (B, E, H, W)
+        image = (owner > 0).float()[:, None]  # (B, 1, H, W)
+        present = masks.flatten(2).any(2)  # (B, E)
+        present[:, 0] = True
+        visible = present[:, 1:]
+        factors = {"shape": shape * visible, "row": row * visible, "col": col * visible}
+        factors |= {name: factors[name].float() for name in ("row", "col")}
+        return Batch(image, masks, present, {k: add_background(v) for k, v in factors.items()})
+
+
+def make_stencils() -> Tensor:
+    """Which pixels of its box each shape fills, with an empty border: bool (3, BOX+2, BOX+2)."""
+    stencils = torch.zeros(len(SHAPES), BOX + 2, BOX + 2, dtype=torch.bool)
+    for i in range(BOX):
+        for j in range(BOX):
+            across = abs(2 * j + 1 - BOX)  # twice the distance to the middle column
+            inside = (across <= i + 1, across <= BOX - i, True)
+            stencils[:, i + 1, j + 1] = torch.tensor(inside)
+    return stencils

@@ -1,0 +1,155 @@
+"""Tetrominoes: three coloured pieces of four cells each, without overlap, on black.
+
+Specified by Greff et al. 2019 (appendix B.3): 35 x 35 pixels, three random pieces without overlap,
+blocks of 5 x 5 pixels, 17 different pieces (counting rotations), each in one of six colours.
+Read off images and records of the published data set: the pieces and their numbers below (`####`
+and `.#/.#/##` do not occur; number 4 by elimination), the shading of a cell, pixel offsets that
+are on no grid, pieces that lie fully inside and may touch.
+
+Assumed: shapes and colours are uniform and independent, repetition allowed; given the shapes,
+positions are uniform over all placements without overlap.
+
+So positions alone are redrawn: `ATTEMPTS` placements are drawn at once and the first valid one
+wins. A placement is valid with probability 0.144 on average, 0.10 for the worst three shapes (three
+like `.#./###`; measured), so that all 256 fail in less than one such scene in 10**11.
+
+`mini_tetrominoes` is ours: flat cells of 2 x 2 pixels in 14 x 14, all else the same.
+
+`present` means exists, and so visible. Factors: shape (int64, the numbers below), color_id (int64;
+0 to 5: red, green, blue, cyan, magenta, yellow), color (B, E, 3), and row, col of the bounding
+box's top left pixel. (The published records call the row `x` and the column `y`.)
+
+Axes: B scenes, E = 4 entities, N = 3 pieces, A attempts, S = 17 shapes, C H W image.
+"""
+
+import torch
+from torch import Tensor
+
+from data import Batch, Scenes, add_background, draws, stamp
+
+PIECES = {  # number: rows from top to bottom
+    2: "#/#/#/#",
+    3: "###/#..",
+    4: "#../###",
+    5: "..#/###",
+    6: "###/..#",
+    7: "##/.#/.#",
+    9: "##/#./#.",
+    10: "#./#./##",
+    11: "##./.##",
+    12: ".##/##.",
+    13: ".#/##/#.",
+    14: "#./##/.#",
+    15: ".#./###",
+    16: "###/.#.",
+    17: ".#/##/.#",
+    18: "#./##/#.",
+    19: "##/##",
+}
+CELLS = [
+    [(i, j) for i, line in enumerate(piece.split("/")) for j, c in enumerate(line) if c == "#"]
+    for piece in PIECES.values()
+]
+TILES = {  # the light on one cell, of 255; it multiplies the colour
+    ("shaded", 5): [
+        [191, 255, 255, 255, 223],
+        [127, 159, 159, 159, 191],
+        [127, 159, 159, 159, 191],
+        [127, 159, 159, 159, 191],
+        [95, 63, 63, 63, 127],
+    ],
+    ("flat", 2): [[255] * 2] * 2,
+    ("flat", 5): [[255] * 5] * 5,
+}
+COLORS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0))
+NUM_PIECES = 3
+SIDE = 7  # the image, in cells
+ATTEMPTS = 256
+
+
+class Tetrominoes(Scenes):
+    """`tile` is "shaded" or "flat", `cell` its side in pixels: the keys of TILES."""
+
+    num_channels = 3
+    max_entities = NUM_PIECES + 1
+
+    def __init__(
+        self,
+        name: str = "tetrominoes",
+        split: str = "train",
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        tile: str = "shaded",
+        cell: int = 5,
+    ):
+        super().__init__(name, split, seed, device)
+        if (tile, cell) not in TILES:
+            raise ValueError(f"no {tile} tile of {cell} px; choose from {list(TILES)}")
+        self.cell = cell
+        self.height = self.width = self.size = SIDE * cell
+        self.reach = 4 * cell  # so far apart, no two pieces overlap
+        extent = torch.tensor([[max(axis) + 1 for axis in zip(*c, strict=True)] for c in CELLS])
+        self.places = (self.size - cell * extent + 1).to(self.device)  # (S, 2) rows, columns
+        self.stencils = make_stencils(TILES[tile, cell]).to(self.device)
+        self.overlaps = overlap_table(cell, self.reach).flatten().to(self.device)
+        self.numbers = torch.tensor(list(PIECES), device=self.device)
+        self.colors = torch.tensor(COLORS, dtype=torch.float32, device=self.device)
+
+    def scenes(self, index: Tensor) -> Batch:
+        u = draws.uniform(self.key, index, (2 + 2 * ATTEMPTS, NUM_PIECES))
+        shape = draws.pick(u[:, 0], len(PIECES))  # (B, N), a position in PIECES
+        color_id = draws.pick(u[:, 1], len(COLORS))
+        color = self.colors[color_id]  # (B, N, 3)
+        row, col = self.place(shape, u[:, 2:])  # (B, N)
+
+        levels = stamp(self.stencils, shape, row, col, self.size)  # (B, N, H, W)
+        # Without overlap each sum has one term at most and is exact in any order.
+        image = (levels[:, :, None] * color[..., None, None]).sum(1)  # (B, 3, H, W)
+        masks = add_background(levels > 0)  # (B, E, H, W)
+        masks[:, 0] = ~masks.any(1)
+        present = torch.ones(masks.shape[:2], dtype=torch.bool, device=self.device)
+        factors = {
+            "shape": self.numbers[shape],
+            "color_id": color_id,
+            "color": color,
+            "row": row.float(),
+            "col": col.float(),
+        }
+        return Batch(image, masks, present, {k: add_background(v) for k, v in factors.items()})
+
+    def place(self, shape: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and columns (B, N) of the first attempt without overlap; u (B, 2A, N) in [0, 1)."""
+        rows_of, cols_of = self.places[shape][:, None].unbind(-1)  # (B, 1, N)
+        u_row, u_col = u.chunk(2, dim=1)
+        row, col = draws.pick(u_row, rows_of), draws.pick(u_col, cols_of)  # (B, A, N)
+        one, other = [0, 0, 1], [1, 2, 2]  # the three pairs
+        line = (shape[:, one] * len(PIECES) + shape[:, other])[:, None]  # (B, 1, 3)
+        for axis in (row, col):
+            offset = (axis[..., other] - axis[..., one]).clamp_(-self.reach, self.reach)
+            line = line * (2 * self.reach + 1) + offset + self.reach  # (B, A, 3)
+        chosen = draws.first_valid(~self.overlaps[line].any(2))  # (B,)
+        scene = torch.arange(len(chosen), device=chosen.device)
+        return row[scene, chosen], col[scene, chosen]
+
+
+def overlap_table(cell: int, reach: int) -> Tensor:
+    """bool (S, S, D, D): does shape t, `row` and `col` pixels from shape s, overlap it?
+
+    The last two axes are the offsets -reach .. reach.
+    """
+    cells = torch.tensor(CELLS) * cell  # (S, 4, 2)
+    apart = (cells[None, :, None] - cells[:, None, :, None]).flatten(2, 3)  # (S, S, 16, 2)
+    near = (apart[..., None] + torch.arange(-reach, reach + 1)).abs() < cell  # (S, S, 16, 2, D)
+    return (near[:, :, :, 0, :, None] & near[:, :, :, 1, None]).any(2)  # (S, S, D, D)
+
+
+def make_stencils(tile: list[list[int]]) -> Tensor:
+    """The pieces' light in [0, 1], a border of zeros: float32 (S, 4 cells + 2, 3 cells + 2)."""
+    light = torch.tensor(tile, dtype=torch.float32) / 255
+    cell = len(tile)
+    stencils = torch.zeros(len(PIECES), 4 * cell + 2, 3 * cell + 2)
+    for stencil, cells in zip(stencils, CELLS, strict=True):
+        for i, j in cells:
+            top, left = 1 + i * cell, 1 + j * cell
+            stencil[top : top + cell, left : left + cell] = light
+    return stencils

@@ -1,0 +1,97 @@
+"""Per-pixel operations of the models, each in a file of its own, with a choice of back-end.
+
+    kernels.use("torch")                # until further notice
+    with kernels.use("triton"): ...     # for a block
+    kernels.backend(tensor)             # what would run for it: "triton" or "torch"
+
+"auto", the default, takes a Triton kernel for CUDA tensors where the op has one, and plain torch
+everywhere else. Nothing here needs triton to be installed, or a GPU.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+# Op name -> its Triton version, which takes what the public op takes. An op's file adds its own.
+TRITON: dict[str, Callable] = {}
+
+_choice = "auto"
+
+
+def use(name: str) -> ExitStack:
+    """Choose "triton", "torch" or "auto" from here on; as a context manager, for its block only.
+
+    Raises ValueError for another name, RuntimeError where Triton cannot run.
+    """
+    global _choice
+    if name not in ("triton", "torch", "auto"):
+        raise ValueError(f"kernels: unknown back-end {name!r}: choose triton, torch or auto")
+    if name == "triton" and (reason := _triton_obstacle()):
+        raise RuntimeError(f"kernels: triton cannot run here: {reason}")
+    restore = ExitStack()  # runs its callback at the end of a with block, and only then
+    restore.callback(_set_choice, _choice)
+    _choice = name
+    return restore
+
+
+def backend(where: Tensor | torch.device | str = "cpu", op: str | None = None) -> str:
+    """What runs for a tensor or device: "triton" or "torch"; `op` names one op, else any.
+
+    Raises RuntimeError where `use("triton")` is in force and this tensor or op cannot have it.
+    """
+    if _choice == "torch":
+        return "torch"
+    device = where.device if isinstance(where, Tensor) else torch.device(where)
+    reason = _triton_obstacle(device, op)
+    if reason and _choice == "triton":
+        raise RuntimeError(f"kernels: triton cannot run here: {reason}")
+    # The interpreter is for tests: "auto" never picks it, it is far slower than torch.
+    return "torch" if reason or (_choice == "auto" and device.type != "cuda") else "triton"
+
+
+def _triton_obstacle(device: torch.device | None = None, op: str | None = None) -> str | None:
+    """The first reason why Triton cannot run, in one line; None if it can."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not TRITON:
+        return "no op of this repository has a Triton kernel yet; choose torch or auto"
+    if op is not None and op not in TRITON:
+        return f"{op} has no Triton kernel; choose torch or auto"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton, Linux only)"
+    if not interpreted and not torch.cuda.is_available():
+        return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
+    if not interpreted and device is not None and device.type != "cuda":
+        return f"the tensor is on {device.type}, not on CUDA"
+    return None
+
+
+def _set_choice(name: str) -> None:
+    global _choice
+    _choice = name
+
+
+# Last, because the files of the ops look up the names above. An op has the name of its file, so
+# `kernels.mixture` is the function, and `from kernels.mixture import ...` still reads the file.
+from kernels.mixture import Mixture, mixture, mixture_log_likelihood  # noqa: E402
+from kernels.refinement_inputs import (  # noqa: E402
+    CHANNELS,
+    RefinementInputs,
+    channel_slices,
+    refinement_inputs,
+)
+
+__all__ = [
+    "CHANNELS",
+    "Mixture",
+    "RefinementInputs",
+    "backend",
+    "channel_slices",
+    "mixture",
+    "mixture_log_likelihood",
+    "refinement_inputs",
+    "use",
+]
