@@ -346,7 +346,7 @@ class IODINE(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def reset_parameters(self) -> None:
-        """Paper: silent. Released code, and here: truncated normal, std 1/sqrt(fan-in), no biases."""
+        """Paper: silent. Released code, and here: truncated normal, std 1/sqrt(fan-in)."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 fan_in = module.weight[0].numel()
@@ -458,7 +458,7 @@ def reconstruct(decoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def score(model: IODINE, scenes: data.Scenes, num_steps: int, num_slots: int, count: int) -> list:
     """Means and standard errors over the first `count` scenes, after each decode."""
     results: list[dict[str, list]] = [{} for _ in range(num_steps)]
-    for index in torch.arange(count, device=scenes.device).split(model.config.batch_size):
+    for index in torch.arange(count, device=scenes.device).split(32):
         batch = scenes.scenes(index)
         noise = model.noise(scenes, index, num_steps, num_slots)
         for result, step in zip(results, model.infer(batch.image, noise), strict=True):

@@ -124,8 +124,8 @@ def parse(
     default = config_class(**saved | dict(out="", resume="", eval_only=False, experiment=""))
     config = tyro.cli(config_class, default=default, args=argv)
     for name, value in dataclasses.asdict(config).items():
-        require(name in RUN_CONTROL or value == saved[name], f"{option(name)} {value}: trained with "
-                f"{saved[name]}, and a run that goes on cannot change it")
+        require(name in RUN_CONTROL or value == saved[name],
+                f"{option(name)} {value}: trained with {saved[name]}; only a new run can change it")
     return config
 
 

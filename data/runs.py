@@ -79,7 +79,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 class StopFlag:
-    """`with StopFlag() as stop`: the first Ctrl-C makes `stop` true, the second ends the process."""
+    """`with StopFlag() as stop`: Ctrl-C makes `stop` true, a second one ends the process."""
 
     def __enter__(self) -> "StopFlag":
         self.raised, self.before = False, signal.getsignal(signal.SIGINT)
@@ -122,7 +122,8 @@ def open_folder(config: Any, model_name: str) -> Path:
         if source and source.resolve() != folder.resolve() and (source / "metrics.jsonl").exists():
             (folder / "metrics.jsonl").write_bytes((source / "metrics.jsonl").read_bytes())
     except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}); name another --out") from None
+        reason = error.strerror or error
+        raise UserError(f"cannot write to {folder} ({reason}); name another --out") from None
     return folder
 
 
@@ -133,8 +134,9 @@ def holds_run(folder: Path) -> bool:
 def write(path: Path, content: Any) -> None:
     """Writes JSON (a list: one line an item) through a temporary file: all of it or nothing."""
     temporary = path.with_name(path.name + ".tmp")
-    lines = [json.dumps(c) for c in content] if isinstance(content, list) else None
-    temporary.write_text("".join(f"{line}\n" for line in lines or [json.dumps(content, indent=1)]))
+    several = isinstance(content, list)
+    lines = map(json.dumps, content) if several else [json.dumps(content, indent=1)]
+    temporary.write_text("".join(f"{line}\n" for line in lines))
     temporary.replace(path)
 
 
@@ -189,7 +191,7 @@ def describe(device: torch.device) -> str:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{name}, {torch.get_num_threads()} thread(s)"
 
 
 def header(title: str, config: Any, default: Any, device: torch.device, folder: Path) -> None:
@@ -239,21 +241,28 @@ def announced(text: str) -> Iterator[None]:
     print(f"{time.monotonic() - start:.0f} s", flush=True)
 
 
-def evaluation(model_name: str, config: Any, device: torch.device, **results: Any) -> dict[str, Any]:
+def commit() -> str | None:
+    """The commit of this code, `-dirty` where it was changed since; None outside of git."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git here
+        return None
+    return done.stdout.strip() or None
+
+
+def evaluation(model_name: str, config: Any, device: torch.device, **results: Any) -> dict:
     """The content of evaluation.json: what was run, on what, and what came out."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True,
-                         text=True, check=False) if (here.parent / ".git").exists() else None
     return dict(
         model=model_name, preset=config.preset, variant=config.variant,
         command=shlex.join(["python", *sys.argv]), seed=config.seed, device=describe(device),
         versions=dict(python=platform.python_version(), torch=torch.__version__),
-        commit=git.stdout.strip() if git else None, date=datetime.date.today().isoformat(), **results,
+        commit=commit(), date=datetime.date.today().isoformat(), **results,
     )
 
 
 def cuda_graph(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """`function` of tensors, captured at its first call and replayed at every call (same shapes)."""
+    """`function` of tensors, captured at its first call and replayed at every call."""
     captured: list[Any] = []
 
     def replay(*tensors: torch.Tensor) -> dict[str, Any]:

@@ -1,0 +1,381 @@
+"""Scores against independent implementations: scikit-learn, brute force over matchings, by hand."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import adjusted_rand_score
+from torch.nn import functional as F
+
+from data import metrics
+
+NAN = math.nan
+
+
+def one_hot(labels, number):
+    """Labels (B, H, W) -> masks (B, number, H, W) bool."""
+    return F.one_hot(torch.as_tensor(labels), number).movedim(-1, 1).bool()
+
+
+def strip(*entities, number=4):
+    """One scene of one row of pixels, given by its labels."""
+    return one_hot([[list(entities)]], number)
+
+
+@st.composite
+def scenes(draw, max_entities=4, max_slots=5):
+    """True masks with absent entities and without foreground now and then, and soft predictions
+    that range from noise to perfect."""
+    size = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    entities, slots = draw(st.integers(1, max_entities)), draw(st.integers(1, max_slots))
+    used, agreement = draw(st.integers(1, entities)), draw(st.sampled_from([0.0, 0.7, 1.0]))
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    labels = torch.randint(used, size, generator=rng)
+    masks = torch.rand(size[0], slots, *size[1:], generator=rng)
+    hint = one_hot(labels % slots, slots) * agreement
+    return one_hot(labels, entities), (masks * (1 - agreement) + hint).float()
+
+
+# -- ARI -------------------------------------------------------------------------------------------
+
+
+def sklearn_ari(true, predicted, foreground):
+    scores = []
+    for masks, soft in zip(true.numpy(), predicted.numpy(), strict=True):
+        truth, slots = masks.argmax(0), soft.argmax(0)
+        chosen = truth > 0 if foreground else truth >= 0
+        scores.append(adjusted_rand_score(truth[chosen], slots[chosen]) if chosen.any() else NAN)
+    return np.array(scores)
+
+
+@settings(max_examples=150, deadline=None)
+@given(scenes(), st.booleans())
+def test_ari_is_scikit_learns(scene, foreground):
+    true, predicted = scene
+    ours = metrics.ari(true, predicted, foreground)
+    assert ours.dtype == torch.float64
+    np.testing.assert_allclose(ours, sklearn_ari(true, predicted, foreground), rtol=0, atol=1e-12)
+
+
+def test_ari_by_hand():
+    # Foreground 1 1 1 2 2 2 against a a b b c c: index 2, a 6, b 3, total 15.
+    true, predicted = strip(0, 1, 1, 1, 2, 2, 2), strip(3, 0, 0, 1, 1, 2, 2).float()
+    expected = 6 * 3 / 15
+    assert metrics.ari(true, predicted).item() == pytest.approx((2 - expected) / (4.5 - expected))
+    assert metrics.ari(strip(1, 1, 2, 2), strip(0, 1, 0, 1)).item() == pytest.approx(-0.5)
+
+
+def check_conventions(ari):
+    """What published versions of ARI-FG disagree on."""
+    single = strip(0, 0, 1, 1, 1)
+    assert ari(single, strip(0, 0, 1, 1, 1)).item() == 1  # the formula is 0/0 here
+    assert ari(single, strip(2, 2, 2, 2, 2)).item() == 1  # merged with the background: not seen
+    assert ari(single, strip(0, 0, 1, 1, 2)).item() == 0
+    assert ari(strip(0, 1), strip(1, 0)).item() == 1  # one pixel: no pair to disagree on
+    assert ari(strip(0, 0, 0, 0), strip(0, 1, 2, 3)).isnan().all()  # no foreground
+    assert ari(strip(0, 0, 1, 1, 2, 2), strip(2, 3, 0, 0, 1, 1)).item() == 1  # split background
+    assert abs(ari(strip(0, 1, 2), strip(0, 1, 1)).item()) < 1e-12
+    tie = (
+        strip(0, 0, 1, 1).float() + strip(1, 1, 1, 1).float()
+    )  # slots 0 and 1, slots 0 and 1, 1, 1
+    assert ari(strip(1, 1, 2, 2), tie.clamp(max=1)).item() == 1  # the lower slot wins
+
+
+def test_ari_conventions():
+    check_conventions(metrics.ari)
+
+
+def formula_only(true, predicted):
+    """Mutant: no special cases."""
+    counts = metrics._contingency(true, metrics._segments(predicted, true))[:, 1:]
+    index, a, b, total = (
+        metrics._pairs(n).sum(tuple(range(1, n.ndim)))
+        for n in (counts, counts.sum(2), counts.sum(1), counts.sum((1, 2)))
+    )
+    return (index - a * b / total) / ((a + b) / 2 - a * b / total)
+
+
+def not_adjusted(true, predicted):
+    """Mutant: the Rand index, the share of pairs that truth and prediction agree on."""
+    counts = metrics._contingency(true, metrics._segments(predicted, true))[:, 1:]
+    both, a, b, total = (
+        metrics._pairs(n).sum(tuple(range(1, n.ndim)))
+        for n in (counts, counts.sum(2), counts.sum(1), counts.sum((1, 2)))
+    )
+    return torch.where(total == 0, metrics.ari(true, predicted), (total - a - b + 2 * both) / total)
+
+
+def last_slot_wins(true, predicted):
+    """Mutant: another rule for ties."""
+    number = predicted.shape[1]
+    return metrics.ari(true, one_hot(number - 1 - predicted.flip(1).float().argmax(1), number))
+
+
+ARI_MUTANTS = {
+    "background included": lambda true, p: metrics.ari(true, p, foreground=False),
+    "0/0 stays": formula_only,
+    "NaN becomes 1": lambda true, p: metrics.ari(true, p).nan_to_num(1.0),
+    "NaN becomes 0": lambda true, p: metrics.ari(true, p).nan_to_num(0.0),
+    "not adjusted": not_adjusted,
+    "last slot wins": last_slot_wins,
+}
+
+
+@pytest.mark.parametrize("name", ARI_MUTANTS)
+def test_ari_mutants_fail(name):
+    with pytest.raises(AssertionError):
+        check_conventions(ARI_MUTANTS[name])
+
+
+# -- mIoU and matching -----------------------------------------------------------------------------
+
+
+def iou_table(true, predicted):
+    """(E, K) of one scene, by sets of pixels."""
+    segments = predicted.float().argmax(0).flatten().tolist()
+    table = np.zeros((len(true), len(predicted)))
+    for e, k in np.ndindex(*table.shape):
+        inside = {i for i, on in enumerate(true[e].flatten().tolist()) if on}
+        found = {i for i, slot in enumerate(segments) if slot == k}
+        table[e, k] = len(inside & found) / max(len(inside | found), 1)
+    return table
+
+
+def best_total(table):
+    """The best one-to-one matching's sum, from all of them."""
+    rows, columns = table.shape
+    if rows > columns:
+        return best_total(table.T)
+    return max(
+        sum(table[row, column] for row, column in enumerate(chosen))
+        for chosen in itertools.permutations(range(columns), rows)
+    )
+
+
+def random_present(true):
+    """Present: what has pixels, and one hidden object where there is room for it."""
+    present = true.any((2, 3))
+    present[0, -1] = True
+    return present
+
+
+def check_miou(miou, true, predicted):
+    present = random_present(true)
+    expected = []
+    for scene, soft, here in zip(true, predicted, present, strict=True):
+        here[0] = False
+        table = iou_table(scene, soft)[here.numpy()]
+        expected.append(best_total(table) / len(table) if len(table) else NAN)
+    np.testing.assert_allclose(miou(true, random_present(true), predicted), expected, atol=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(scenes())
+def test_miou_is_the_best_matching(scene):
+    check_miou(metrics.miou, *scene)
+
+
+def test_miou_by_hand():
+    true = strip(0, 0, 1, 1, 1, 2)
+    present = torch.tensor([[True, True, True, False]])
+    # Object 1 has 3 pixels, slot 1 two of them: 2/3. Object 2 shares slot 2 with one of object 1.
+    assert metrics.miou(true, present, strip(0, 0, 1, 1, 2, 2)).item() == pytest.approx(7 / 12)
+    one_slot = torch.ones(1, 1, 1, 6)  # 3 of 6 pixels for object 1, nothing for object 2
+    assert metrics.miou(true, present, one_slot).item() == pytest.approx(1 / 4)
+    assert metrics.miou(true, present & False, one_slot).isnan().all()
+    assert metrics.miou(true, torch.ones(1, 4, dtype=bool), true).item() == pytest.approx(2 / 3)
+    absent = torch.tensor([[True, False, True, False]])  # object 1 has pixels but is not scored
+    assert metrics.miou(true, absent, one_slot).item() == pytest.approx(1 / 6)
+
+
+def greedy(true, present, predicted):
+    """Mutant: the best pair first, then the best of what is left."""
+    scores = []
+    for scene, soft, here in zip(true, predicted, present, strict=True):
+        table, total = iou_table(scene, soft)[1:] * here[1:, None].numpy(), 0.0
+        for _ in range(min(table.shape)):
+            e, k = np.unravel_index(table.argmax(), table.shape)
+            total += table[e, k]
+            table[e], table[:, k] = 0, 0
+        scores.append(total / here[1:].sum().item() if here[1:].any() else NAN)
+    return scores
+
+
+def all_entities(true, present, predicted):
+    """Mutant: the mean over all E - 1 rows instead of the present ones."""
+    return metrics.miou(true, present, predicted) * present[:, 1:].sum(1) / (true.shape[1] - 1)
+
+
+def with_background(true, present, predicted):
+    """Mutant: the background is one of the objects."""
+    return metrics.miou(F.pad(true, (0, 0, 0, 0, 1, 0)), F.pad(present, (1, 0)), predicted)
+
+
+def no_matching(true, present, predicted):
+    """Mutant: each object takes its best slot, whoever else has it."""
+    iou = metrics._iou(metrics._contingency(true, metrics._segments(predicted, true)))[:, 1:]
+    return (iou.amax(2) * present[:, 1:]).sum(1) / present[:, 1:].sum(1)
+
+
+MIOU_MUTANTS = dict(greedy=greedy, rows=all_entities, background=with_background, best=no_matching)
+
+
+@pytest.mark.parametrize("name", MIOU_MUTANTS)
+def test_miou_mutants_fail(name):
+    def check(miou):
+        present = torch.tensor([[True, True, True, False]])
+        for true, predicted in (
+            (strip(0, 0, 1, 1, 1, 2, 2, 2, 2, 2), strip(0, 0, 1, 1, 1, 1, 1, 1, 2, 2)),
+            (strip(1, 1, 1, 1, 1, 2, 2), strip(0, 0, 0, 1, 1, 0, 0)),  # greedy: 3/7 + 0 < 2/5 + 2/5
+        ):
+            best = best_total(iou_table(true[0], predicted[0])[1:3]) / 2
+            assert float(miou(true, present, predicted.float())[0]) == pytest.approx(best)
+
+    check(metrics.miou)
+    with pytest.raises(AssertionError):
+        check(MIOU_MUTANTS[name])
+
+
+@settings(max_examples=100, deadline=None)
+@given(scenes())
+def test_match_is_the_best_matching(scene):
+    true, predicted = scene
+    slots = metrics.match(true, predicted)
+    assert slots.shape == true.shape[:2] and slots.dtype == torch.int64
+    for masks, soft, row in zip(true, predicted, slots.tolist(), strict=True):
+        table = iou_table(masks, soft)
+        chosen = [(e, k) for e, k in enumerate(row) if k >= 0]
+        assert len({k for _, k in chosen}) == len(chosen)  # one to one
+        assert all(table[e, k] > 0 for e, k in chosen)
+        assert sum(table[e, k] for e, k in chosen) == pytest.approx(best_total(table))
+
+
+def test_match_by_hand():
+    true = strip(0, 0, 0, 1, 1, 2)  # entity 3 is empty
+    assert metrics.match(true, strip(2, 2, 2, 0, 0, 3)).tolist() == [[2, 0, 3, -1]]
+    assert metrics.match(true, strip(1, 1, 1, 0, 0, 0, number=2)).tolist() == [[1, 0, -1, -1]]
+    assert metrics.match(true, strip(3, 3, 3, 0, 0, 3)).tolist() == [[3, 0, -1, -1]]  # 2 is missed
+
+
+@settings(max_examples=60, deadline=None)
+@given(scenes(), st.randoms(use_true_random=False))
+def test_the_order_of_the_slots_does_not_matter(scene, random):
+    true, predicted = scene
+    order = random.sample(range(predicted.shape[1]), predicted.shape[1])
+    shuffled = predicted[:, order]
+    present = true.any((2, 3))
+    for score in (metrics.ari, lambda t, p: metrics.miou(t, present, p)):
+        torch.testing.assert_close(
+            score(true, predicted), score(true, shuffled), rtol=0, atol=1e-12, equal_nan=True
+        )
+    old, new = metrics.match(true, predicted), metrics.match(true, shuffled)
+    for e, (a, b) in enumerate(zip(old[0].tolist(), new[0].tolist(), strict=True)):
+        if b >= 0 and a != order[b]:  # only a tie may go another way
+            table = iou_table(true[0], predicted[0])
+            assert np.isclose(table[e], table[e, order[b]]).any()
+
+
+def test_a_scene_scores_the_same_alone_and_in_a_batch():
+    rng = torch.Generator().manual_seed(0)
+    true = one_hot(torch.randint(4, (6, 9, 7), generator=rng), 4)
+    predicted = torch.rand(6, 5, 9, 7, generator=rng)
+    present = true.any((2, 3))
+    alone = [metrics.ari(true[i : i + 1], predicted[i : i + 1]) for i in range(6)]
+    assert torch.equal(torch.cat(alone), metrics.ari(true, predicted))
+    alone = [metrics.miou(true[i:][:1], present[i:][:1], predicted[i:][:1]) for i in range(6)]
+    assert torch.equal(torch.cat(alone), metrics.miou(true, present, predicted))
+    half = predicted.bfloat16()
+    assert torch.equal(metrics.ari(true, half), metrics.ari(true, half.double()))
+
+
+# -- MSE and summary -------------------------------------------------------------------------------
+
+
+def test_mse():
+    image = torch.zeros(2, 3, 4, 5)
+    guess = image.clone()
+    guess[0, 1, 2, 3] = 0.5
+    assert metrics.mse(image, guess).tolist() == [0.25 / 60, 0]
+    assert metrics.mse(image, image + 2).tolist() == [4, 4]  # a mean, and nothing is clipped
+
+
+def test_mean_stderr():
+    summary = metrics.mean_stderr(torch.tensor([1.0, NAN, 2.0, 4.0]))
+    assert summary["n"] == 3 and summary["left_out"] == 1
+    assert summary["mean"] == pytest.approx(7 / 3)
+    assert summary["stderr"] == pytest.approx(math.sqrt(7 / 3) / math.sqrt(3))
+    assert metrics.mean_stderr([0.5]) == dict(mean=0.5, stderr=None, n=1, left_out=0)
+    assert metrics.mean_stderr([NAN, None]) == dict(mean=None, stderr=None, n=0, left_out=2)
+    assert metrics.mean_stderr([math.inf, 1]) == dict(mean=None, stderr=None, n=2, left_out=0)
+    assert metrics.mean_stderr(torch.tensor([True, False]))["mean"] == 0.5
+    for values in ([], [NAN], [1.0], [1.0, -math.inf], np.arange(5), torch.ones(2, 3)):
+        json.dumps(metrics.mean_stderr(values), allow_nan=False)
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+TRUE, PRESENT = strip(0, 1, 2, 3), torch.ones(1, 4, dtype=torch.bool)
+SOFT = TRUE.float()
+REFUSED = {
+    "0/255": (TRUE.byte() * 255, SOFT, "bool"),
+    "float truth": (TRUE.float(), SOFT, "bool"),
+    "two entities in a pixel": (TRUE | strip(1, 1, 1, 1), SOFT, "exactly one"),
+    "no entity in a pixel": (TRUE & False, SOFT, "exactly one"),
+    "truth without batch": (TRUE[0], SOFT, r"\(B, E, H, W\)"),
+    "prediction without batch": (TRUE, SOFT[0], r"\(B, K, H, W\)"),
+    "another size": (TRUE, SOFT[..., :3], r"\(1, 4, 1, 3\)"),
+    "another number of scenes": (TRUE, SOFT.repeat(2, 1, 1, 1), r"\(2, 4, 1, 4\)"),
+    "no slots": (TRUE, SOFT[:, :0], r"K > 0"),
+    "NaN": (TRUE, SOFT.masked_fill(TRUE, NAN), "NaN"),
+    "prediction of 0/255": (TRUE, TRUE.byte() * 255, "float or bool"),
+    "overlapping bool prediction": (TRUE, TRUE | strip(1, 1, 1, 1), "exactly one"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_mask_is_refused(name):
+    true, predicted, message = REFUSED[name]
+    for score in (
+        metrics.ari,
+        metrics.match,
+        lambda t, p: metrics.ari(t, p, False),
+        lambda t, p: metrics.miou(t, PRESENT, p),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            score(true, predicted)
+        assert "\n" not in str(error.value)
+
+
+def test_other_bad_arguments_are_refused():
+    for present in (PRESENT[:, :3], PRESENT.float(), PRESENT[0]):
+        with pytest.raises(ValueError, match="present must be bool"):
+            metrics.miou(TRUE, present, SOFT)
+    image = torch.zeros(1, 3, 4, 5)
+    for other, message in (
+        (image[:, :1], "must both be"),
+        (image.byte(), "floats"),
+        (image + NAN, "NaN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metrics.mse(image, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA device")
+def test_cuda_scores_the_same():
+    rng = torch.Generator().manual_seed(0)
+    true = one_hot(torch.randint(4, (5, 9, 7), generator=rng), 4)
+    predicted, present = torch.rand(5, 6, 9, 7, generator=rng), true.any((2, 3))
+    for score in (
+        metrics.ari,
+        metrics.match,
+        lambda t, p: metrics.miou(t, present.to(t.device), p),
+    ):
+        there = score(true.cuda(), predicted.cuda())
+        assert there.is_cuda
+        torch.testing.assert_close(there.cpu(), score(true, predicted), rtol=0, atol=1e-14)
