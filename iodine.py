@@ -68,9 +68,7 @@ class Config(options.RunConfig):
     lstm_size: int = 0  # 0: none (the paper's Tetris)
     forget_bias: float = 0.0  # added to the LSTM's forget gate
     coordinates: Literal["linear", "cosine"] = "linear"  # refinement input: 2 or 8 channels
-    constants: bool = (
-        False  # released code: constant inputs 5 (decoder) and 0.5 (refinement, twice)
-    )
+    constants: bool = False  # released code: inputs 5 to the decoder, 0.5 to the refinement (twice)
     posterior_epsilon: float = 0.0  # in the posterior mask's denominator; released code: 1e-6
     log_ratio: bool = False  # leave-one-out input: log p(x|z) - log p(x|z without k), as released
     drop_inputs: tuple[str, ...] = ()  # refinement inputs to leave out, of INPUTS
@@ -93,24 +91,26 @@ PRESETS: dict[str, dict[str, Any]] = {
         refinement_stride=2, pooling="max", activation="relu", init_gain=1.4,
         batch_size=16, lr=3e-3, lr_warmup=100, lr_final=0.1, lr_horizon=2500, steps=2500,
     ),
-    "tetrominoes": dict(),
-    "multi_dsprites": dict(
+    "tetrominoes": dict(),  # appendix C.3: the defaults
+    "multi_dsprites": dict(  # appendix C.2
         dataset="multi_dsprites_colored_on_grayscale", num_slots=6, latent_size=16, lstm_size=128,
     ),
+    # Paper: no architecture for the next two. Here: C.2's, with slots for all objects and one more.
     "multi_dsprites_binarized": dict(
         dataset="multi_dsprites_binarized", num_slots=4, latent_size=16, lstm_size=128,
     ),
     "shapes": dict(dataset="shapes", num_slots=4, latent_size=16, lstm_size=128),
 }
 
-# What the authors' released code does differently from the paper, on every dataset.
+# What the authors' released code does on every dataset, whatever the preset says.
 RELEASED = dict(
-    component="logistic", sigma=0.03, prior_variance=math.log(2), extra_decode=True,
-    step_weights="from_zero", posterior_scale="sqrt_softplus", initial_std=0.0,
+    component="logistic", sigma=0.03, prior_variance=math.log(2), extra_decode=True, kl_weight=1.0,
+    step_weights="from_zero", posterior_scale="sqrt_softplus", initial_std=0.0, init_gain=1.0,
     refinement_stride=2, mlp_linear_end=True, forget_bias=1.0, coordinates="cosine",
-    constants=True, posterior_epsilon=1e-6, log_ratio=True, beta1=0.95, lr_final=0.1,
-    lr_horizon=1_000_000,
+    constants=True, posterior_epsilon=1e-6, log_ratio=True, coordinate_gain=1.0, pooling="mean",
+    activation="elu", beta1=0.95, lr=3e-4, lr_warmup=0, lr_final=0.1, lr_horizon=1_000_000,
 )
+RELEASED_BATCH = {"tetrominoes": 256, "quick": 256}  # the other presets: 128
 
 INPUTS = ("image", "means", "mask", "mask_logits", "mask_posterior", "grad_means", "grad_mask",
           "log_likelihood", "leave_one_out", "coordinates", "posterior", "grad_posterior")
@@ -122,10 +122,11 @@ def make_config(preset: str = "quick", variant: str = "paper", **overrides: Any)
         raise options.UserError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
     if variant not in ("paper", "released"):
         raise options.UserError(f"unknown variant {variant!r}: choose paper or released")
-    released = RELEASED if variant == "released" else {}
-    return Config(
-        **{"preset": preset, "variant": variant, **PRESETS[preset], **released, **overrides}
-    )
+    settings = dict(preset=preset, variant=variant) | PRESETS[preset]
+    if variant == "released":
+        batch = RELEASED_BATCH.get(preset, 128)
+        settings |= RELEASED | dict(batch_size=batch, lr_reference_batch=batch)
+    return Config(**settings | overrides)
 
 
 # -- building blocks -------------------------------------------------------------------------------

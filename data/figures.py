@@ -1,0 +1,522 @@
+"""The pictures of a run: decompositions, steps of inference, traversals, curves and samples.
+
+Every function takes torch tensors (on any device) or arrays, writes a PNG of 150 dots per inch to
+`path` and returns the path. The file appears whole or not at all. Images have one or three channels
+and are clipped to [0, 1]. ValueError for shapes that do not fit and for NaN, OSError where the file
+cannot be written. Nothing here reads or changes the state of matplotlib.pyplot.
+
+Pixel art is pasted, not plotted: a picture is one array in which every panel is enlarged by a whole
+number, so that its pixels stay square, and only the text is drawn on top. Lengths are in dots.
+
+Colours: entity 0, the background, is grey; entity e and the slot that matches it (`metrics.match`)
+have PALETTE[e - 1]; slots that match nothing take the colours after those of the entities.
+
+Axes: N scenes, E entities, K slots, T refinement steps, R rows, V columns, C H W image.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextToPath
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+from data import metrics
+
+# Okabe & Ito's seven hues, then colours that keep their distance from white, the grey and each
+# other, also as seen with protanopia, deuteranopia and tritanopia (CIE Lab distance 15 or more).
+PALETTE = (
+    "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442", "#332288",
+    "#882255", "#4B692D", "#A58CFF", "#A5F0B4", "#9600F0", "#00FF78", "#4B2D1E", "#F01E4B",
+    "#784BD2", "#690F69", "#A50000", "#C3A54B", "#785A87", "#FF7896", "#5A00B4", "#000000",
+)  # fmt: skip
+BACKGROUND = "#CDD0D6"
+INK, FAINT, HAIRLINE = "#1F2328", "#59636E", "#D1D5DB"  # titles; other text; frames of images
+
+DPI = 150
+PANEL = 112  # the least width of a panel; images are enlarged by the next whole number
+FRAME, GAP, WIDE = 4, 8, 24  # around a panel; between frames; between groups of panels
+MARGIN, MIN_WIDTH, LABEL_WIDTH = 20, 480, 200  # of the picture; row labels break at the last
+TITLE, TEXT = 9.5, 7.0  # points
+LINE = 1.25  # line spacing
+
+
+class Panel(NamedTuple):
+    image: np.ndarray  # (H, W, 3) in [0, 1]
+    frame: Any = None  # its colour; a hairline where None
+
+
+# -- the figures -------------------------------------------------------------------------------------
+
+
+def decomposition(
+    path: str | Path,
+    image: Any,
+    reconstruction: Any,
+    true_masks: Any,
+    masks: Any,
+    means: Any,
+    title: str,
+    scores: Any = None,
+) -> Path:
+    """A scene a row: Input, Reconstruction, True masks, Predicted masks, then its slots on white.
+
+    image, reconstruction (N, C, H, W); true_masks (N, E, H, W) bool, exclusive; masks (N, K, H, W)
+    in [0, 1], shown as a mixture of the slots' colours; means (N, K, C, H, W), shown with the mask
+    as opacity. The slots of a row stand in the order of its entities, the background's first, those
+    that match none last; frames have the slots' colours. `scores` (N): ARI-FG, printed at the left,
+    a dash for NaN.
+    """
+    image, reconstruction = _images(image, "image", 4), _images(reconstruction, "reconstruction", 4)
+    masks, means = _floats(masks, "masks", 4), _images(means, "means", 5)
+    true_masks = _bools(true_masks, "true_masks", 4)
+    _same("n h w", image[..., 0], reconstruction[..., 0], true_masks[:, 0], masks[:, 0])
+    _same("n k h w", masks, means[..., 0])
+    slots = metrics.match(torch.from_numpy(true_masks), torch.from_numpy(masks)).numpy()
+
+    rows = []
+    for n in range(len(image)):
+        entity_colors, slot_colors, order = _colors(slots[n], masks.shape[1])
+        row = [Panel(image[n]), Panel(reconstruction[n])]
+        row += [Panel(_paint(true_masks[n], entity_colors)), Panel(_paint(masks[n], slot_colors))]
+        row += [Panel(_on_white(means[n, k], masks[n, k]), slot_colors[k]) for k in order]
+        rows.append(row)
+    heads = [
+        "Input",
+        "Reconstruction",
+        "True masks",
+        "Predicted masks",
+        *_slot_heads(masks.shape[1]),
+    ]
+    labels = []
+    if scores is not None:
+        scores = np.asarray(_numpy(scores), dtype=float)
+        if scores.shape != (len(image),):
+            raise ValueError(f"scores must be ({len(image)},), not {scores.shape}")
+        labels = [f"{s:.2f}".replace("-", "−") if math.isfinite(s) else "–" for s in scores]
+    corner = "ARI-FG" if labels else ""
+    return _save(_sheet(rows, title, heads, labels, corner, columns_apart=(2, 4)), path)
+
+
+def refinement(
+    path: str | Path,
+    image: Any,
+    true_masks: Any,
+    reconstructions: Any,
+    masks: Any,
+    means: Any,
+    title: str,
+) -> Path:
+    """Iterative inference on one scene, a step a row (IODINE's Fig. 7), below what it should find.
+
+    image (C, H, W); true_masks (E, H, W); reconstructions (T, C, H, W); masks (T, K, H, W); means
+    (T, K, C, H, W). The first row is the truth: input, true masks and, above the slots that match
+    them at the last step, the entities cut out of the input. Order and colours of the slots are
+    those of the last step throughout, so that one colour follows one slot.
+    """
+    image, true_masks = _images(image, "image", 3), _bools(true_masks, "true_masks", 3)
+    reconstructions = _images(reconstructions, "reconstructions", 4)
+    masks, means = _floats(masks, "masks", 4), _images(means, "means", 5)
+    _same("h w", image[..., 0], true_masks[0], reconstructions[0, ..., 0], masks[0, 0])
+    _same("t k h w", masks, means[..., 0])
+    _same("t", reconstructions[:, 0, 0, 0], masks[:, 0, 0, 0])
+    last = torch.from_numpy(true_masks)[None], torch.from_numpy(masks)[-1:]
+    slots = metrics.match(*last)[0].numpy()
+    entity_colors, slot_colors, order = _colors(slots, masks.shape[1])
+
+    truth: list[Panel | None] = [Panel(image), Panel(_paint(true_masks, entity_colors))]
+    for k in order:
+        entity = np.flatnonzero(slots == k)  # none or one
+        cut_out = [Panel(_on_white(image, true_masks[e]), slot_colors[k]) for e in entity]
+        truth.append(cut_out[0] if cut_out else None)
+    rows = [truth]
+    for t in range(len(masks)):
+        row = [Panel(reconstructions[t]), Panel(_paint(masks[t], slot_colors))]
+        row += [Panel(_on_white(means[t, k], masks[t, k]), slot_colors[k]) for k in order]
+        rows.append(row)
+    heads = ["Reconstruction", "Masks", *_slot_heads(masks.shape[1])]
+    labels = ["input", *(f"step {t}" for t in range(1, len(masks) + 1))]
+    return _save(_sheet(rows, title, heads, labels, columns_apart=(2,), rows_apart=(1,)), path)
+
+
+def traversals(
+    path: str | Path, images: Any, labels: Sequence[str], values: Sequence[float], title: str
+) -> Path:
+    """Images (R, V, C, H, W) in a grid (IODINE's Fig. 6): a row per latent, named by `labels` (R),
+    a column per value that it is set to, `values` (V)."""
+    images = _images(images, "images", 5)
+    values = np.asarray(_numpy(values), dtype=float)
+    if (len(labels), *values.shape) != images.shape[:2]:
+        raise ValueError(f"labels and values must be {images.shape[:2]} for these images, "
+                         f"not {(len(labels), *values.shape)}")  # fmt: skip
+    step = np.ptp(values) / max(len(values) - 1, 1)  # the fewest digits that keep columns apart
+    digits = next((d for d in range(4) if (abs(values - values.round(d)) <= step / 9).all()), 3)
+    heads = [f"{v:.{digits}f}".replace("-", "−") for v in values.round(digits) + 0.0]  # no -0
+    rows = [[Panel(image) for image in row] for row in images]
+    return _save(_sheet(rows, title, heads, list(labels)), path)
+
+
+def samples(path: str | Path, images: Any, title: str, masks: Any = None) -> Path:
+    """Images (N, C, H, W) in a grid, with the segments of `masks` (N, K, H, W) below each.
+
+    There is no truth to match: slot k has colour PALETTE[k], and the slot with the largest mask the
+    grey of the background.
+    """
+    images = _images(images, "images", 4)
+    grid = [[Panel(image) for image in images]]
+    if masks is not None:
+        masks = _floats(masks, "masks", 4)
+        _same("n h w", images[..., 0], masks[:, 0])
+        grid.append([])
+        for scene in masks:
+            colors = [_color(k + 1) for k in range(len(scene))]
+            colors[scene.sum((1, 2)).argmax()] = _color(0)
+            grid[1].append(Panel(_paint(scene, colors)))
+    height = math.ceil(len(images) / 8)
+    width = math.ceil(len(images) / height)
+    starts = range(0, len(images), width)
+    rows = [line[i : i + width] for i in starts for line in grid]
+    apart = range(2, len(rows), 2) if masks is not None else ()
+    return _save(_sheet(rows, title, rows_apart=apart), path)
+
+
+def curves(
+    path: str | Path,
+    panels: Mapping[str, Mapping[str, tuple[Any, Any, Any]]],
+    xlabel: str,
+    title: str,
+    marks: Mapping[str, float] | None = None,
+    logy: Sequence[str] = (),
+) -> Path:
+    """Panels side by side, four a row: {panel title: {label: (x, y, stderr or None)}}.
+
+    A line a label, the same colour in every panel, with a band of ± stderr; one legend if there is
+    more than one label. None and NaN leave a gap. `marks` {text: x} are dotted vertical lines. `logy`
+    names the panels with a logarithmic axis (IODINE's Fig. 8, training curves).
+    """
+    if not panels:
+        raise ValueError("curves needs a panel")
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    legend = len(labels) > 1
+    columns = min(len(panels), 4)
+    figure = _figure(columns * 370 + MARGIN + 160 * legend, math.ceil(len(panels) / 4) * 300 + 60)
+    figure.set_layout_engine("constrained", w_pad=0.07, h_pad=0.06, wspace=0.02, hspace=0.04)
+    title = "\n".join(_wrap(title, figure.bbox.width - 2 * MARGIN, TITLE, "bold"))
+    left = MARGIN / figure.bbox.width
+    figure.suptitle(
+        title, x=left, ha="left", parse_math=False, color=INK, font=_font(TITLE, "bold")
+    )
+
+    grid = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).ravel()
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    lines = {}
+    for axes, (name, curves) in zip(grid, panels.items(), strict=False):
+        _style(axes, name, xlabel)
+        for label, (x, y, stderr) in curves.items():
+            x, y = (np.asarray(_numpy(v), dtype=float) for v in (x, y))
+            color = _color(_LINE_ORDER[labels.index(label) % len(_LINE_ORDER)])
+            marker = dict(marker="o", markersize=2.6) if len(x) <= 30 else {}
+            (lines[label],) = axes.plot(x, y, color=color, linewidth=1.4, **marker)
+            if stderr is not None:
+                stderr = np.asarray(_numpy(stderr), dtype=float)
+                low, high = y - stderr, y + stderr
+                if name in logy:  # a band that reaches 0 has no place on a logarithmic axis
+                    low = np.where(low > 0, low, y)
+                axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+        _scale(axes, name in logy)
+        _mark(axes, marks or {})
+    if legend:
+        handles, names = zip(*((lines[label], label) for label in labels), strict=True)
+        box = figure.legend(handles, names, loc="outside right upper", frameon=False,
+                            prop=_font(TEXT), labelcolor=INK)  # fmt: skip
+        for text in box.get_texts():
+            text.set_parse_math(False)
+    return _save(figure, path)
+
+
+# -- colours -----------------------------------------------------------------------------------------
+
+_LINE_ORDER = (
+    5,
+    4,
+    3,
+    1,
+    6,
+    2,
+    8,
+    9,
+    10,
+    11,
+)  # entity numbers: lines need more contrast than areas
+
+
+def _color(entity: int) -> np.ndarray:
+    """RGB in [0, 1] of entity 0 (grey), 1, 2, ...; they repeat after PALETTE's last."""
+    code = PALETTE[(entity - 1) % len(PALETTE)] if entity else BACKGROUND
+    return np.array([int(code[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+
+
+def _colors(slots: np.ndarray, num_slots: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Of one scene's matching (E,): colours of entities (E, 3) and of slots (K, 3), order of slots.
+
+    Matched slots come first, in the order of their entities, with their entities' colours.
+    """
+    entity_of = {int(slot): entity for entity, slot in enumerate(slots) if slot >= 0}
+    unmatched = [k for k in range(num_slots) if k not in entity_of]
+    entity_of |= {k: len(slots) + i for i, k in enumerate(unmatched)}  # colours after the entities'
+    entity_colors = np.stack([_color(e) for e in range(len(slots))])
+    slot_colors = np.stack([_color(entity_of[k]) for k in range(num_slots)])
+    return entity_colors, slot_colors, sorted(entity_of, key=entity_of.__getitem__)
+
+
+def _paint(masks: np.ndarray, colors: Any) -> np.ndarray:
+    """Masks (K, H, W) as a mixture of the slots' colours (K, 3): (H, W, 3). What is missing to a sum
+    of 1 is white."""
+    masks = np.clip(masks.astype(np.float64), 0, 1)
+    total = masks.sum(0)
+    masks = masks / np.maximum(total, 1)
+    return (
+        np.einsum("khw, kc -> hwc", masks, np.asarray(colors)) + np.clip(1 - total, 0, 1)[..., None]
+    )
+
+
+def _on_white(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(H, W, 3) with the mask (H, W) as opacity."""
+    mask = np.clip(mask.astype(np.float64), 0, 1)[..., None]
+    return image * mask + (1 - mask)
+
+
+def _slot_heads(num_slots: int) -> list[str]:
+    return [f"Slot {i}" for i in range(1, num_slots + 1)]
+
+
+# -- sheets of panels --------------------------------------------------------------------------------
+
+
+def _sheet(
+    rows: Sequence[Sequence[Panel | None]],
+    title: str,
+    heads: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    corner: str = "",
+    columns_apart: Sequence[int] = (),
+    rows_apart: Sequence[int] = (),
+) -> Figure:
+    """A grid of equally large panels (None: an empty place) under a title.
+
+    `heads` stand above the columns, `labels` left of the rows, `corner` above the labels. Before
+    the columns and rows that the last two arguments name, the gap is wide.
+    """
+    height, width = rows[0][0].image.shape[:2]
+    scale = max(1, math.ceil(PANEL / width))
+    height, width = height * scale, width * scale
+    line = TEXT * LINE * DPI / 72
+    heads = [_wrap(head, width + GAP, TEXT) for head in heads]
+    labels = [_wrap(label, LABEL_WIDTH, TEXT) for label in labels]
+    margin = max((_text_width(part, TEXT) for part in (corner, *sum(labels, []))), default=0)
+    margin = MARGIN + (math.ceil(margin) + 12 if labels else 0)
+
+    num_columns = max(map(len, rows))
+    left = _starts(margin, num_columns, width, columns_apart)  # of the panels, frames left out
+    total_width = max(left[-1] + width + FRAME + MARGIN, MIN_WIDTH)
+    title_lines = _wrap(title, total_width - 2 * MARGIN, TITLE, "bold")
+    title_height = len(title_lines) * TITLE * LINE * DPI / 72
+    heads_height = max(map(len, heads), default=0) * line
+    top = MARGIN + title_height + (12 if heads else 6) + heads_height
+    top = _starts(math.ceil(top), len(rows), height, rows_apart)
+    total_height = top[-1] + height + FRAME + MARGIN
+
+    canvas = np.ones((total_height, total_width, 3))
+    for y, row in zip(top, rows, strict=True):
+        for x, panel in zip(left, row, strict=False):
+            if panel is not None:
+                rim = 1 if panel.frame is None else FRAME
+                frame = _rgb(HAIRLINE) if panel.frame is None else panel.frame
+                canvas[y - rim : y + height + rim, x - rim : x + width + rim] = frame
+                big = repeat(panel.image, "h w c -> (h i) (w j) c", i=scale, j=scale)
+                canvas[y : y + height, x : x + width] = np.clip(big, 0, 1)
+
+    figure = _figure(total_width, total_height)
+    figure.figimage((canvas * 255).round().astype(np.uint8), origin="upper", resize=False)
+
+    def write(x, y, lines, size=TEXT, weight="normal", color=FAINT, **where):
+        figure.text(x / total_width, 1 - y / total_height, "\n".join(lines), color=color,
+                    font=_font(size, weight), linespacing=LINE, parse_math=False, **where)  # fmt: skip
+
+    frame_left = left[0] - 1
+    write(frame_left, MARGIN, title_lines, TITLE, "bold", INK, ha="left", va="top")
+    bottom = top[0] - FRAME - 4  # of the heads
+    for x, head in zip(left, heads, strict=False):
+        write(x + width / 2, bottom, head, ha="center", va="bottom")
+    for y, label in zip(top, labels, strict=False):
+        write(left[0] - FRAME - 10, y + height / 2, label, ha="right", va="center")
+    if corner:
+        write(left[0] - FRAME - 10, bottom, [corner], ha="right", va="bottom")
+    return figure
+
+
+def _starts(first: int, number: int, size: int, apart: Sequence[int]) -> list[int]:
+    """Where `number` panels of `size` begin along one side, with the wider gap before `apart`."""
+    starts = [first + FRAME]
+    for i in range(1, number):
+        starts.append(starts[-1] + size + 2 * FRAME + (WIDE if i in apart else GAP))
+    return starts
+
+
+# -- text and curves ---------------------------------------------------------------------------------
+
+
+def _font(size: float, weight: str = "normal") -> FontProperties:
+    """The font that comes with matplotlib, so that a picture looks the same everywhere."""
+    return FontProperties(family="DejaVu Sans", size=size, weight=weight)
+
+
+def _text_width(text: str, size: float, weight: str = "normal") -> float:
+    """In dots."""
+    prop = _font(size, weight)
+    return TextToPath().get_text_width_height_descent(text, prop, ismath=False)[0] * DPI / 72
+
+
+def _wrap(text: str, width: float, size: float, weight: str = "normal") -> list[str]:
+    """Lines of at most `width` dots; a word that is longer is broken."""
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if _text_width(joined, size, weight) <= width:
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and _text_width(lines[-1] + letter, size, weight) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
+
+
+def _style(axes: Any, name: str, xlabel: str) -> None:
+    axes.set_title(name, loc="left", parse_math=False, color=INK, font=_font(TEXT + 1), pad=7)
+    axes.set_xlabel(xlabel, parse_math=False, color=FAINT, font=_font(TEXT))
+    axes.set_facecolor("white")
+    axes.grid(True, color="#ECEEF1", linewidth=0.7, linestyle="-")
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set(visible=side in ("left", "bottom"), color=HAIRLINE, linewidth=0.8)
+    axes.tick_params(which="both", length=0, labelsize=TEXT, labelcolor=FAINT, pad=4)
+
+
+def _scale(axes: Any, log: bool) -> None:
+    """Few, round, short tick labels, after the lines have been drawn."""
+    y = np.concatenate([line.get_ydata() for line in axes.lines] or [np.zeros(0)])
+    x = np.concatenate([line.get_xdata() for line in axes.lines] or [np.zeros(0)])
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=bool((x == x.round()).all())))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    if log and (y > 0).any():
+        axes.set_yscale("log", nonpositive="mask")
+        decades = np.ptp(np.log10(y[y > 0]))
+        axes.yaxis.set_major_locator(
+            LogLocator(subs=(1,) if decades > 2 else (1, 2, 5), numticks=7)
+        )
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        for label in axis.get_ticklabels():
+            label.set_font(_font(TEXT))
+
+
+def _short(value: float) -> str:
+    """12345 -> 12.345k: what an axis offset would hide stays readable."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / min(size, 1e3 if unit == 'k' else size):g}{unit}".replace("-", "−")
+    return f"{value:g}".replace("-", "−") if abs(value) > 1e-12 else "0"
+
+
+def _mark(axes: Any, marks: Mapping[str, float]) -> None:
+    """Dotted vertical lines with their names at the top, on the side with more room, one below the
+    other where there are several."""
+    for i, (text, x) in enumerate(marks.items()):
+        axes.axvline(x, color=FAINT, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
+        low, high = axes.get_xlim()
+        side = 1 if x - low < high - x else -1
+        axes.annotate(
+            text, (x, 1), xycoords=("data", "axes fraction"), parse_math=False, color=FAINT,
+            xytext=(3 * side, -1 - i * TEXT * LINE), textcoords="offset points",
+            ha="left" if side > 0 else "right", va="top", font=_font(TEXT - 0.5),
+        )  # fmt: skip
+
+
+# -- in and out --------------------------------------------------------------------------------------
+
+
+def _rgb(code: str) -> np.ndarray:
+    return np.array([int(code[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+
+
+def _numpy(values: Any) -> Any:
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
+
+
+def _floats(values: Any, name: str, ndim: int) -> np.ndarray:
+    """As float32 array with `ndim` axes, none of them empty, without NaN."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().float()  # numpy has no bfloat16
+    array = np.asarray(_numpy(values), dtype=np.float32)
+    if array.ndim != ndim or not array.size:
+        raise ValueError(f"{name} must have {ndim} axes, none empty, not {array.shape}")
+    if np.isnan(array).any():
+        raise ValueError(f"{name} holds NaN")
+    return array
+
+
+def _bools(values: Any, name: str, ndim: int) -> np.ndarray:
+    array = np.asarray(_numpy(values))
+    if array.ndim != ndim or not array.size or array.dtype != bool:
+        raise ValueError(f"{name} must be bool with {ndim} axes, not {array.dtype} {array.shape}")
+    return array
+
+
+def _images(values: Any, name: str, ndim: int) -> np.ndarray:
+    """(..., C, H, W) -> (..., H, W, 3), clipped to [0, 1]; one channel becomes grey."""
+    array = rearrange(_floats(values, name, ndim), "... c h w -> ... h w c")
+    if array.shape[-1] not in (1, 3):
+        raise ValueError(f"{name} must have 1 or 3 channels, not {array.shape[-1]}")
+    return np.clip(np.broadcast_to(array, (*array.shape[:-1], 3)), 0, 1)
+
+
+def _same(axes: str, *arrays: np.ndarray) -> None:
+    shapes = [array.shape for array in arrays]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"arguments differ in ({axes}): {', '.join(map(str, shapes))}")
+
+
+def _figure(width: int, height: int) -> Figure:
+    """A white figure of width x height dots. (A hundredth more: a dot must not be rounded away.)"""
+    size = (width + 0.01) / DPI, (height + 0.01) / DPI
+    figure = Figure(figsize=size, dpi=DPI, facecolor="white", edgecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    """Through a temporary file in the same folder, which is made if need be, and a rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # Explicit, because rcParams may say otherwise; no version number in the file.
+        figure.savefig(temporary, format="png", dpi=DPI, bbox_inches=None, facecolor="white",
+                       edgecolor="white", metadata={"Software": None})  # fmt: skip
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
