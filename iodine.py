@@ -12,7 +12,36 @@
 #     "scikit-learn>=1.5",
 # ]
 # ///
-"""IODINE."""
+"""IODINE: multi-object representation learning with iterative variational inference.
+
+Greff et al., ICML 2019 (arXiv 1903.00450). A scene is K slots; every slot is decoded alone into a
+picture of one object and a mask, and the masks compete for the pixels:
+
+    z_k ~ N(0, 1)                                              K latent vectors, k = 1 .. K
+    mu_k, a_k = decoder(z_k)                                   colours and mask logit per pixel
+    m = softmax_k(a)
+    p(x|z) = prod_i sum_k m_ik prod_c N(x_ic; mu_ikc, sigma^2)                       (eq. 1)
+    L = KL(q(z|x) || p(z)) - log p(x|z),  q(z_k|x) = N(lambda_k)                     the loss
+    lambda_k <- lambda_k + f(inputs of slot k, gradient of L wrt lambda_k), T times  (eqs 2, 3)
+
+and sum_t (t/T) L^(t) is minimised through all T steps (eq. 4, algorithm 1).
+
+    python iodine.py                                    two CPU cores, about 3 minutes
+    python iodine.py --preset tetrominoes --minutes 60  the paper's settings
+    python iodine.py --resume runs/iodine-quick-0 --experiment factors
+
+A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
+runs/iodine-<preset>-<seed>/.
+
+RESULT
+
+What `quick` changes, each a field of Config that the paper's presets leave at the paper's value:
+
+    field                 paper     quick    why (a trial with the paper's value, ARI-FG)
+TABLE
+
+`--variant released` is the authors' code instead of the paper (RELEASED, below).
+"""
 
 import json
 import math
@@ -506,9 +535,9 @@ def draw(model: IODINE, scenes: data.Scenes, folder: Path, results: dict[str, An
         "Iterative inference: every row refines the one above",
     )
 
-    # The latents of the first object's slot that hold the most information, moved one at a time.
+    # The latents of one object's slot that hold the most information, moved one at a time.
     loc, scale = model.posterior(steps[-1].posterior[:1])
-    slot = metrics.match(batch.masks[:1], masks[:1])[0, 1]
+    slot = metrics.match(batch.masks[:1], masks[:1])[0, 1:].max()  # -1, the last: nothing matched
     information = model.kl_terms(loc, scale)[0, slot]  # (D,)
     latents = information.topk(min(6, config.latent_size)).indices
     values = torch.linspace(-2, 2, 7, device=loc.device) * math.sqrt(config.prior_variance)
@@ -593,7 +622,6 @@ def factors(model: IODINE, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
         if len(np.unique(y, axis=0)) > 1:  # else a constant of this data set
             probe = LinearRegression() if y.dtype.kind == "f" else LogisticRegression(max_iter=1000)
             scores[name] = float(probe.fit(z[:half], y[:half]).score(z[half:], y[half:]))
-    figures.bars(folder / "factors.png", scores, "Linear prediction of an object's factors")
     return dict(scores=scores, objects=len(z))
 
 
@@ -675,7 +703,7 @@ def train(config: Config) -> dict[str, Any]:
         test = data.make(config.dataset, "test", config.seed, device)
         result = EXPERIMENTS[config.experiment](model, test, folder / "figures")
         runs.write(folder / f"{config.experiment}.json", result)
-        print(f"{json.dumps(result)}\nlook at  {folder / 'figures' / config.experiment}.png")
+        print(json.dumps(result, indent=1))
         return result
     if config.eval_only:
         return finish(config, model, device, folder, step=step, minutes=seconds / 60)

@@ -27,7 +27,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextToPath
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter
 
 from data import metrics
 
@@ -42,11 +42,12 @@ BACKGROUND = "#CDD0D6"
 INK, FAINT, HAIRLINE = "#1F2328", "#59636E", "#D1D5DB"  # titles; other text; frames of images
 
 DPI = 150
-PANEL = 112  # the least width of a panel; images are enlarged by the next whole number
-FRAME, GAP, WIDE = 4, 8, 24  # around a panel; between frames; between groups of panels
+PANEL = 120  # the least width of a panel; images are enlarged by the next whole number
+FRAME, GAP, WIDE = 3, 8, 24  # around a panel; between frames; between groups of panels
 MARGIN, MIN_WIDTH, LABEL_WIDTH = 20, 480, 200  # of the picture; row labels break at the last
 TITLE, TEXT = 9.5, 7.0  # points
 LINE = 1.25  # line spacing
+LINE_HEIGHT = LINE * DPI / 72  # dots per point of font size
 
 
 class Panel(NamedTuple):
@@ -54,7 +55,7 @@ class Panel(NamedTuple):
     frame: Any = None  # its colour; a hairline where None
 
 
-# -- the figures -------------------------------------------------------------------------------------
+# -- the figures -----------------------------------------------------------------------------------
 
 
 def decomposition(
@@ -76,7 +77,7 @@ def decomposition(
     a dash for NaN.
     """
     image, reconstruction = _images(image, "image", 4), _images(reconstruction, "reconstruction", 4)
-    masks, means = _floats(masks, "masks", 4), _images(means, "means", 5)
+    masks, means = _masks(masks, "masks", 4), _images(means, "means", 5)
     true_masks = _bools(true_masks, "true_masks", 4)
     _same("n h w", image[..., 0], reconstruction[..., 0], true_masks[:, 0], masks[:, 0])
     _same("n k h w", masks, means[..., 0])
@@ -89,13 +90,8 @@ def decomposition(
         row += [Panel(_paint(true_masks[n], entity_colors)), Panel(_paint(masks[n], slot_colors))]
         row += [Panel(_on_white(means[n, k], masks[n, k]), slot_colors[k]) for k in order]
         rows.append(row)
-    heads = [
-        "Input",
-        "Reconstruction",
-        "True masks",
-        "Predicted masks",
-        *_slot_heads(masks.shape[1]),
-    ]
+    heads = ["Input", "Reconstruction", "True masks", "Predicted masks"]
+    heads += _slot_heads(masks.shape[1])
     labels = []
     if scores is not None:
         scores = np.asarray(_numpy(scores), dtype=float)
@@ -118,13 +114,13 @@ def refinement(
     """Iterative inference on one scene, a step a row (IODINE's Fig. 7), below what it should find.
 
     image (C, H, W); true_masks (E, H, W); reconstructions (T, C, H, W); masks (T, K, H, W); means
-    (T, K, C, H, W). The first row is the truth: input, true masks and, above the slots that match
-    them at the last step, the entities cut out of the input. Order and colours of the slots are
-    those of the last step throughout, so that one colour follows one slot.
+    (T, K, C, H, W). The first row is the truth: the input, the true masks and, above the slots that
+    match them at the last step, the entities cut out of the input. Order and colours of the slots
+    are those of the last step throughout, so that one colour follows one slot.
     """
     image, true_masks = _images(image, "image", 3), _bools(true_masks, "true_masks", 3)
     reconstructions = _images(reconstructions, "reconstructions", 4)
-    masks, means = _floats(masks, "masks", 4), _images(means, "means", 5)
+    masks, means = _masks(masks, "masks", 4), _images(means, "means", 5)
     _same("h w", image[..., 0], true_masks[0], reconstructions[0, ..., 0], masks[0, 0])
     _same("t k h w", masks, means[..., 0])
     _same("t", reconstructions[:, 0, 0, 0], masks[:, 0, 0, 0])
@@ -143,7 +139,7 @@ def refinement(
         row += [Panel(_on_white(means[t, k], masks[t, k]), slot_colors[k]) for k in order]
         rows.append(row)
     heads = ["Reconstruction", "Masks", *_slot_heads(masks.shape[1])]
-    labels = ["input", *(f"step {t}" for t in range(1, len(masks) + 1))]
+    labels = ["truth", *(f"step {t}" for t in range(1, len(masks) + 1))]
     return _save(_sheet(rows, title, heads, labels, columns_apart=(2,), rows_apart=(1,)), path)
 
 
@@ -173,7 +169,7 @@ def samples(path: str | Path, images: Any, title: str, masks: Any = None) -> Pat
     images = _images(images, "images", 4)
     grid = [[Panel(image) for image in images]]
     if masks is not None:
-        masks = _floats(masks, "masks", 4)
+        masks = _masks(masks, "masks", 4)
         _same("n h w", images[..., 0], masks[:, 0])
         grid.append([])
         for scene in masks:
@@ -196,73 +192,60 @@ def curves(
     marks: Mapping[str, float] | None = None,
     logy: Sequence[str] = (),
 ) -> Path:
-    """Panels side by side, four a row: {panel title: {label: (x, y, stderr or None)}}.
+    """Panels side by side (IODINE's Fig. 8): {panel title: {label: (x, y, stderr or None)}}.
 
     A line a label, the same colour in every panel, with a band of ± stderr; one legend if there is
-    more than one label. None and NaN leave a gap. `marks` {text: x} are dotted vertical lines. `logy`
-    names the panels with a logarithmic axis (IODINE's Fig. 8, training curves).
+    more than one label. None and NaN leave a gap. `marks` {text: x} are dotted vertical lines.
+    `logy` names panels with a logarithmic axis. More than four panels take several rows.
     """
     if not panels:
-        raise ValueError("curves needs a panel")
+        raise ValueError("curves needs at least one panel")
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
-    legend = len(labels) > 1
-    columns = min(len(panels), 4)
-    figure = _figure(columns * 370 + MARGIN + 160 * legend, math.ceil(len(panels) / 4) * 300 + 60)
-    figure.set_layout_engine("constrained", w_pad=0.07, h_pad=0.06, wspace=0.02, hspace=0.04)
-    title = "\n".join(_wrap(title, figure.bbox.width - 2 * MARGIN, TITLE, "bold"))
-    left = MARGIN / figure.bbox.width
-    figure.suptitle(
-        title, x=left, ha="left", parse_math=False, color=INK, font=_font(TITLE, "bold")
-    )
+    num_rows = math.ceil(len(panels) / 4)
+    num_columns = math.ceil(len(panels) / num_rows)
+    legend = math.ceil(max(map(_text_width, labels), default=0) + 60) if len(labels) > 1 else 0
+    width = max(num_columns * 360 + 2 * MARGIN + legend, MIN_WIDTH)
+    lines = _wrap(title, width - 2 * MARGIN, TITLE, "bold")
+    figure = _figure(width, num_rows * 290 + MARGIN + len(lines) * LINE_HEIGHT * TITLE)
+    pad = MARGIN / DPI  # inches
+    figure.set_layout_engine("constrained", w_pad=pad, h_pad=pad / 2, wspace=0, hspace=0)
+    figure.suptitle("\n".join(lines), x=MARGIN / width, ha="left", parse_math=False, color=INK,
+                    font=_font(TITLE, "bold"), linespacing=LINE)  # fmt: skip
 
-    grid = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).ravel()
+    grid = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    lines = {}
-    for axes, (name, curves) in zip(grid, panels.items(), strict=False):
-        _style(axes, name, xlabel)
-        for label, (x, y, stderr) in curves.items():
-            x, y = (np.asarray(_numpy(v), dtype=float) for v in (x, y))
-            color = _color(_LINE_ORDER[labels.index(label) % len(_LINE_ORDER)])
-            marker = dict(marker="o", markersize=2.6) if len(x) <= 30 else {}
-            (lines[label],) = axes.plot(x, y, color=color, linewidth=1.4, **marker)
-            if stderr is not None:
-                stderr = np.asarray(_numpy(stderr), dtype=float)
-                low, high = y - stderr, y + stderr
-                if name in logy:  # a band that reaches 0 has no place on a logarithmic axis
-                    low = np.where(low > 0, low, y)
-                axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-        _scale(axes, name in logy)
-        _mark(axes, marks or {})
+    every_x = [_numpy(x) for panel in panels.values() for x, _, _ in panel.values()]
+    every_x = np.concatenate([*every_x, list((marks or {}).values())]).astype(float)
+    handles = {}
+    for axes, (name, panel) in zip(grid, panels.items(), strict=False):
+        for label, (x, y, stderr) in panel.items():
+            color = _color(LINES[labels.index(label) % len(LINES)])
+            handles[label] = _line(axes, x, y, stderr, color, name in logy)
+        _dress(axes, name, xlabel, every_x, name in logy, marks or {})
     if legend:
-        handles, names = zip(*((lines[label], label) for label in labels), strict=True)
-        box = figure.legend(handles, names, loc="outside right upper", frameon=False,
-                            prop=_font(TEXT), labelcolor=INK)  # fmt: skip
+        box = grid[num_columns - 1].legend(
+            [handles[label] for label in labels], labels, prop=_font(TEXT), labelcolor=INK,
+            loc="upper left", bbox_to_anchor=(1.04, 1), borderaxespad=0, frameon=False,
+        )  # fmt: skip
         for text in box.get_texts():
             text.set_parse_math(False)
     return _save(figure, path)
 
 
-# -- colours -----------------------------------------------------------------------------------------
+# -- colours ---------------------------------------------------------------------------------------
 
-_LINE_ORDER = (
-    5,
-    4,
-    3,
-    1,
-    6,
-    2,
-    8,
-    9,
-    10,
-    11,
-)  # entity numbers: lines need more contrast than areas
+LINES = (5, 4, 3, 1, 6, 2, 8, 9, 10, 11)  # of curves, as entity numbers, the darker ones first
+
+
+def _rgb(code: str) -> np.ndarray:
+    """#RRGGBB as (3,) in [0, 1]."""
+    return np.array([int(code[i : i + 2], 16) for i in (1, 3, 5)]) / 255
 
 
 def _color(entity: int) -> np.ndarray:
-    """RGB in [0, 1] of entity 0 (grey), 1, 2, ...; they repeat after PALETTE's last."""
-    code = PALETTE[(entity - 1) % len(PALETTE)] if entity else BACKGROUND
-    return np.array([int(code[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    """(3,) in [0, 1] for entity 0 (grey), 1, 2, ...; they repeat after PALETTE's last."""
+    return _rgb(PALETTE[(entity - 1) % len(PALETTE)] if entity else BACKGROUND)
 
 
 def _colors(slots: np.ndarray, num_slots: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
@@ -279,14 +262,12 @@ def _colors(slots: np.ndarray, num_slots: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _paint(masks: np.ndarray, colors: Any) -> np.ndarray:
-    """Masks (K, H, W) as a mixture of the slots' colours (K, 3): (H, W, 3). What is missing to a sum
-    of 1 is white."""
+    """Masks (K, H, W) as a mixture of the slots' colours (K, 3), white where they sum to less than
+    1: (H, W, 3)."""
     masks = np.clip(masks.astype(np.float64), 0, 1)
-    total = masks.sum(0)
-    masks = masks / np.maximum(total, 1)
-    return (
-        np.einsum("khw, kc -> hwc", masks, np.asarray(colors)) + np.clip(1 - total, 0, 1)[..., None]
-    )
+    total = masks.sum(0)  # (H, W)
+    mixture = np.einsum("khw, kc -> hwc", masks / np.maximum(total, 1), np.asarray(colors))
+    return mixture + np.clip(1 - total, 0, 1)[..., None]
 
 
 def _on_white(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -299,7 +280,7 @@ def _slot_heads(num_slots: int) -> list[str]:
     return [f"Slot {i}" for i in range(1, num_slots + 1)]
 
 
-# -- sheets of panels --------------------------------------------------------------------------------
+# -- sheets of panels ------------------------------------------------------------------------------
 
 
 def _sheet(
@@ -319,18 +300,19 @@ def _sheet(
     height, width = rows[0][0].image.shape[:2]
     scale = max(1, math.ceil(PANEL / width))
     height, width = height * scale, width * scale
-    line = TEXT * LINE * DPI / 72
-    heads = [_wrap(head, width + GAP, TEXT) for head in heads]
+    heads = [_wrap(head, width + GAP, TEXT) for head in heads]  # lines of text, each
     labels = [_wrap(label, LABEL_WIDTH, TEXT) for label in labels]
-    margin = max((_text_width(part, TEXT) for part in (corner, *sum(labels, []))), default=0)
-    margin = MARGIN + (math.ceil(margin) + 12 if labels else 0)
+    margin = MARGIN
+    if labels:
+        parts = [corner, *(part for label in labels for part in label)]
+        margin += math.ceil(max(map(_text_width, parts))) + 12
 
     num_columns = max(map(len, rows))
     left = _starts(margin, num_columns, width, columns_apart)  # of the panels, frames left out
     total_width = max(left[-1] + width + FRAME + MARGIN, MIN_WIDTH)
-    title_lines = _wrap(title, total_width - 2 * MARGIN, TITLE, "bold")
-    title_height = len(title_lines) * TITLE * LINE * DPI / 72
-    heads_height = max(map(len, heads), default=0) * line
+    title_lines = _wrap(title, total_width - left[0] - MARGIN, TITLE, "bold")
+    title_height = len(title_lines) * TITLE * LINE_HEIGHT
+    heads_height = max(map(len, heads), default=0) * TEXT * LINE_HEIGHT
     top = MARGIN + title_height + (12 if heads else 6) + heads_height
     top = _starts(math.ceil(top), len(rows), height, rows_apart)
     total_height = top[-1] + height + FRAME + MARGIN
@@ -348,19 +330,24 @@ def _sheet(
     figure = _figure(total_width, total_height)
     figure.figimage((canvas * 255).round().astype(np.uint8), origin="upper", resize=False)
 
-    def write(x, y, lines, size=TEXT, weight="normal", color=FAINT, **where):
-        figure.text(x / total_width, 1 - y / total_height, "\n".join(lines), color=color,
-                    font=_font(size, weight), linespacing=LINE, parse_math=False, **where)  # fmt: skip
+    def write(x, y, text, size=TEXT, weight="normal", color=FAINT, **where):
+        figure.text(
+            x / total_width, 1 - y / total_height, text, color=color, font=_font(size, weight),
+            linespacing=LINE, parse_math=False, **where,
+        )  # fmt: skip
 
-    frame_left = left[0] - 1
-    write(frame_left, MARGIN, title_lines, TITLE, "bold", INK, ha="left", va="top")
-    bottom = top[0] - FRAME - 4  # of the heads
+    def write_head(x, lines, ha):  # up from a common baseline, whatever letters it has
+        for i, text in enumerate(reversed(lines)):
+            y = top[0] - FRAME - 9 - i * TEXT * LINE_HEIGHT
+            write(x, y, text, ha=ha, va="baseline")
+
+    write(left[0] - 1, MARGIN, "\n".join(title_lines), TITLE, "bold", INK, ha="left", va="top")
     for x, head in zip(left, heads, strict=False):
-        write(x + width / 2, bottom, head, ha="center", va="bottom")
-    for y, label in zip(top, labels, strict=False):
-        write(left[0] - FRAME - 10, y + height / 2, label, ha="right", va="center")
+        write_head(x + width / 2, head, "center")
     if corner:
-        write(left[0] - FRAME - 10, bottom, [corner], ha="right", va="bottom")
+        write_head(left[0] - FRAME - 10, [corner], "right")
+    for y, label in zip(top, labels, strict=False):
+        write(left[0] - FRAME - 10, y + height / 2, "\n".join(label), ha="right", va="center")
     return figure
 
 
@@ -372,7 +359,7 @@ def _starts(first: int, number: int, size: int, apart: Sequence[int]) -> list[in
     return starts
 
 
-# -- text and curves ---------------------------------------------------------------------------------
+# -- text and curves -------------------------------------------------------------------------------
 
 
 def _font(size: float, weight: str = "normal") -> FontProperties:
@@ -380,10 +367,10 @@ def _font(size: float, weight: str = "normal") -> FontProperties:
     return FontProperties(family="DejaVu Sans", size=size, weight=weight)
 
 
-def _text_width(text: str, size: float, weight: str = "normal") -> float:
-    """In dots."""
-    prop = _font(size, weight)
-    return TextToPath().get_text_width_height_descent(text, prop, ismath=False)[0] * DPI / 72
+def _text_width(text: str, size: float = TEXT, weight: str = "normal") -> float:
+    """In dots, and a little more, as hinting widens letters."""
+    points = TextToPath().get_text_width_height_descent(text, _font(size, weight), ismath=False)[0]
+    return 1.04 * points * DPI / 72
 
 
 def _wrap(text: str, width: float, size: float, weight: str = "normal") -> list[str]:
@@ -403,78 +390,114 @@ def _wrap(text: str, width: float, size: float, weight: str = "normal") -> list[
     return lines
 
 
-def _style(axes: Any, name: str, xlabel: str) -> None:
-    axes.set_title(name, loc="left", parse_math=False, color=INK, font=_font(TEXT + 1), pad=7)
+def _line(axes: Any, x: Any, y: Any, stderr: Any, color: np.ndarray, log: bool) -> Any:
+    """One curve with its band; dots where the values are few enough to be told apart."""
+    x, y = (np.asarray(_numpy(values), dtype=float) for values in (x, y))  # None becomes NaN
+    if stderr is not None:
+        stderr = np.asarray(_numpy(stderr), dtype=float)
+        low, high = y - stderr, y + stderr
+        if log:  # a band that reaches 0 has no place on a logarithmic axis
+            low = np.where(low > 0, low, y)
+        axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+    marker = {"marker": "o", "markersize": 2.6} if len(x) <= 30 else {}
+    width = 1.4 if len(x) <= 300 else 0.9
+    (line,) = axes.plot(x, y, color=color, linewidth=width, linestyle="-", **marker)
+    return line
+
+
+def _dress(
+    axes: Any, name: str, xlabel: str, every_x: np.ndarray, log: bool, marks: Mapping[str, float]
+) -> None:
+    """All around the lines: title, grid, marks, few and short tick labels, one range of x."""
+    above = 5 + len(marks) * TEXT * LINE  # points between plot and title, for the marks' names
+    axes.set_title(name, loc="left", parse_math=False, color=INK, font=_font(TEXT + 1), pad=above)
     axes.set_xlabel(xlabel, parse_math=False, color=FAINT, font=_font(TEXT))
     axes.set_facecolor("white")
-    axes.grid(True, color="#ECEEF1", linewidth=0.7, linestyle="-")
+    axes.grid(True, which="major", color="#ECEEF1", linewidth=0.7, linestyle="-")
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set(visible=side in ("left", "bottom"), color=HAIRLINE, linewidth=0.8)
-    axes.tick_params(which="both", length=0, labelsize=TEXT, labelcolor=FAINT, pad=4)
 
-
-def _scale(axes: Any, log: bool) -> None:
-    """Few, round, short tick labels, after the lines have been drawn."""
-    y = np.concatenate([line.get_ydata() for line in axes.lines] or [np.zeros(0)])
-    x = np.concatenate([line.get_xdata() for line in axes.lines] or [np.zeros(0)])
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=bool((x == x.round()).all())))
+    low, high = every_x.min(initial=math.inf), every_x.max(initial=-math.inf)
+    if low < high < math.inf:
+        axes.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+    whole = bool((every_x == every_x.round()).all())  # no step 2.5
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole))
+    axes.xaxis.set_major_formatter(Ticks())
     axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(Ticks())
+    y = np.concatenate([np.zeros(0), *(line.get_ydata() for line in axes.lines)])
     if log and (y > 0).any():
         axes.set_yscale("log", nonpositive="mask")
-        decades = np.ptp(np.log10(y[y > 0]))
-        axes.yaxis.set_major_locator(
-            LogLocator(subs=(1,) if decades > 2 else (1, 2, 5), numticks=7)
-        )
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-        for label in axis.get_ticklabels():
-            label.set_font(_font(TEXT))
+        subs = (1,) if np.ptp(np.log10(y[y > 0])) > 2 else (1, 2, 5)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=7))
+        axes.yaxis.set_major_formatter(Ticks(log=True))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(which="both", length=0, labelsize=TEXT, labelcolor=FAINT, pad=4)
+    axes.tick_params(labelfontfamily="DejaVu Sans")
 
-
-def _short(value: float) -> str:
-    """12345 -> 12.345k: what an axis offset would hide stays readable."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            return f"{value / min(size, 1e3 if unit == 'k' else size):g}{unit}".replace("-", "−")
-    return f"{value:g}".replace("-", "−") if abs(value) > 1e-12 else "0"
-
-
-def _mark(axes: Any, marks: Mapping[str, float]) -> None:
-    """Dotted vertical lines with their names at the top, on the side with more room, one below the
-    other where there are several."""
+    low, high = axes.get_xlim()
     for i, (text, x) in enumerate(marks.items()):
         axes.axvline(x, color=FAINT, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
-        low, high = axes.get_xlim()
-        side = 1 if x - low < high - x else -1
+        share = (x - low) / (high - low)
         axes.annotate(
             text, (x, 1), xycoords=("data", "axes fraction"), parse_math=False, color=FAINT,
-            xytext=(3 * side, -1 - i * TEXT * LINE), textcoords="offset points",
-            ha="left" if side > 0 else "right", va="top", font=_font(TEXT - 0.5),
+            xytext=(0, 3 + i * TEXT * LINE), textcoords="offset points", va="baseline",
+            ha="left" if share < 0.3 else "right" if share > 0.7 else "center",
+            font=_font(TEXT - 0.5),
         )  # fmt: skip
 
 
-# -- in and out --------------------------------------------------------------------------------------
+class Ticks(Formatter):
+    """Tick labels with a common unit and number of digits: 0.0 0.5 1.0, or 0 50k 100k."""
+
+    def __init__(self, log: bool = False):
+        self.log = log
+
+    def __call__(self, value: float, pos: int | None = None) -> str:
+        return self.format_ticks([value])[0]
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        if self.log:
+            return [f"{v:g}".replace("e-0", "e-").replace("e+0", "e") for v in values]
+        values, unit = np.asarray(values, dtype=float), ""
+        while unit != "G" and abs(values).max(initial=0) >= 1e4:
+            values, unit = values / 1e3, {"": "k", "k": "M", "M": "G"}[unit]
+        near = np.ptp(values) / 1e6 if len(values) > 1 else 0  # binary fractions are not round
+        values = np.where(abs(values) <= near, 0.0, values)  # nor is their 0; and no -0
+        digits = [d for d in range(7) if (abs(values - values.round(d)) <= near).all()]
+        text = [f"{v:.{digits[0]}f}" if digits else f"{v:g}" for v in values]
+        text = [part if unit and not float(part) else part + unit for part in text]  # no 0k
+        return [part.replace("-", "−") for part in text]
 
 
-def _rgb(code: str) -> np.ndarray:
-    return np.array([int(code[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+# -- in and out ------------------------------------------------------------------------------------
 
 
 def _numpy(values: Any) -> Any:
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.dtype == torch.bfloat16 else values  # numpy has none
+        return values.numpy()
+    return values
 
 
 def _floats(values: Any, name: str, ndim: int) -> np.ndarray:
-    """As float32 array with `ndim` axes, none of them empty, without NaN."""
-    if isinstance(values, torch.Tensor):
-        values = values.detach().float()  # numpy has no bfloat16
-    array = np.asarray(_numpy(values), dtype=np.float32)
+    """As a float32 array with `ndim` axes, none of them empty, without NaN."""
+    array = np.asarray(_numpy(values))
     if array.ndim != ndim or not array.size:
         raise ValueError(f"{name} must have {ndim} axes, none empty, not {array.shape}")
+    if array.dtype.kind not in "fb":  # integers would be on the scale of 0 to 255
+        raise ValueError(f"{name} must be floats in [0, 1], not {array.dtype}")
     if np.isnan(array).any():
         raise ValueError(f"{name} holds NaN")
+    return array.astype(np.float32)
+
+
+def _masks(values: Any, name: str, ndim: int) -> np.ndarray:
+    array = _floats(values, name, ndim)
+    if array.min() < -1e-3 or array.max() > 1 + 1e-3:  # rounding may leave the range, logits do
+        raise ValueError(f"{name} must be in [0, 1], not {array.min():g} to {array.max():g}")
     return array
 
 
@@ -494,6 +517,7 @@ def _images(values: Any, name: str, ndim: int) -> np.ndarray:
 
 
 def _same(axes: str, *arrays: np.ndarray) -> None:
+    """Raises ValueError unless all shapes are equal; `axes` names what they have in common."""
     shapes = [array.shape for array in arrays]
     if len(set(shapes)) > 1:
         raise ValueError(f"arguments differ in ({axes}): {', '.join(map(str, shapes))}")
@@ -513,9 +537,8 @@ def _save(figure: Figure, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        # Explicit, because rcParams may say otherwise; no version number in the file.
-        figure.savefig(temporary, format="png", dpi=DPI, bbox_inches=None, facecolor="white",
-                       edgecolor="white", metadata={"Software": None})  # fmt: skip
+        # Not savefig, whose crop and resolution rcParams may change; no version number in the file.
+        figure.canvas.print_png(temporary, metadata={"Software": None})
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

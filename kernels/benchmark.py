@@ -1,0 +1,681 @@
+"""What the operations, and the training steps around them, cost on this machine.
+
+    python -m kernels.benchmark                         # every operation at five sizes
+    python -m kernels.benchmark --sizes clevr6 --torch-compile
+    python -m kernels.benchmark --models                # training steps, all three parts
+    python -m kernels.benchmark --models step           # what each change to the step brings
+    python -m kernels.benchmark --models clevr presets  # the paper's largest model; every preset
+
+Nothing wrong is timed: everything is first compared, at the very shape, with the reference in
+float64 (error: the largest deviation over the largest value, of every output and gradient; of a
+training step, run on two images, of loss and gradient). What is wrong is a red row without a
+number, and makes the exit status 1.
+
+Times are medians with the 20th and 80th percentile, in milliseconds. Candidates take turns, call by
+call: a machine that slows down slows all of them, and ratios stay fair. On CUDA a time lies between
+two events around the call, launches included, after a pass over a buffer larger than the cache.
+
+Operations. "eager autograd" is how ports of the models write it: torch.distributions.Normal,
+autograd.grad for the gradients, a loop over slots for leave-one-out, layer_norm and cat;
+"reference" is the shortest torch, which for mixture_log_likelihood computes all of `mixture`;
+"torch" and "triton" are the public operation (the torch path of `mixture` is its reference: these
+two show the noise). forward is without a graph, as in evaluation. "eager x" is eager's time over
+this row's: above 1 this row is faster. GB/s counts inputs, cotangents, outputs and gradients once
+each, what a perfect kernel would move; "copy" is its share of what copying a large tensor reached in
+this process. MB: the peak of what the call allocates.
+
+Training steps. `step` starts from IODINE as ports write it and makes one change per row; "above x"
+is the gain over the row above (of bfloat16's first row: over float32's). "MB first" and "MB peak"
+are resident memory of a process that takes two such steps, before them and at most (CUDA: allocated
+memory). `presets` sets a preset's step against the drawing of its scenes and noise, whose share of
+their sum should stay below 10 %.
+
+Axes: B batch, K slots, T refinement steps, D latent, C H W image, F input channels of refinement.
+"""
+
+import csv
+import importlib.metadata
+import math
+import multiprocessing
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import data
+import iodine
+import kernels
+from data import figures, runs
+from data.options import UserError, require
+from kernels.mixture import Mixture, mixture_reference
+from kernels.refinement_inputs import RefinementInputs, refinement_inputs_reference
+
+SIZES = {  # name: B on CUDA, B on a CPU, K, H = W
+    "tetrominoes": (32, 32, 4, 35),
+    "tetrominoes_256": (256, 64, 4, 35),
+    "dsprites": (32, 8, 6, 64),
+    "clevr6": (32, 2, 7, 128),
+    "slots_11": (32, 1, 11, 128),
+}
+SIGMA = 0.1
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # bfloat16: gradients are rounded to it
+STEP_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}  # bfloat16: shown, not judged
+MODELS = {"iodine": iodine}  # with PRESETS, make_config, build, and a model with noise and loss
+
+
+@dataclass
+class Options:
+    """Times the operations or, with --models, training steps."""
+
+    models: tuple[Literal["step", "clevr", "presets"], ...] | None = None  # no name: all of them
+    sizes: tuple[str, ...] = tuple(SIZES)  # of the operations
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ()  # of decoded; none: on CUDA both
+    batch: int = 0  # B; 0: every size and preset has its own (on a CPU: small ones)
+    repeats: int = 0  # timed calls of each; 0: 30 for operations, 5 for training steps
+    torch_compile: bool = field(default_factory=torch.cuda.is_available)  # time it as well
+    memory: bool = True  # measure the memory of training steps, in a process for each
+    threads: int = 0  # of the CPU; 0: torch decides
+    device: str = "auto"  # auto (CUDA where there is one), cpu, cuda, cuda:1, ...
+    out: str = ""  # folder to write; empty: kernels/results/<device>
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+def interleave(calls: dict, repeats: int, device: torch.device) -> dict[Any, dict[str, float]]:
+    """Milliseconds of every call: median, p20, p80. The calls take turns; a warm-up comes first."""
+    times: dict[Any, list[float]] = {name: [] for name in calls}
+    on_gpu = device.type == "cuda"
+    flush = torch.empty(1 << 28 if on_gpu else 0, dtype=torch.int8, device=device)
+    for repeat in range(-1 - repeats // 10, repeats):
+        for name, call in calls.items():
+            if on_gpu:
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                flush.zero_()
+                start.record()
+                call()
+                end.record()
+                end.synchronize()
+                elapsed = start.elapsed_time(end)
+            else:
+                begin = time.perf_counter()
+                call()
+                elapsed = 1e3 * (time.perf_counter() - begin)
+            if repeat >= 0:
+                times[name].append(elapsed)
+    quantiles = {name: np.quantile(t, (0.5, 0.2, 0.8)).tolist() for name, t in times.items()}
+    return {name: dict(zip(("ms", "p20", "p80"), q, strict=True)) for name, q in quantiles.items()}
+
+
+def race(
+    calls: dict, checks: dict, truth: Sequence[Tensor], tolerances: dict, repeats: int,
+    device: torch.device,
+) -> dict[Any, dict[str, Any]]:
+    """A row for every call: `error` of what its check gives, then times, or else `wrong`: why."""
+    rows: dict[Any, dict[str, Any]] = {name: {} for name in calls}
+    for name, row in rows.items():
+        try:
+            pairs = zip(checks[name](), truth, strict=True)
+            errors = [(v.double() - t).abs().max() / t.abs().max() for v, t in pairs]
+            row["error"] = torch.stack(errors).nan_to_num(math.inf).max().item()
+            if row["error"] > tolerances[name]:
+                row["wrong"] = f"error {row['error']:.0e}, at most {tolerances[name]:.0e} allowed"
+        except Exception as error:  # one that breaks must not keep the others from us
+            row["wrong"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    right = {name: call for name, call in calls.items() if "wrong" not in rows[name]}
+    for name, times in interleave(right, repeats, device).items():
+        rows[name] |= times
+    return rows
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """GB/s of copying a large tensor, bytes read and bytes written."""
+    source = torch.ones(1 << (28 if device.type == "cuda" else 24), device=device)
+    target = torch.empty_like(source)
+    times = interleave({"copy": lambda: target.copy_(source)}, 10, device)["copy"]
+    return num_bytes([source, target]) / times["ms"] / 1e6
+
+
+def peak_allocated(call: Callable[[], Any], device: torch.device) -> float:
+    """MB that the call allocates at most, above what there was."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler writes to stderr
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+        call()
+    events = record.profiler.kineto_results.events()
+    memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return float(np.cumsum([size for _, size in memory] or [0]).max()) / 1e6
+
+
+def memory_so_far(device: torch.device) -> float:
+    """MB that this process has held at most (on Linux getrusage would count its parent's)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1.024e-3
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1.024e-3
+
+
+def num_bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+# -- the operations --------------------------------------------------------------------------------
+
+
+def eager_terms(image: Tensor, decoded: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask logits, log N_k and log m_k N_k, each (B, K, H, W)."""
+    wide = decoded.to(torch.promote_types(decoded.dtype, torch.float32))
+    means, logits = wide[:, :, :-1], wide[:, :, -1]
+    log_density = torch.distributions.Normal(means, sigma).log_prob(image[:, None]).sum(2)
+    return logits, log_density, logits.log_softmax(1) + log_density
+
+
+def eager_log_likelihood(image: Tensor, decoded: Tensor, sigma: float, *_: Any) -> Tensor:
+    return eager_terms(image, decoded, sigma)[2].logsumexp(1)  # (B, H, W)
+
+
+def eager_mixture(image: Tensor, decoded: Tensor, sigma: float, *_: Any) -> Mixture:
+    with torch.enable_grad():
+        leaf = decoded if decoded.requires_grad else decoded.detach().requires_grad_()
+        logits, log_density, joint = eager_terms(image, leaf, sigma)
+        log_likelihood = joint.logsumexp(1)  # (B, H, W)
+        (gradient,) = torch.autograd.grad(-log_likelihood.sum(), leaf, retain_graph=True)
+    with torch.no_grad():
+        slots = range(decoded.shape[1])
+        others = [[j for j in slots if j != k] for k in slots]
+        terms = [logits[:, o].log_softmax(1) + log_density[:, o] for o in others]
+        leave_one_out = torch.stack([t.logsumexp(1) for t in terms], 1)  # (B, K, H, W)
+    return Mixture(log_likelihood, logits.softmax(1), joint.softmax(1), log_density.softmax(1),
+                   leave_one_out, gradient)
+
+
+def eager_refinement_inputs(
+    image: Tensor, decoded: Tensor, weight: Tensor, bias: Tensor, coordinates: Tensor,
+    sigma: float, *_: Any,
+) -> RefinementInputs:
+    mixture = eager_mixture(image, decoded, sigma)
+    gradient, shape = mixture.grad_decoded.to(weight.dtype), (*decoded.shape[:2], -1, -1, -1)
+    likelihood = mixture.log_likelihood.detach()[:, None, None].expand(*shape)  # (B, K, 1, H, W)
+    leave_one_out = mixture.leave_one_out[:, :, None]  # (B, K, 1, H, W)
+    stopped = gradient[:, :, :-1], gradient[:, :, -1:], likelihood, leave_one_out
+    normalised = torch.cat([F.layer_norm(value, value.shape[2:]) for value in stopped], 2)
+    packed = torch.cat(
+        [image[:, None].expand(*shape), decoded[:, :, :-1], mixture.masks[:, :, None],
+         decoded[:, :, -1:], mixture.posterior_masks[:, :, None],
+         normalised * weight[:, None, None] + bias[:, None, None], coordinates.expand(*shape)], 2,
+    )  # (B, K, F, H, W)
+    return RefinementInputs(packed, mixture.log_likelihood, gradient)
+
+
+def log_likelihood_reference(*arguments: Any) -> Tensor:
+    return mixture_reference(*arguments).log_likelihood
+
+
+OPS = {  # name: as ports write it, reference, public
+    "mixture_log_likelihood":
+        (eager_log_likelihood, log_likelihood_reference, kernels.mixture_log_likelihood),
+    "mixture": (eager_mixture, mixture_reference, kernels.mixture),
+    "refinement_inputs":
+        (eager_refinement_inputs, refinement_inputs_reference, kernels.refinement_inputs),
+}  # fmt: skip
+
+
+def with_backend(backend: str, function: Callable, *arguments: Any) -> Any:
+    with kernels.use(backend):
+        return function(*arguments)
+
+
+def backends(device: torch.device, op: str | None = None) -> list[str]:
+    """"torch", and "triton" where it can run."""
+    return ["torch", "triton"][: 1 + (with_backend("auto", kernels.backend, device, op) != "torch")]
+
+
+def make_inputs(
+    op: str, batch: int, slots: int, side: int, dtype: str, device: torch.device
+) -> list[Tensor]:
+    """image, decoded (channels-last memory, as decoders give it) and what else the op takes."""
+    draw = torch.Generator().manual_seed(0)
+    image = torch.rand(batch, 3, side, side, generator=draw)
+    decoded = torch.randn(batch * slots, 4, side, side, generator=draw)  # (B*K, C+1, H, W)
+    decoded[:, :3].mul_(0.25).add_(0.5)
+    decoded = decoded.to(getattr(torch, dtype)).contiguous(memory_format=torch.channels_last)
+    inputs = [image, decoded.unflatten(0, (batch, slots))]
+    if op == "refinement_inputs":
+        inputs += [1 + 0.1 * torch.randn(6, generator=draw), 0.1 * torch.randn(6, generator=draw)]
+        inputs += [iodine.linear_coordinates(side, side)]
+    return [tensor.to(device) for tensor in inputs]
+
+
+def make_call(
+    function: Callable, inputs: list[Tensor], backward: bool
+) -> Callable[[], list[Tensor]]:
+    """A call that gives the outputs and, with `backward`, their cotangents and the gradients."""
+    leaves = [tensor.clone().requires_grad_(backward) for tensor in inputs[1:4]]  # decoded, affine
+    cotangents: list[Tensor] = []
+
+    def call() -> list[Tensor]:
+        with torch.set_grad_enabled(backward):
+            outputs = function(inputs[0], *leaves, *inputs[4:], SIGMA)
+        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        gradients: Sequence[Tensor] = []
+        if backward:
+            ends = [output for output in outputs if output.requires_grad]
+            if not cotangents:  # always the same numbers, each in the memory layout of its output
+                draw = torch.Generator().manual_seed(1)
+                for end in ends:
+                    random = torch.randn(end.shape, generator=draw)
+                    cotangents.append(torch.empty_like(end).copy_(random))
+            gradients = torch.autograd.grad(ends, leaves, cotangents)
+        return [output.detach() for output in outputs] + cotangents + list(gradients)
+
+    return call
+
+
+def time_op(
+    op: str, inputs: list[Tensor], dtype: str, backward: bool, options: Options,
+    device: torch.device,
+) -> dict[str, dict[str, Any]]:
+    """The row of every implementation."""
+    eager, reference, public = OPS[op]
+    functions = {"eager autograd": eager, "reference": reference}
+    if options.torch_compile:
+        torch.compiler.reset()  # else it gives up after a few shapes
+        functions["torch.compile"] = torch.compile(reference, dynamic=False)
+    functions |= {name: partial(with_backend, name, public) for name in backends(device, op)}
+    calls = {name: make_call(f, inputs, backward) for name, f in functions.items()}
+    truth = make_call(reference, [tensor.double() for tensor in inputs], backward)()
+    tolerances = dict.fromkeys(calls, TOLERANCE[dtype])
+    rows = race(calls, calls, truth, tolerances, options.repeats or 30, device)
+    timed = {name: row for name, row in rows.items() if "ms" in row}
+    for name, row in timed.items():
+        row |= {f"vs {other}": timed[other]["ms"] / row["ms"] for other in timed}
+        traffic = num_bytes(inputs) * (2 if backward else 1) + num_bytes(calls[name]())
+        row["gb_per_s"] = traffic / row["ms"] / 1e6
+        row["peak_mb"] = peak_allocated(calls[name], device)
+    return rows
+
+
+def benchmark_ops(options: Options, device: torch.device, info: dict[str, Any]) -> bool:
+    """Prints and writes ops.*; True where everything was right."""
+    bandwidth = copy_bandwidth(device)
+    bases = ["eager autograd", "reference", "torch.compile", "torch"]
+    columns = [Column("implementation", "", 14), *TIMES]
+    columns += [Column(f"vs {name}", f"{name.split('.')[-1].split()[0][:7]} x", 9, ".2f")
+                for name in bases if name != "torch.compile" or options.torch_compile]
+    columns += [Column("gb_per_s", "GB/s", 7, ".1f"), Column("copy_share", "copy", 6, ".0%"),
+                Column("peak_mb", "MB", 7, ".0f"), Column("error", "error", 7, ".0e")]
+    report = Report("ops", columns, {**info, "copy_gb_per_s": round(bandwidth, 1)})
+    dtypes = options.dtypes or ("float32", "bfloat16")[: 1 + (device.type == "cuda")]
+    for op, size, dtype, backward in product(OPS, options.sizes, dtypes, (False, True)):
+        on_gpu, on_cpu, slots, side = SIZES[size]
+        batch = options.batch or (on_gpu if device.type == "cuda" else on_cpu)
+        direction = "forward+backward" if backward else "forward"
+        print(f"{op}, {size}: B {batch}, K {slots}, {side} x {side}, {dtype}, {direction}")
+        group = dict(op=op, size=size, batch=batch, slots=slots, side=side, dtype=dtype,
+                     direction=direction)
+        inputs = make_inputs(op, batch, slots, side, dtype, device)
+        for name, row in time_op(op, inputs, dtype, backward, options, device).items():
+            if "ms" in row:
+                row["copy_share"] = row["gb_per_s"] / bandwidth
+            report.add(group | dict(implementation=name) | row)
+            if name != "eager autograd" and "vs eager autograd" in row:
+                report.bar(op, f"{size} {dtype}\n{direction}", name, row["vs eager autograd"])
+    return report.write(options.out, "Speed of the operations; as ports write them = 1",
+                        "times as fast (logarithmic)", start=1)
+
+
+# -- training steps --------------------------------------------------------------------------------
+
+CHANGES = ("closed-form inputs", "broadcast convolution", "channels-last", "in-place ELU",
+           "Triton kernels")  # fmt: skip
+OURS = 4  # with this many of them it is iodine.py as it is
+
+
+class Variant(NamedTuple):
+    """A row of the step tables: the first `changes` of CHANGES are made."""
+
+    changes: int
+    precision: str = "float32"
+
+    @property
+    def name(self) -> str:
+        name = f"+ {CHANGES[self.changes - 1]}" if self.changes else "as ports write it"
+        return f"{name} = iodine.py" if self.changes == OURS else name
+
+
+class PortStyle(iodine.IODINE):
+    """iodine.IODINE as ports write it but for `made`: same parameters, same function of them."""
+
+    def __init__(self, config: iodine.Config, image: Tensor, made: Sequence[str]):
+        super().__init__(config, *image.shape[1:])
+        self.made, first = made, self.decoder.first[0]
+        layout = torch.channels_last if "channels-last" in made else torch.contiguous_format
+        self.to(memory_format=layout)
+        convolve = iodine.BroadcastConv.forward if CHANGES[1] in made else convolve_image
+        # What BroadcastConv and refinement_inputs return is channels-last by itself.
+        first.forward = lambda z: convolve(first, z).contiguous(memory_format=layout)
+        self.refinement.convs[0].register_forward_pre_hook(
+            lambda _, inputs: inputs[0].contiguous(memory_format=layout)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.ELU):
+                module.inplace = "in-place ELU" in made
+
+    def infer(self, image: Tensor, noise: Tensor) -> Iterator[iodine.Step]:
+        eager = dict(refinement_inputs=eager_refinement_inputs,
+                     mixture_log_likelihood=eager_log_likelihood)
+        with mock.patch.multiple(kernels, **({} if CHANGES[0] in self.made else eager)):
+            yield from super().infer(image, noise)
+
+
+def convolve_image(layer: iodine.BroadcastConv, z: Tensor) -> Tensor:
+    """What BroadcastConv computes, as nn.Conv2d over an image of z and coordinates."""
+    coordinates = layer.coordinates.expand(len(z), -1, -1, -1)  # (N, 2, H, W)
+    image = z[:, :, None, None].expand(-1, -1, *coordinates.shape[2:])  # (N, D, H, W)
+    return nn.Conv2d.forward(layer, torch.cat([image, coordinates], 1))  # (N, O, H, W)
+
+
+class TrainingStep:
+    """A training step as the models' `train` takes it, of always the same scenes and noise."""
+
+    def __init__(self, model: nn.Module, image: Tensor, noise: Tensor, precision: str, backend: str):
+        self.model, self.inputs, self.backend = model, (image, noise), backend
+        self.parameters = list(model.parameters())
+        self.optimizer = torch.optim.Adam(self.parameters, lr=1e-5, fused=True)
+        self.amp = partial(torch.autocast, image.device.type, torch.bfloat16,
+                           enabled=precision == "bfloat16")
+
+    def backward(self, *inputs: Tensor) -> Tensor:
+        """The loss; its gradient is then in the parameters."""
+        self.optimizer.zero_grad()
+        with kernels.use(self.backend):
+            with self.amp():
+                loss = self.model.loss(*inputs)["loss"]
+            loss.backward()
+        return loss.detach()
+
+    def check(self) -> list[Tensor]:
+        """Loss (1,) and gradient of all parameters (P,) of the first two images."""
+        loss = self.backward(*(tensor[:2] for tensor in self.inputs))
+        return [loss[None], torch.cat([p.grad.flatten() for p in self.parameters])]
+
+    def __call__(self) -> None:
+        self.backward(*self.inputs)
+        nn.utils.clip_grad_norm_(self.parameters, self.model.config.clip)
+        self.optimizer.step()
+
+
+def make_step(
+    config: iodine.Config, image: Tensor, noise: Tensor, variant: Variant
+) -> TrainingStep:
+    torch.manual_seed(config.seed)
+    if variant.changes < OURS:
+        model = PortStyle(config, image, CHANGES[: variant.changes])
+    else:
+        model = iodine.IODINE(config, *image.shape[1:])
+    backend = "triton" if variant.changes > OURS else "torch"
+    return TrainingStep(model.to(image), image, noise, variant.precision, backend)
+
+
+def measure_memory(
+    config: iodine.Config, image: Tensor, noise: Tensor, variant: Variant, threads: int
+) -> dict[str, float]:
+    """To be run in a process of its own: memory before the first step, and at most in two."""
+    device = set_up(config, threads)
+    step = make_step(config, image.to(device), noise.to(device), variant)
+    before = memory_so_far(device)
+    for _ in range(2):
+        step()
+    return dict(first_mb=before, peak_mb=memory_so_far(device))
+
+
+def set_up(config: iodine.Config, threads: int) -> torch.device:
+    """Sets this process up as a training does."""
+    if threads:
+        torch.set_num_threads(threads)
+    return runs.set_up(config)
+
+
+def workload(part: str, batch: int, device: torch.device) -> tuple[iodine.Config, Tensor, Tensor]:
+    """Config, images (B, C, H, W) and noise (B, T, K, D) of a part."""
+    settings: dict[str, Any] = dict(batch_size=batch, device=str(device))
+    image = data.make("tetrominoes", device=device).batch(0, batch).image
+    if part == "clevr":  # appendix C.1, with images of noise
+        settings |= dict(
+            num_slots=7, latent_size=64, decoder_channels=(64,) * 4, decoder_kernel=3,
+            refinement_channels=(64,) * 4, refinement_kernel=3, refinement_stride=2,
+            mlp_sizes=(256,), lstm_size=256,
+        )
+        image = torch.rand(batch, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    config = iodine.make_config("tetrominoes", **settings)
+    shape = batch, config.num_steps, config.num_slots, config.latent_size
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    return config, image.to(device), noise.to(device)
+
+
+def benchmark_steps(
+    part: str, options: Options, device: torch.device, info: dict[str, Any]
+) -> bool:
+    """Prints and writes step.* or clevr.*; True where everything was right."""
+    small = 32 if device.type == "cuda" else 8 if part == "step" else 1
+    config, image, noise = workload(part, options.batch or small, device)
+    setting = (f"{image.shape[2]} x {image.shape[3]}, batch {len(image)}, T {config.num_steps}, "
+               f"K {config.num_slots}, latent {config.latent_size}")
+    ours = list(range(OURS, OURS + len(backends(device))))
+    made = [*range(OURS), *ours] if part == "step" else [0, *ours]
+    variants = [Variant(n) for n in made] + [Variant(n, "bfloat16") for n in (0, *ours)]
+    columns = [Column("variant", "", 27), Column("precision", "", 9), *TIMES,
+               Column("vs eager", "eager x", 8, ".2f"), Column("vs above", "above x", 8, ".2f"),
+               Column("first_mb", "MB first", 9, ".0f"), Column("peak_mb", "MB peak", 8, ".0f"),
+               Column("error", "error", 7, ".0e")]
+    report = Report(part, columns, info)
+    print(setting)
+    truth = make_step(config, image.double(), noise.double(), Variant(OURS)).check()
+    steps = {v: make_step(config, image, noise, v) for v in variants}
+    rows = race(steps, {v: step.check for v, step in steps.items()}, truth,
+                {v: STEP_TOLERANCE[v.precision] for v in steps}, options.repeats or 5, device)
+    eager = above = rows[Variant(0)].get("ms", math.nan)
+    for v, row in rows.items():
+        above = above if v.changes else eager
+        if "ms" in row:
+            row |= {"vs eager": eager / row["ms"], "vs above": above / row["ms"]}
+            report.bar("", f"{v.name}\n{v.precision}", "step", row["ms"], row["p20"], row["p80"])
+            if options.memory:
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
+                    row |= child.submit(measure_memory, config, image.cpu(), noise.cpu(), v,
+                                        options.threads).result()
+        above = row.get("ms", math.nan)
+        report.add(dict(variant=v.name, precision=v.precision, setting=setting) | row)
+    return report.write(options.out, f"One training step of IODINE, {setting}", MILLISECONDS)
+
+
+def benchmark_presets(options: Options, device: torch.device, info: dict[str, Any]) -> bool:
+    """Prints and writes presets.*: training steps, and the drawing of their scenes and noise."""
+    columns = [Column("model", "", 8), Column("preset", "", 25), Column("kernels", "", 7), *TIMES,
+               Column("batch", "batch", 7), Column("data_ms", "data ms", 9),
+               Column("data_share", "share", 8, ".1%")]
+    report = Report("presets", columns, info)
+    for (name, module), backend in product(MODELS.items(), backends(device)):
+        for preset in module.PRESETS:
+            config = module.make_config(preset)
+            small = 8 if device.type == "cpu" and preset != "quick" else config.batch_size
+            config.batch_size = options.batch or small
+            scenes = data.make(config.dataset, device=device)
+            model = module.build(config, scenes)
+            index = torch.arange(config.batch_size, device=device)
+
+            def draw(scenes=scenes, model=model, index=index) -> tuple[Tensor, Tensor]:
+                index += len(index)  # new scenes every time
+                return scenes.scenes(index).image, model.noise(scenes, index)
+
+            step = TrainingStep(model, *draw(), config.precision, backend)
+            times = interleave(dict(step=step, data=draw), options.repeats or 5, device)
+            row = times["step"] | {f"data_{k}": value for k, value in times["data"].items()}
+            row["data_share"] = row["data_ms"] / (row["data_ms"] + row["ms"])
+            report.add(dict(model=name, preset=preset, kernels=backend, batch=config.batch_size)
+                       | row)
+            for series, t in (f"step, {backend} kernels", times["step"]), ("data", times["data"]):
+                report.bar("", f"{name} {preset}\nbatch {config.batch_size}", series, *t.values())
+    return report.write(options.out, "A training step of every preset", MILLISECONDS)
+
+
+# -- tables and charts -----------------------------------------------------------------------------
+
+
+class Column(NamedTuple):
+    key: str
+    title: str  # without one: text, to the left
+    width: int
+    form: str = ".4g"
+
+    def show(self, row: dict[str, Any]) -> str:
+        value = row.get(self.key, "")
+        text = format(value, self.form) if isinstance(value, float) else str(value)
+        return text.rjust(self.width) if self.title else text.ljust(self.width + 1)
+
+
+TIMES = [Column("ms", "ms", 7), Column("p20", "p20", 8), Column("p80", "p80", 8)]
+MILLISECONDS = "milliseconds (thin line: 20th to 80th percentile)"
+
+
+class Report:
+    """A table, printed as its rows come, then written as CSV, JSON and PNG."""
+
+    def __init__(self, name: str, columns: list[Column], info: dict[str, Any]):
+        self.name, self.columns, self.info, self.rows = name, columns, info, []
+        self.panels: dict[str, dict] = {}
+        print("\n" + "".join(c.show({c.key: c.title}) for c in columns).rstrip(), flush=True)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        line = "".join(c.show(row) for c in self.columns).rstrip()
+        if "wrong" in row:
+            line = "".join(c.show(row) for c in self.columns if not c.title)
+            line = f"\033[31m{line} WRONG, not timed: {row['wrong']}\033[0m"
+        print(line if sys.stdout.isatty() else re.sub(r"\033\[\d*m", "", line), flush=True)
+
+    def bar(self, panel: str, group: str, series: str, value: float, *ends: float) -> None:
+        self.panels.setdefault(panel, {}).setdefault(group, {})[series] = value, ends
+
+    def write(self, out: str, title: str, axis: str, start: float = 0) -> bool:
+        """The three files; True where no row is wrong."""
+        path = Path(out) / self.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        runs.write(path.with_suffix(".json"), dict(**self.info, rows=self.rows))
+        with open(path.with_suffix(".csv"), "w", newline="") as file:
+            file.writelines(f"# {key}: {value}\n" for key, value in self.info.items())
+            table = csv.DictWriter(file, dict.fromkeys(key for row in self.rows for key in row))
+            table.writeheader()
+            table.writerows(self.rows)
+        if self.panels:
+            self.draw(path.with_suffix(".png"), title, axis, start)
+        print(f"wrote {path}.csv, .json and .png")
+        return not any("wrong" in row for row in self.rows)
+
+    def draw(self, path: Path, title: str, axis: str, start: float) -> None:
+        """Horizontal bars; `start` 1: from 1, on a logarithmic axis, what is slower to the left."""
+        names = dict.fromkeys(s for g in self.panels.values() for bars in g.values() for s in bars)
+        colors = dict(zip(names, figures.PALETTE, strict=False))
+        lines = max(sum(len(b) + 1 for b in groups.values()) for groups in self.panels.values())
+        size = max(7, 4.5 * len(self.panels)), 1.6 + 0.17 * lines
+        figure = Figure(size, dpi=150, layout="constrained")
+        figure.suptitle(title, fontsize=11)
+        grid = figure.subplots(1, len(self.panels), squeeze=False)[0]
+        for axes, (panel, groups) in zip(grid, self.panels.items(), strict=True):
+            middles, y = [], 0
+            for bars in groups.values():
+                middles.append(y + (len(bars) - 1) / 2)
+                for y, (series, (value, ends)) in enumerate(bars.items(), y):  # noqa: B020
+                    axes.barh(y, value - start, left=start, height=0.9, color=colors[series],
+                              label=series if len(middles) == 1 else None)
+                    axes.text(max(value, start, *ends), y, f" {value:.3g}", va="center", fontsize=7)
+                    if ends:
+                        axes.hlines(y, *ends, color=figures.INK, linewidth=1)
+                y += 2
+            axes.set_yticks(middles, list(groups), fontsize=7)
+            axes.invert_yaxis()
+            axes.set_title(panel, fontsize=9)
+            axes.set_xlabel(axis, fontsize=8)
+            axes.tick_params(axis="x", labelsize=7)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.margins(x=0.15, y=0.01)
+            if start:
+                axes.set_xscale("log")
+                axes.axvline(start, color=figures.INK, linewidth=0.8)
+        if len(colors) > 1:
+            grid[-1].legend(fontsize=7)
+        note = ", ".join(f"{name} {version}" for name, version in self.info["versions"].items())
+        note = f"{self.info['device']}, {note}, {self.info['date']}\n{self.info['command']}"
+        figure.supxlabel(note, fontsize=6.5, color=figures.FAINT)
+        figure.savefig(path, metadata={"Description": note})
+
+
+# -- command line ----------------------------------------------------------------------------------
+
+
+def benchmark(options: Options, arguments: Sequence[str]) -> bool:
+    """All that is asked for; True where everything was right."""
+    for size in options.sizes:
+        require(size in SIZES, f"unknown size {size!r}: choose from {', '.join(SIZES)}")
+    for name in ("batch", "repeats", "threads"):
+        require(getattr(options, name) >= 0, f"--{name} must be 0 or more")
+    config = iodine.make_config("tetrominoes", device=options.device)
+    device = set_up(config, options.threads)
+    run = runs.evaluation("", config, device)
+    info = {key: run[key] for key in ("device", "versions", "commit", "date")}
+    info["command"] = shlex.join(["python", "-m", "kernels.benchmark", *arguments])
+    with suppress(importlib.metadata.PackageNotFoundError):
+        info["versions"]["triton"] = importlib.metadata.version("triton")
+    slug = re.sub(r"[^a-z0-9]+", "-", info["device"].lower().replace("(s)", "s")).strip("-")
+    options.out = options.out or str(Path(__file__).parent / "results" / slug)
+    print(f"{info['device']}, torch {torch.__version__}")
+    if device.type != "cuda":
+        print("no CUDA device in use: the torch paths are timed, at batch sizes for a CPU")
+    if options.models is None:
+        return benchmark_ops(options, device, info)
+    parts = options.models or ("step", "clevr", "presets")
+    right = [benchmark_steps(part, options, device, info) for part in parts if part != "presets"]
+    return all(right) and ("presets" not in parts or benchmark_presets(options, device, info))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status: 0; 1 where something was wrong; 2 for options that cannot be; 130, Ctrl-C."""
+    try:
+        options = tyro.cli(Options, prog="python -m kernels.benchmark", args=arguments)
+        return 0 if benchmark(options, arguments) else 1
+    except (UserError, OSError) as error:
+        print(f"kernels.benchmark: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,748 @@
+"""iodine.py against an own IODINE, written from the paper with autograd and torch.distributions.
+
+Both get the same weights and noise in float64 and must agree on every intermediate and on the
+gradient of every parameter. Then what follows from the mathematics: the gradient inputs against
+finite differences, symmetries, memory; and mutants of iodine.py, which must all be found out.
+
+Axes: B batch, K slots, T decodes, D latent, C H W image, F input channels of the refinement.
+"""
+
+import contextlib
+import gc
+import importlib.util
+import math
+import sys
+import weakref
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributions as D
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+import iodine
+import kernels
+from data import metrics
+
+TOLERANCE = 1e-9  # of the largest value of a tensor
+
+
+@pytest.fixture(autouse=True)
+def torch_backend():
+    with kernels.use("torch"):
+        yield
+
+
+# -- an own IODINE, written from the paper (algorithm 1, appendix C) before iodine.py was read -----
+
+
+def logistic(loc: Tensor, scale: float) -> D.Distribution:
+    """torch has no logistic distribution: the logit of a uniform, shifted and scaled."""
+    uniform = D.Uniform(torch.zeros_like(loc), torch.ones_like(loc))
+    return D.TransformedDistribution(
+        uniform, [D.SigmoidTransform().inv, D.AffineTransform(loc, scale)]
+    )
+
+
+class Eager:
+    """Algorithm 1 with autograd for every gradient and one mixture rebuilt for each left-out slot.
+
+    `weights` holds lambda, decoder.i, conv.i, mlp.i, lstm, head (weight, bias) and norm.<input>
+    (gain, bias): lists and pairs of tensors that require grad.
+    """
+
+    def __init__(self, config: iodine.Config, weights: dict[str, Any]):
+        self.config, self.weights = config, weights
+        self.act = {"elu": F.elu, "relu": F.relu}[config.activation]
+
+    # generative model
+
+    def coordinates(self, height: int, width: int, gain: float = 1.0) -> Tensor:
+        """Two channels, rows then columns, from -gain to gain: (2, H, W)."""
+        rows, cols = (torch.linspace(-gain, gain, n, dtype=torch.float64) for n in (height, width))
+        return torch.stack(torch.meshgrid(rows, cols, indexing="ij"))
+
+    def decode(self, z: Tensor, height: int, width: int) -> Tensor:
+        """(B, K, D) -> (B, K, C+1, H, W): every slot on its own, the latent tiled over the image."""
+        batch = z.shape[:2]
+        z = z.flatten(0, 1)
+        *hidden, last = self.weights["decoder"]
+        if self.config.decoder == "deconv":
+            return self.deconvolve(z, hidden, last)[..., :height, :width].unflatten(0, batch)
+        if self.config.constants:
+            z = torch.cat([z, torch.full_like(z[:, :1], 5.0)], 1)
+        grid = self.coordinates(height, width, self.config.coordinate_gain)
+        tiled = z[:, :, None, None].expand(-1, -1, height, width)
+        x = torch.cat([tiled, grid.expand(len(z), -1, -1, -1)], 1)
+        for weight, bias in hidden:
+            x = self.act(F.conv2d(x, weight, bias, padding="same"))
+        return F.conv2d(x, *last, padding="same").unflatten(0, batch)
+
+    def deconvolve(self, z: Tensor, layers: list, last: tuple[Tensor, Tensor]) -> Tensor:
+        """The ablation's decoder: 8 x 8 pixels, doubled by every layer but the last two."""
+        for weight, bias in self.weights["decoder_mlp"]:
+            z = F.elu(z @ weight.T + bias)
+        x = z.unflatten(1, (8, 8, 8))
+        *doubling, (weight, bias) = layers
+        for up, shift in doubling:
+            height, width = 2 * x.shape[2], 2 * x.shape[3]
+            x = F.conv_transpose2d(x, up, shift, stride=2)  # with a margin of 2 before, 1 after
+            x = F.elu(x[..., 2 : 2 + height, 2 : 2 + width])
+        return F.conv2d(F.elu(F.conv2d(x, weight, bias, padding=2)), *last, padding=2)
+
+    def components(self, means: Tensor) -> D.Distribution:
+        """Densities of a pixel under each slot, all channels together: batch (B, H, W, K)."""
+        loc = means.permute(0, 3, 4, 1, 2)
+        sigma = self.config.sigma
+        normal = self.config.component == "gaussian"
+        return D.Independent(D.Normal(loc, sigma) if normal else logistic(loc, sigma), 1)
+
+    def log_likelihood(self, image: Tensor, means: Tensor, logits: Tensor) -> Tensor:
+        """log p(x | z) of each pixel, eq. 1: (B, 1, 1, H, W)."""
+        mixture = D.MixtureSameFamily(
+            D.Categorical(logits=logits.squeeze(2).permute(0, 2, 3, 1)), self.components(means)
+        )
+        return mixture.log_prob(image.permute(0, 2, 3, 1))[:, None, None]
+
+    def posterior(self, lam: Tensor) -> D.Normal:
+        loc, raw = lam.chunk(2, -1)
+        scale = torch.log1p(torch.exp(raw))
+        if self.config.posterior_scale == "sqrt_softplus":
+            scale = scale.sqrt()
+        return D.Normal(loc, scale)
+
+    # inference
+
+    def normalise(self, name: str, x: Tensor, axes: tuple[int, ...]) -> Tensor:
+        """LayerNorm over all of `axes` together; gain and bias for each index of the first axis."""
+        gain, bias = self.weights["norm"][name]
+        centred = x - x.mean(axes, keepdim=True)
+        unit = centred / (centred.square().mean(axes, keepdim=True) + 1e-5).sqrt()
+        shape = (-1,) + (1,) * (len(axes) - 1)
+        return unit * gain.reshape(shape) + bias.reshape(shape)
+
+    def refinement_coordinates(self, height: int, width: int) -> Tensor:
+        if self.config.coordinates == "linear":
+            grid = self.coordinates(height, width)
+        else:  # cos(i pi u) cos(j pi v), 3 x 3 of them less the constant one
+            v, u = (torch.linspace(0, 1, n, dtype=torch.float64) for n in (height, width))
+            grid = torch.stack([
+                torch.cos(j * math.pi * v)[:, None] * torch.cos(i * math.pi * u)
+                for j in range(3) for i in range(3) if i or j
+            ])
+        if self.config.constants:
+            grid = torch.cat([grid, torch.full_like(grid[:1], 0.5)])
+        return grid
+
+    def inputs(self, image: Tensor, means: Tensor, logits: Tensor, grads) -> dict[str, Tensor]:
+        """The image-sized rows of appendix C's table: name -> (B, K, channels, H, W)."""
+        config, slots = self.config, means.shape[1]
+        log_p = self.log_likelihood(image, means, logits)
+        without = []
+        for k in range(slots):
+            others = [j for j in range(slots) if j != k] or [0]  # an only slot is not left out
+            without.append(self.log_likelihood(image, means[:, others], logits[:, others]))
+        without = torch.cat(without, 1)
+        if config.log_ratio:
+            without = log_p - without
+        log_n = self.components(means).log_prob(image.permute(0, 2, 3, 1)[..., None, :])
+        if config.posterior_epsilon:
+            share = log_n.exp() / (log_n.exp().sum(-1, keepdim=True) + config.posterior_epsilon)
+        else:
+            share = log_n.softmax(-1)
+
+        every = lambda x: x.expand(len(image), slots, *x.shape[-3:])  # noqa: E731
+        chw = (-3, -2, -1)
+        rows = {
+            "image": every(image[:, None]),
+            "means": means,
+            "mask": logits.softmax(1),
+            "mask_logits": logits,
+            "mask_posterior": share.permute(0, 3, 1, 2)[:, :, None],
+            "grad_means": self.normalise("grad_means", grads[0].detach(), chw),
+            "grad_mask": self.normalise("grad_mask", grads[1].detach(), chw),
+            "log_likelihood": every(self.normalise("log_likelihood", log_p.detach(), chw)),
+            "leave_one_out": self.normalise("leave_one_out", without.detach(), chw),
+            "coordinates": every(self.refinement_coordinates(*image.shape[-2:])),
+        }
+        dropped = config.drop_inputs
+        return {name: 0 * x if name in dropped else x for name, x in rows.items()}
+
+    def refine(self, channels: Tensor, lam: Tensor, grad: Tensor, state):
+        """(B, K, F, H, W) and (B, K, 2D) twice -> the update of lambda and the LSTM's state."""
+        config, w = self.config, self.weights
+        x = channels.flatten(0, 1)
+        for weight, bias in w["conv"]:
+            pad = weight.shape[-1] // 2
+            x = self.act(F.conv2d(x, weight, bias, stride=config.refinement_stride, padding=pad))
+        x = x.mean((2, 3)) if config.pooling == "mean" else x.amax((2, 3))
+        for i, (weight, bias) in enumerate(w["mlp"]):
+            x = x @ weight.T + bias
+            if not (config.mlp_linear_end and i == len(w["mlp"]) - 1):
+                x = self.act(x)
+        lam = 0 * lam if "posterior" in config.drop_inputs else lam
+        x = [x.unflatten(0, lam.shape[:2]), lam, grad]
+        if config.constants:
+            x.append(torch.full_like(lam[..., :1], 0.5))
+        x = torch.cat(x, -1)
+        if w["lstm"]:
+            hidden, cell = state
+            weight, bias = w["lstm"]  # gates: input, candidate, forget, output (as in Sonnet)
+            i, g, f, o = (torch.cat([x, hidden], -1) @ weight.T + bias).chunk(4, -1)
+            cell = (f + config.forget_bias).sigmoid() * cell + i.sigmoid() * g.tanh()
+            x = o.sigmoid() * cell.tanh()
+            state = x, cell
+        weight, bias = w["head"]
+        return x @ weight.T + bias, state
+
+    def run(self, image: Tensor, noise: Tensor) -> list[SimpleNamespace]:
+        """Algorithm 1. noise (T, B, K, D), one slice a decode; the last decode is not refined."""
+        config = self.config
+        batch, slots = noise.shape[1:3]
+        channels, height, width = image.shape[1:]
+        lam = self.weights["lambda"].expand(batch, slots, -1)
+        state = (lam.new_zeros(batch, slots, config.lstm_size),) * 2
+        prior = D.Normal(0.0, math.sqrt(config.prior_variance))
+        steps = []
+        for t, epsilon in enumerate(noise):
+            q = self.posterior(lam)
+            z = q.loc + q.scale * epsilon  # eq. 2
+            decoded = self.decode(z, height, width)
+            means, logits = decoded[:, :, :channels], decoded[:, :, channels:]
+            nll = -self.log_likelihood(image, means, logits).sum((1, 2, 3, 4))
+            kl = D.kl_divergence(q, prior).sum((1, 2))
+            step = SimpleNamespace(lam=lam, z=z, decoded=decoded, nll=nll, kl=kl)
+            steps.append(step)
+            if t == len(noise) - 1:
+                break
+            objective = (nll + config.kl_weight * kl).sum()
+            grads = torch.autograd.grad(objective, [means, logits, lam], retain_graph=True)
+            step.grad_lam = grads[2]
+            step.inputs = self.inputs(image, means, logits, grads)
+            step.normalised = self.normalise("grad_posterior", grads[2].detach(), (-1,))
+            if "grad_posterior" in config.drop_inputs:
+                step.normalised = 0 * step.normalised
+            delta, state = self.refine(torch.cat([*step.inputs.values()], 2), lam,
+                                       step.normalised, state)
+            lam = lam + delta  # eq. 3
+        return steps
+
+    def loss(self, steps: list[SimpleNamespace]) -> Tensor:
+        """Eq. 4, averaged over the images."""
+        total, number = 0.0, len(steps)
+        for t, step in enumerate(steps):
+            released = self.config.step_weights == "from_zero"
+            weight = t / (number - 1) if released else (t + 1) / number
+            total = total + weight * (step.nll + self.config.kl_weight * step.kl).mean()
+        return total
+
+
+# -- both models, side by side ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def double_precision():
+    """Coordinates are made in the default precision; float32 ones would be 1e-8 off."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def small(preset: str = "tetrominoes", variant: str = "paper", **overrides) -> iodine.Config:
+    """A preset with networks small enough for exact comparisons in milliseconds."""
+    sizes = dict(
+        num_slots=3, latent_size=3, num_steps=3, decoder_channels=(4, 5), decoder_kernel=3,
+        refinement_channels=(4, 5), refinement_kernel=3, mlp_sizes=(6,), kl_weight=0.7,
+    )
+    return iodine.make_config(preset, variant, **sizes | overrides)
+
+
+def make_model(
+    config: iodine.Config, channels: int = 3, height: int = 6, width: int = 5,
+    module: ModuleType = iodine,
+) -> nn.Module:  # fmt: skip
+    """In float64, with biases and gains moved off the 0 and 1 that would hide mistakes."""
+    torch.manual_seed(0)
+    with double_precision():
+        model = module.IODINE(config, channels, height, width).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def make_inputs(model: nn.Module, channels: int = 3, height: int = 6, width: int = 5, **sizes):
+    """An image (B, C, H, W) and noise (B, T, K, D)."""
+    config, generator = model.config, torch.Generator().manual_seed(1)
+    batch, slots = sizes.get("batch", 2), sizes.get("slots", config.num_slots)
+    steps = sizes.get("steps", config.num_steps + config.extra_decode)
+    image = torch.rand(batch, channels, height, width, generator=generator, dtype=torch.float64)
+    shape = batch, steps, slots, config.latent_size
+    return image, torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def bind(model: nn.Module) -> tuple[Eager, dict[str, Tensor]]:
+    """The eager model with a copy of the weights, and the copies under iodine.py's names."""
+    p = {
+        name: value.detach().clone().contiguous().requires_grad_()
+        for name, value in model.named_parameters()
+    }
+
+    def layers(prefix: str) -> list[tuple[Tensor, Tensor]]:
+        names = [n.removesuffix(".weight") for n in p if n.startswith(prefix)]
+        return [(p[n + ".weight"], p[n + ".bias"]) for n in names if n + ".weight" in p]
+
+    names = "grad_means", "grad_mask", "log_likelihood", "leave_one_out"
+    gains, biases = (
+        p[f"refinement.norm_{kind}"].split([len(p["decoder.last.bias"]) - 1, 1, 1, 1])
+        for kind in ("weight", "bias")
+    )
+    norm = dict(zip(names, zip(gains, biases, strict=True), strict=True))
+    weights = {
+        "lambda": p["initial"],
+        "decoder": [layers(f"decoder.{part}") for part in ("first", "hidden", "last")],
+        "decoder_mlp": layers("decoder.mlp"),
+        "conv": layers("refinement.convs"),
+        "mlp": layers("refinement.mlp"),
+        "lstm": sum(layers("refinement.lstm"), ()),
+        "head": layers("refinement.head")[0],
+        "norm": norm | {"grad_posterior": layers("refinement.norm_grad")[0]},
+    }
+    weights["decoder"] = sum(weights["decoder"], [])
+    return Eager(model.config, weights), p
+
+
+@contextlib.contextmanager
+def recorded(model: nn.Module):
+    """Yields a list that gets what each call of the refinement network was given and made."""
+    calls: list[SimpleNamespace] = []
+
+    def before(module, args):
+        packed, lam, gradient, _ = args
+        calls.append(SimpleNamespace(packed=packed, lam=lam, gradient=gradient, normalised=None))
+
+    def normalised(module, args, output):
+        calls[-1].normalised = output
+
+    def after(module, args, output):
+        calls[-1].update = output[0]
+
+    refinement = model.refinement
+    hooks = [
+        refinement.register_forward_pre_hook(before),
+        refinement.norm_grad.register_forward_hook(normalised),
+        refinement.register_forward_hook(after),
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE):
+    assert actual.shape == expected.shape, f"{name}: {actual.shape}, not {expected.shape}"
+    error = (actual - expected).abs().max().item()
+    limit = tolerance * expected.abs().max().item() + 1e-12
+    assert error <= limit, f"{name} is off by {error:.3g}, more than {limit:.3g}"
+
+
+def compare(config: iodine.Config, module: ModuleType = iodine, channels=3, height=6, width=5):
+    """AssertionError, which names the first quantity in which the two models differ."""
+    model = make_model(config, channels, height, width, module)
+    image, noise = make_inputs(model, channels, height, width)
+    eager, copies = bind(model)
+    expected = eager.run(image, noise.transpose(0, 1))
+    with recorded(model) as calls:
+        steps = list(model.infer(image, noise))
+
+    assert len(steps) == len(expected) == len(calls) + 1, "T decodes, T - 1 refinements"
+    for t, (step, want) in enumerate(zip(steps, expected, strict=True)):
+        assert_close(f"lambda at step {t}", step.posterior, want.lam)
+        assert_close(f"decoded at step {t}", step.decoded, want.decoded)
+        assert_close(f"nll at step {t}", step.nll, want.nll)
+        assert_close(f"kl at step {t}", step.kl, want.kl)
+    for t, (call, want) in enumerate(zip(calls, expected[:-1], strict=True)):
+        # Dropped inputs are masked inside of the network.
+        kept = {n: x for n, x in want.inputs.items() if n not in config.drop_inputs}
+        widths = [x.shape[2] for x in want.inputs.values()]
+        assert call.packed.shape[2] == sum(widths), "number of input channels"
+        parts = dict(zip(want.inputs, call.packed.split(widths, 2), strict=True))
+        for name, value in kept.items():
+            assert_close(f"{name} at step {t}", parts[name], value)
+        if call.normalised is None:
+            assert "grad_posterior" in config.drop_inputs
+        else:
+            assert_close(f"gradient of lambda at step {t}", call.gradient, want.grad_lam)
+            assert_close(f"its LayerNorm at step {t}", call.normalised, want.normalised)
+
+    loss, wanted = model.loss(image, noise)["loss"], eager.loss(expected)
+    assert_close("loss", loss, wanted)
+    loss.backward()
+    wanted.backward()
+    for name, parameter in model.named_parameters():
+        zero = torch.zeros_like(parameter)
+        actual, want = (zero if g is None else g for g in (parameter.grad, copies[name].grad))
+        assert_close(f"gradient of {name}", actual, want)
+
+
+RELEASED_LSTM = dict(preset="multi_dsprites", variant="released", lstm_size=5, kl_weight=1.0)
+CASES: dict[str, tuple[dict, dict]] = {  # name: (Config, image)
+    "paper": (dict(), dict()),
+    "paper, LSTM": (dict(preset="multi_dsprites", lstm_size=5), dict()),
+    "released": (dict(variant="released"), dict()),
+    "released, LSTM": (RELEASED_LSTM, dict(height=7)),
+    "released, linear coordinates": (RELEASED_LSTM | dict(coordinates="linear"), dict()),
+    "quick": (dict(preset="quick", decoder_kernel=1, kl_weight=0.1), dict(height=8, width=7)),
+    "max pooling": (dict(pooling="max"), dict()),
+    "relu": (dict(activation="relu"), dict()),
+    "logistic": (dict(component="logistic", sigma=0.2), dict()),
+    "1x1": (dict(decoder_kernel=1, refinement_kernel=1), dict()),
+    "5x5": (dict(decoder_kernel=5, refinement_kernel=5), dict()),
+    "stride 2": (dict(refinement_stride=2), dict(height=5, width=8)),
+    "two layers, the last linear": (dict(mlp_sizes=(6, 4), mlp_linear_end=True), dict()),
+    "gray": (dict(), dict(channels=1)),
+    "gray, released": (RELEASED_LSTM, dict(channels=1)),
+    "K = 1": (dict(num_slots=1), dict()),
+    "K = 1, released": (RELEASED_LSTM | dict(num_slots=1), dict()),
+    "K = 2": (dict(num_slots=2), dict()),
+    "K = 5": (dict(num_slots=5), dict()),
+    "T = 1": (dict(num_steps=1), dict()),
+    "T = 1, released": (RELEASED_LSTM | dict(num_steps=1), dict()),
+    "T = 5": (dict(num_steps=5, kl_weight=1.0), dict()),
+    "deconv, cropped": (dict(decoder="deconv"), dict(height=12, width=10)),
+    "deconv, doubled twice": (dict(decoder="deconv", num_slots=2, num_steps=2), dict(height=17)),
+    "inputs dropped": (
+        dict(drop_inputs=("means", "grad_mask", "coordinates", "posterior")), dict(),
+    ),
+    "no gradient of lambda": (dict(drop_inputs=("grad_posterior",)), dict()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_eager_model(case):
+    config, image = CASES[case]
+    compare(small(**config), **image)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "height", "width"),
+    [(1, 1, 1), (1, 2, 5), (3, 3, 3), (3, 3, 8), (3, 9, 4), (3, 2, 3), (5, 5, 5), (5, 5, 9),
+     (5, 7, 6), (5, 4, 11), (7, 7, 8)],
+)  # fmt: skip
+def test_broadcast_convolution_is_a_convolution_of_the_tiled_latent(kernel, height, width):
+    generator = torch.Generator().manual_seed(0)
+    z, out = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((4, 3), (4, 6, height, width))
+    )
+    with double_precision():
+        grid = 3 * iodine.linear_coordinates(height, width)
+        fast = iodine.BroadcastConv(3, grid, 6, kernel).double()
+        plain = nn.Conv2d(5, 6, kernel, padding=kernel // 2)
+    plain.load_state_dict(fast.state_dict())
+    za, zb = z.clone().requires_grad_(), z.clone().requires_grad_()
+    tiled = torch.cat(
+        [zb[:, :, None, None].expand(-1, -1, height, width), grid.expand(4, -1, -1, -1)], 1
+    )
+    a, b = fast(za), plain(tiled)
+    assert_close("output", a, b, 1e-13)
+    a.backward(out)
+    b.backward(out)
+    assert_close("gradient of z", za.grad, zb.grad, 1e-13)
+    assert_close("gradient of the weights", fast.weight.grad, plain.weight.grad, 1e-13)
+    assert_close("gradient of the bias", fast.bias.grad, plain.bias.grad, 1e-13)
+
+
+def test_linear_coordinates_are_rows_then_columns():
+    rows, cols = iodine.linear_coordinates(3, 5)
+    assert torch.equal(rows[:, 0], torch.tensor([-1.0, 0.0, 1.0])) and (rows == rows[:, :1]).all()
+    assert torch.equal(cols[0], torch.linspace(-1, 1, 5)) and (cols == cols[:1]).all()
+
+
+def test_cosine_coordinates_tell_every_position_from_its_mirror_image():
+    """The authors' code: half a period over the image, cos(0) at one edge and cos(pi) at the other.
+
+    Full periods (u from -1 to 1) would be the same left and right of the centre.
+    """
+    grid = iodine.cosine_coordinates(6, 9)
+    u, v = torch.linspace(0, math.pi, 6)[:, None], torch.linspace(0, math.pi, 9)
+    want = [(i * u).cos() * (j * v).cos() for i in range(3) for j in range(3) if i or j]
+    assert_close("cosines", grid, torch.stack(want), 1e-5)
+    pixels = grid.flatten(1).T
+    assert torch.cdist(pixels, pixels).fill_diagonal_(math.inf).min() > 0.05
+
+
+# -- sizes -----------------------------------------------------------------------------------------
+
+CLEVR = dict(
+    num_slots=7, latent_size=64, decoder_channels=(64,) * 4, decoder_kernel=3,
+    refinement_channels=(64,) * 4, refinement_kernel=3, refinement_stride=2, mlp_sizes=(256, 256),
+    lstm_size=256, coordinates="linear",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "size", "parameters", "inputs"),
+    [("tetrominoes", CLEVR, 128, 1_177_168, 18), ("multi_dsprites", {}, 64, 339_152, 24),
+     ("tetrominoes", {}, 35, 199_568, 24)],
+)  # fmt: skip
+def test_the_released_models_have_the_sizes_of_their_checkpoints(
+    preset, overrides, size, parameters, inputs
+):
+    model = iodine.IODINE(iodine.make_config(preset, "released", **overrides), 3, size, size)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model.refinement.convs[0].in_channels == inputs
+
+
+@pytest.mark.parametrize("preset", ["tetrominoes", "multi_dsprites", "shapes", "quick"])
+def test_the_papers_refinement_network_sees_17_channels(preset):
+    model = iodine.IODINE(iodine.make_config(preset), 3, 35, 35)
+    assert model.refinement.convs[0].in_channels == 17
+
+
+# -- the objective and its gradient ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["paper", "paper, LSTM", "released, linear coordinates"])
+def test_the_gradient_of_lambda_is_the_slope_of_the_bound_with_the_noise_held_fixed(case):
+    """Central differences of L(lambda) = -log p(x|loc + scale * noise) + weight * KL."""
+    model = make_model(small(**CASES[case][0]))
+    image, noise = make_inputs(model, batch=1)
+    eager, _ = bind(model)
+    weight = model.config.kl_weight
+    prior = D.Normal(0.0, math.sqrt(model.config.prior_variance))
+
+    @torch.no_grad()
+    def parts(lam: Tensor, epsilon: Tensor) -> Tensor:
+        q = eager.posterior(lam)
+        decoded = eager.decode(q.loc + q.scale * epsilon, *image.shape[2:])
+        nll = -eager.log_likelihood(image, decoded[:, :, :3], decoded[:, :, 3:]).sum()
+        return torch.stack([nll, weight * D.kl_divergence(q, prior).sum()])
+
+    with recorded(model) as calls:
+        list(model.infer(image, noise))
+    for t, call in enumerate(calls):
+        lam, step = call.lam.detach(), 1e-5
+        slopes = []
+        for nudge in step * torch.eye(lam.numel(), dtype=lam.dtype).view(-1, *lam.shape):
+            ahead, behind = parts(lam + nudge, noise[:, t]), parts(lam - nudge, noise[:, t])
+            slopes.append((ahead - behind) / (2 * step))
+        nll, kl = torch.stack(slopes, 1).view(2, *lam.shape)
+        assert_close(f"step {t}", call.gradient, nll + kl, 1e-6)
+        # Were one of these zero, the comparison would not notice that it is missing.
+        raw = nll[..., model.config.latent_size :]  # only the noise leads to the raw scales
+        assert raw.abs().max() > 1e-3 * nll.abs().max()
+        assert kl.abs().max() > 1e-4 * nll.abs().max()
+
+
+def test_without_noise_the_raw_scales_get_the_gradient_of_the_kl_alone():
+    model = make_model(small())
+    image, noise = make_inputs(model)
+    with recorded(model) as calls:
+        list(model.infer(image, 0 * noise))
+    for call in calls:
+        raw = call.lam.detach()[..., 3:].requires_grad_()
+        kl = D.kl_divergence(D.Normal(call.lam.detach()[..., :3], F.softplus(raw)),
+                             D.Normal(0.0, 1.0)).sum()  # fmt: skip
+        (want,) = torch.autograd.grad(model.config.kl_weight * kl, raw)
+        assert_close("raw half", call.gradient[..., 3:], want)
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_kl_and_posterior_are_those_of_torch_distributions(variant):
+    model = make_model(small(variant=variant))
+    lam = 3 * torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)).double()
+    loc, scale = model.posterior(lam)
+    assert torch.equal(loc, lam[..., :3])
+    variance = scale**2 if variant == "released" else scale
+    assert_close("softplus", variance, F.softplus(lam[..., 3:]))
+    prior = D.Normal(0.0, 1.0 if variant == "paper" else math.sqrt(math.log(2)))
+    assert_close("kl", model.kl_terms(loc, scale), D.kl_divergence(D.Normal(loc, scale), prior))
+
+
+def test_inference_starts_at_the_prior_of_the_paper():
+    """Appendix C: initially q(z) = N(0, 1); the released code draws lambda instead."""
+    paper, released = (
+        iodine.IODINE(iodine.make_config("tetrominoes", v), 3, 35, 35)
+        for v in ("paper", "released")
+    )
+    loc, scale = paper.posterior(paper.initial)
+    assert (loc == 0).all() and torch.allclose(scale, torch.ones(32))
+    bound = math.sqrt(6 / 128)  # Glorot, as TensorFlow counts the fans of a vector of 2D = 64
+    assert 0.8 * bound < released.initial.abs().max() <= bound
+    assert paper.initial.requires_grad and released.initial.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("variant", "weights"),
+    [("paper", [0.2, 0.4, 0.6, 0.8, 1.0]), ("released", [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])],
+)
+def test_the_loss_is_the_weighted_sum_of_equation_4(variant, weights):
+    model = make_model(small(variant=variant, num_steps=5, kl_weight=0.3))
+    assert model.step_weights() == pytest.approx(weights, rel=1e-12)
+    image, noise = make_inputs(model)
+    steps = list(model.infer(image, noise))
+    assert len(steps) == len(weights)
+    bounds = [(s.nll + 0.3 * s.kl).mean() for s in steps]
+    result = model.loss(image, noise)
+    want = sum(w * bound for w, bound in zip(weights, bounds, strict=True))
+    assert_close("loss", result["loss"], want)
+    assert_close("elbo", result["elbo"], -(steps[-1].nll + steps[-1].kl).mean())  # weight 1
+    assert not (result["elbo"].requires_grad or result["decoded"].requires_grad)
+
+
+# -- symmetries, evaluation, precision -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["paper, LSTM", "released, LSTM", "quick"])
+def test_permuting_the_slots_of_the_noise_permutes_the_outputs(case):
+    model = make_model(small(**CASES[case][0] | dict(num_slots=4)))
+    image, noise = make_inputs(model)
+    order = torch.tensor([2, 0, 3, 1])
+    for a, b in zip(model.infer(image, noise), model.infer(image, noise[:, :, order]), strict=True):
+        assert_close("decoded", b.decoded, a.decoded[:, order])
+        assert_close("lambda", b.posterior, a.posterior[:, order])
+        assert_close("nll", b.nll, a.nll)
+        assert_close("kl", b.kl, a.kl)
+    # The slots do differ, so the order could have mattered.
+    assert (a.decoded[:, 0] - a.decoded[:, 1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("case", ["paper, LSTM", "released, LSTM", "quick"])
+def test_an_image_has_the_same_result_alone_and_in_a_batch(case, grad):
+    model = make_model(small(**CASES[case][0]))
+    image, noise = make_inputs(model, batch=3)
+    with torch.set_grad_enabled(grad):
+        steps = zip(model.infer(image, noise), model.infer(image[:1], noise[:1]), strict=True)
+        for together, alone in steps:
+            for name in together._fields:
+                assert_close(name, getattr(alone, name), getattr(together, name)[:1])
+
+
+@pytest.mark.parametrize("case", ["paper, LSTM", "released", "quick"])
+def test_inference_without_grad_gives_the_same_values(case):
+    model = make_model(small(**CASES[case][0]))
+    image, noise = make_inputs(model, steps=8, slots=5)  # more of both than in training
+    with_grad = list(model.infer(image, noise))
+    with torch.no_grad():
+        without = list(model.infer(image, noise))
+    assert len(without) == 8 and with_grad[-1].nll.requires_grad
+    for a, b in zip(with_grad, without, strict=True):
+        for name in a._fields:
+            assert_close(name, getattr(b, name), getattr(a, name))
+
+
+def test_inference_without_grad_gives_no_graphs_away():
+    model = make_model(small())
+    with torch.no_grad():
+        for step in model.infer(*make_inputs(model)):
+            assert [name for name in step._fields if getattr(step, name).requires_grad] == []
+
+
+def saved_tensors(model: nn.Module, steps: int) -> list[int]:
+    """How many tensors wait for a backward pass after each of the steps of one inference."""
+    alive: weakref.WeakSet = weakref.WeakSet()
+
+    class Saved:
+        def __init__(self, tensor: Tensor):
+            self.tensor = tensor
+            alive.add(self)
+
+    counts, kept = [], []
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        for step in model.infer(*make_inputs(model, steps=steps)):
+            kept.append(step)  # as the figures do
+            gc.collect()
+            counts.append(len(alive))
+    return counts
+
+
+@pytest.mark.parametrize("drop_inputs", [(), ("grad_posterior",)])
+def test_memory_does_not_grow_with_the_steps_without_grad(drop_inputs):
+    model = make_model(small("multi_dsprites", lstm_size=5, drop_inputs=drop_inputs))
+    with torch.no_grad():
+        counts = saved_tensors(model, steps=9)
+    assert len(set(counts[1:-1])) == 1, counts
+    growing = saved_tensors(model, steps=3)
+    assert growing[2] > growing[1] + 10  # in training it has to grow, and the count shows it
+
+
+def test_under_autocast_the_decoder_ends_in_float32():
+    """A colour rounded to bfloat16 (8 bits) would be off by up to 0.04 sigma in each pixel."""
+    for decoder in ("broadcast", "deconv"):
+        torch.manual_seed(0)
+        model = iodine.IODINE(small(decoder=decoder, decoder_channels=(16, 16)), 3, 8, 8)
+        image, noise = (x.float() for x in make_inputs(model, height=8, width=8))
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded = model.decode(noise[:, 0])
+            parts = model.loss(image, noise)
+        assert decoded.dtype == parts["loss"].dtype == torch.float32
+        assert (decoded != decoded.bfloat16()).float().mean() > 0.9  # not merely cast at the end
+        assert_close("decoded", decoded, model.decode(noise[:, 0]), 0.02)
+        parts["loss"].backward()
+        assert all(p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in model.parameters())
+
+
+@pytest.mark.parametrize("dropped", iodine.INPUTS)
+def test_a_dropped_input_has_no_influence_and_the_others_keep_theirs(dropped):
+    model = make_model(small(drop_inputs=(dropped,)))
+    with recorded(model) as calls:
+        list(model.infer(*make_inputs(model)))
+    call = calls[0]
+    if dropped == "grad_posterior":  # it is not even computed
+        assert all(c.gradient is None and c.normalised is None for c in calls)
+    slices = kernels.channel_slices(3, 2)
+    assert {*slices, "posterior", "grad_posterior"} == {*iodine.INPUTS}
+    for name in iodine.INPUTS:
+        packed, lam = call.packed.clone(), call.lam
+        gradient = call.gradient
+        if name == "posterior":
+            lam = lam + 1
+        elif name == "grad_posterior":
+            if gradient is None:
+                continue
+            gradient = gradient.flip(-1)
+        else:
+            packed[:, :, slices[name]] += 1
+        update, _ = model.refinement(packed, lam, gradient, None)
+        assert torch.equal(update, call.update) == (name == dropped), name
+
+
+# -- learning --------------------------------------------------------------------------------------
+
+
+def train_on(scenes: data.Scenes, index: Tensor, model: nn.Module, steps: int) -> list[float]:
+    """The losses of `steps` steps of Adam on the same scenes, with new noise in each."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    batch, losses = scenes.scenes(index), []
+    for step in range(steps):
+        noise = model.noise(scenes, index + 1000 * step)
+        loss = model.loss(batch.image, noise)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), model.config.clip)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_the_same_seed_gives_the_same_losses_bit_for_bit():
+    config = small("quick", seed=3)
+    scenes = data.make(config.dataset, seed=3)
+    runs = [
+        train_on(scenes, torch.arange(4), iodine.build(config, scenes), 3) for _ in range(2)
+    ]
+    assert runs[0] == runs[1] and len(set(runs[0])) == 3
+    other = iodine.build(small("quick", seed=4), scenes)
+    assert train_on(scenes, torch.arange(4), other, 3) != runs[0]
+
+
