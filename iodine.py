@@ -211,11 +211,7 @@ class BroadcastConv(Conv):
             top, middle, bottom = out.split([half, 1, half], dim)
             shape = list(middle.shape)
             shape[dim] = size - 2 * half
-            out = (
-                torch.cat([top, middle.expand(shape), bottom], dim)
-                if half
-                else middle.expand(shape)
-            )
+            out = torch.cat([top, middle.expand(shape), bottom], dim)
         xy = F.conv2d(self.coordinates[None], w_xy, self.bias, padding=half)
         return rearrange(out, "n h w o -> n o h w") + xy
 
@@ -229,9 +225,8 @@ class BroadcastDecoder(nn.Module):
         self.constant = 5.0 if config.constants else None
         coordinates = config.coordinate_gain * linear_coordinates(height, width)
         latent = config.latent_size + config.constants
-        self.first = nn.Sequential(
-            BroadcastConv(latent, coordinates, sizes[0], k), activation(config)
-        )
+        first = BroadcastConv(latent, coordinates, sizes[0], k)
+        self.first = nn.Sequential(first, activation(config))
         self.hidden = nn.Sequential()
         for i, o in pairwise(sizes):
             self.hidden += nn.Sequential(Conv(i, o, k), activation(config))
@@ -251,9 +246,8 @@ class DeconvDecoder(nn.Module):
         self.size = height, width
         # Paper: 8x8 doubled four times, for 128x128. Here: until it covers the image, then cropped.
         doublings = max(0, math.ceil(math.log2(max(height, width) / 8)))
-        self.mlp = nn.Sequential(
-            nn.Linear(config.latent_size, 512), nn.ELU(), nn.Linear(512, 512), nn.ELU()
-        )
+        self.mlp = nn.Sequential(nn.Linear(config.latent_size, 512), nn.ELU(),
+                                 nn.Linear(512, 512), nn.ELU())
         self.hidden = nn.Sequential()
         for i in range(doublings):
             up = nn.ConvTranspose2d(64 if i else 8, 64, 5, stride=2, padding=2, output_padding=1)
@@ -293,9 +287,8 @@ class RefinementNetwork(nn.Module):
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
         c, latent = config, config.latent_size
-        xy = (linear_coordinates if c.coordinates == "linear" else cosine_coordinates)(
-            height, width
-        )
+        coordinates = linear_coordinates if c.coordinates == "linear" else cosine_coordinates
+        xy = coordinates(height, width)
         if c.constants:
             xy = torch.cat([xy, torch.full((1, height, width), 0.5)])
         self.register_buffer("coordinates", xy, persistent=False)
@@ -313,9 +306,8 @@ class RefinementNetwork(nn.Module):
         self.norm_grad = nn.LayerNorm(2 * latent)  # over means and raw scales together
         self.convs, size = nn.Sequential(), len(keep)
         for out in c.refinement_channels:
-            self.convs += nn.Sequential(
-                Conv(size, out, c.refinement_kernel, c.refinement_stride), activation(c)
-            )
+            conv = Conv(size, out, c.refinement_kernel, c.refinement_stride)
+            self.convs += nn.Sequential(conv, activation(c))
             size = out
         self.pooling, self.mlp = c.pooling, nn.Sequential()
         for out in c.mlp_sizes:
@@ -328,14 +320,10 @@ class RefinementNetwork(nn.Module):
         self.lstm = LSTMCell(size, c.lstm_size, c.forget_bias) if c.lstm_size else None
         self.head = nn.Linear(c.lstm_size or size, 2 * latent)
 
-    def forward(
-        self, packed: Tensor, lam: Tensor, gradient: Tensor | None, state: Any
-    ) -> tuple[Tensor, Any]:
+    def forward(self, packed: Tensor, lam: Tensor, gradient: Tensor | None, state: Any) -> Any:
         """(B, K, F, H, W), (B, K, 2D) twice, LSTM state -> update of lambda (B, K, 2D), state."""
-        shape = packed.shape[:2]
-        x = self.convs(
-            packed.flatten(0, 1) if self.keep is None else packed.flatten(0, 1) * self.keep
-        )
+        shape, x = packed.shape[:2], packed.flatten(0, 1)
+        x = self.convs(x if self.keep is None else x * self.keep)  # (B*K, R, h, w)
         x = x.mean((-2, -1)) if self.pooling == "mean" else x.amax((-2, -1))  # (B*K, R)
         x = self.mlp(x).unflatten(0, shape)  # (B, K, M)
         gradient = torch.zeros_like(lam) if gradient is None else self.norm_grad(gradient)

@@ -181,12 +181,11 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     assert target.read_text() == "old"
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="permissions do not bind this user"
-)
 def test_a_read_only_folder(tmp_path):
     tmp_path.chmod(0o555)
     try:
+        if os.access(tmp_path, os.W_OK):
+            pytest.skip("permissions do not bind this user")
         with pytest.raises(PermissionError):
             figures.samples(tmp_path / "figure.png", torch.rand(1, 3, 8, 8), "t")
         assert not list(tmp_path.iterdir())
@@ -200,7 +199,7 @@ def test_matplotlibs_state_is_left_alone(tmp_path):
     plt.close("all")
     plt.switch_backend("agg")
     before = dict(matplotlib.rcParams)
-    for call in (CALLS["decomposition"], CALLS["curves"]):
+    for call in (CALLS["one scene, one slot, grey"], CALLS["one curve"]):
         first = call(tmp_path / "first.png").read_bytes()
         with matplotlib.rc_context({"savefig.bbox": "tight", "savefig.dpi": 40, "figure.dpi": 40}):
             assert call(tmp_path / "second.png").read_bytes() == first  # nor does it matter

@@ -8,14 +8,13 @@ Axes: B batch, K slots, T decodes, D latent, C H W image, F input channels of th
 """
 
 import contextlib
-import gc
 import importlib.util
 import math
 import sys
 import weakref
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -40,12 +39,19 @@ def torch_backend():
 # -- an own IODINE, written from the paper (algorithm 1, appendix C) before iodine.py was read -----
 
 
-def logistic(loc: Tensor, scale: float) -> D.Distribution:
-    """torch has no logistic distribution: the logit of a uniform, shifted and scaled."""
-    uniform = D.Uniform(torch.zeros_like(loc), torch.ones_like(loc))
-    return D.TransformedDistribution(
-        uniform, [D.SigmoidTransform().inv, D.AffineTransform(loc, scale)]
-    )
+class Logistic(D.Distribution):
+    """torch has none, and its softplus is only good to 2e-9, so not D.SigmoidTransform either."""
+
+    arg_constraints: ClassVar = {}
+    support = D.constraints.real
+
+    def __init__(self, loc: Tensor, scale: float):
+        self.loc, self.scale = loc, scale
+        super().__init__(loc.shape, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        distance = (value - self.loc).abs() / self.scale
+        return -distance - 2 * torch.log1p(torch.exp(-distance)) - math.log(self.scale)
 
 
 class Eager:
@@ -96,10 +102,8 @@ class Eager:
 
     def components(self, means: Tensor) -> D.Distribution:
         """Densities of a pixel under each slot, all channels together: batch (B, H, W, K)."""
-        loc = means.permute(0, 3, 4, 1, 2)
-        sigma = self.config.sigma
-        normal = self.config.component == "gaussian"
-        return D.Independent(D.Normal(loc, sigma) if normal else logistic(loc, sigma), 1)
+        density = D.Normal if self.config.component == "gaussian" else Logistic
+        return D.Independent(density(means.permute(0, 3, 4, 1, 2), self.config.sigma), 1)
 
     def log_likelihood(self, image: Tensor, means: Tensor, logits: Tensor) -> Tensor:
         """log p(x | z) of each pixel, eq. 1: (B, 1, 1, H, W)."""
@@ -206,7 +210,8 @@ class Eager:
         channels, height, width = image.shape[1:]
         lam = self.weights["lambda"].expand(batch, slots, -1)
         state = (lam.new_zeros(batch, slots, config.lstm_size),) * 2
-        prior = D.Normal(0.0, math.sqrt(config.prior_variance))
+        variance = torch.tensor(config.prior_variance, dtype=lam.dtype)
+        prior = D.Normal(torch.zeros_like(variance), variance.sqrt())
         steps = []
         for t, epsilon in enumerate(noise):
             q = self.posterior(lam)
@@ -518,7 +523,7 @@ def test_the_gradient_of_lambda_is_the_slope_of_the_bound_with_the_noise_held_fi
     image, noise = make_inputs(model, batch=1)
     eager, _ = bind(model)
     weight = model.config.kl_weight
-    prior = D.Normal(0.0, math.sqrt(model.config.prior_variance))
+    prior = D.Normal(*torch.tensor([0.0, model.config.prior_variance]).sqrt())
 
     @torch.no_grad()
     def parts(lam: Tensor, epsilon: Tensor) -> Tensor:
@@ -564,7 +569,8 @@ def test_kl_and_posterior_are_those_of_torch_distributions(variant):
     assert torch.equal(loc, lam[..., :3])
     variance = scale**2 if variant == "released" else scale
     assert_close("softplus", variance, F.softplus(lam[..., 3:]))
-    prior = D.Normal(0.0, 1.0 if variant == "paper" else math.sqrt(math.log(2)))
+    variance = torch.tensor(1.0 if variant == "paper" else math.log(2), dtype=torch.float64)
+    prior = D.Normal(torch.zeros_like(variance), variance.sqrt())
     assert_close("kl", model.kl_terms(loc, scale), D.kl_divergence(D.Normal(loc, scale), prior))
 
 
@@ -661,7 +667,6 @@ def saved_tensors(model: nn.Module, steps: int) -> list[int]:
     with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
         for step in model.infer(*make_inputs(model, steps=steps)):
             kept.append(step)  # as the figures do
-            gc.collect()
             counts.append(len(alive))
     return counts
 

@@ -53,7 +53,7 @@ def sklearn_ari(true, predicted, foreground):
     return np.array(scores)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(scenes(), st.booleans())
 def test_ari_is_scikit_learns(scene, foreground):
     true, predicted = scene
@@ -262,7 +262,7 @@ def test_match_by_hand():
     assert metrics.match(true, strip(3, 3, 3, 0, 0, 3)).tolist() == [[3, 0, -1, -1]]  # 2 is missed
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(scenes(), st.randoms(use_true_random=False))
 def test_the_order_of_the_slots_does_not_matter(scene, random):
     true, predicted = scene
