@@ -57,6 +57,8 @@ import torch
 import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -126,8 +128,9 @@ def interleave(calls: dict, repeats: int, device: torch.device) -> dict[Any, dic
                 elapsed = 1e3 * (time.perf_counter() - begin)
             if repeat >= 0:
                 times[name].append(elapsed)
-    quantiles = {name: np.quantile(t, (0.5, 0.2, 0.8)).tolist() for name, t in times.items()}
-    return {name: dict(zip(("ms", "p20", "p80"), q, strict=True)) for name, q in quantiles.items()}
+    quantiles = dict(ms=0.5, p20=0.2, p80=0.8)
+    return {name: {key: float(np.quantile(t, q)) for key, q in quantiles.items()}
+            for name, t in times.items()}
 
 
 def check(values: Callable[[], list[Tensor]], truth: list[Tensor], tolerance: float) -> dict:
@@ -342,32 +345,27 @@ def benchmark_ops(session: Session) -> bool:
 
 # -- training steps --------------------------------------------------------------------------------
 
-CHANGES = ("closed-form inputs", "broadcast convolution", "channels-last", "in-place ELU",
-           "Triton kernels")  # fmt: skip
-OURS = 4  # with this many of them it is iodine.py as it is
+CHANGES = ("as ports write it", "+ closed-form inputs", "+ broadcast convolution",
+           "+ channels-last", "+ in-place ELU = iodine.py", "+ Triton kernels")  # fmt: skip
+OURS = 4  # iodine.py as it is
 
 
 class Variant(NamedTuple):
-    """A row of the step tables: the first `changes` of CHANGES are made."""
+    """A row of the step tables."""
 
-    changes: int
+    changes: int  # of CHANGES, and all before it
     precision: str = "float32"
-
-    @property
-    def name(self) -> str:
-        name = f"+ {CHANGES[self.changes - 1]}" if self.changes else "as ports write it"
-        return f"{name} = iodine.py" if self.changes == OURS else name
 
 
 class PortStyle(iodine.IODINE):
-    """iodine.IODINE as ports write it but for `made`: same parameters, same function of them."""
+    """iodine.IODINE up to a row of CHANGES: the same parameters, the same function of them."""
 
-    def __init__(self, config: iodine.Config, image: Tensor, made: Sequence[str]):
+    def __init__(self, config: iodine.Config, image: Tensor, changes: int):
         super().__init__(config, *image.shape[1:])
-        self.made, first = made, self.decoder.first[0]
-        layout = torch.channels_last if "channels-last" in made else torch.contiguous_format
+        self.closed_form, first = changes >= 1, self.decoder.first[0]
+        convolve = iodine.BroadcastConv.forward if changes >= 2 else convolve_image
+        layout = torch.channels_last if changes >= 3 else torch.contiguous_format
         self.to(memory_format=layout)
-        convolve = iodine.BroadcastConv.forward if CHANGES[1] in made else convolve_image
         # What BroadcastConv and refinement_inputs return is channels-last by itself.
         first.forward = lambda z: convolve(first, z).contiguous(memory_format=layout)
         self.refinement.convs[0].register_forward_pre_hook(
@@ -375,13 +373,12 @@ class PortStyle(iodine.IODINE):
         )
         for module in self.modules():
             if isinstance(module, nn.ELU):
-                module.inplace = "in-place ELU" in made
+                module.inplace = changes >= OURS
 
     def infer(self, image: Tensor, noise: Tensor) -> Iterator[iodine.Step]:
         eager = dict(refinement_inputs=eager_refinement_inputs,
                      mixture_log_likelihood=eager_log_likelihood)
-        closed_form = CHANGES[0] in self.made
-        with nullcontext() if closed_form else mock.patch.multiple(kernels, **eager):
+        with nullcontext() if self.closed_form else mock.patch.multiple(kernels, **eager):
             yield from super().infer(image, noise)
 
 
@@ -424,11 +421,10 @@ class TrainingStep:
 
 def make_step(config: iodine.Config, inputs: Sequence[Tensor], variant: Variant) -> TrainingStep:
     torch.manual_seed(config.seed)
-    image, made = inputs[0], CHANGES[: variant.changes]
-    ours = variant.changes >= OURS
-    model = iodine.IODINE(config, *image.shape[1:]) if ours else PortStyle(config, image, made)
-    backend = "triton" if variant.changes > OURS else "torch"
-    return TrainingStep(model.to(image), inputs, variant.precision, backend)
+    image, (changes, precision) = inputs[0], variant
+    ported = changes < OURS
+    model = PortStyle(config, image, changes) if ported else iodine.IODINE(config, *image.shape[1:])
+    return TrainingStep(model.to(image), inputs, precision, ("torch", "triton")[changes > OURS])
 
 
 def measure_memory(
@@ -486,19 +482,19 @@ def benchmark_steps(part: str, session: Session) -> bool:
     rows = {v: check(step.loss_gradient, truth, STEP_TOLERANCE[v.precision])
             for v, step in steps.items()}
     timed = time_right(rows, steps, options.repeats or 5, device)
-    eager = timed[variants[0]]["ms"] if variants[0] in timed else math.nan
-    above = eager
+    eager = above = rows[variants[0]].get("ms")
     for v, row in rows.items():
-        above = above if v.changes else eager
+        name = CHANGES[v.changes]
         if v in timed:
-            row |= {"vs eager": eager / row["ms"], "vs above": above / row["ms"]}
-            report.bar("", f"{v.name}\n{v.precision}", "step", row["ms"], row["p20"], row["p80"])
+            bases = {"vs eager": eager, "vs above": above if v.changes else eager}
+            row |= {key: ms / row["ms"] for key, ms in bases.items() if ms}
+            report.bar("", f"{name}\n{v.precision}", "step", row["ms"], row["p20"], row["p80"])
             if options.memory:
                 arguments = config, [tensor.cpu() for tensor in inputs], v, options.threads
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
                     row |= child.submit(measure_memory, *arguments).result()
-        above = row.get("ms", math.nan)
-        report.add(dict(variant=v.name, precision=v.precision, setting=setting, **row))
+        above = row.get("ms")
+        report.add(dict(variant=name, precision=v.precision, setting=setting, **row))
     return report.write(options.out, f"One training step of IODINE, {setting}", MILLISECONDS)
 
 
@@ -565,7 +561,7 @@ OP_COLUMNS = [
     Column("error", "error", 7, ".0e"),
 ]  # fmt: skip
 STEP_COLUMNS = [
-    Column("variant", "", 27), Column("precision", "", 9), *TIMES,
+    Column("variant", "", 26), Column("precision", "", 9), *TIMES,
     Column("vs eager", "eager x", 8, ".2f"), Column("vs above", "above x", 8, ".2f"),
     Column("first_mb", "MB first", 9, ".0f"), Column("peak_mb", "MB peak", 8, ".0f"),
     Column("error", "error", 7, ".0e"),
@@ -583,7 +579,9 @@ class Report:
 
     def __init__(self, name: str, columns: list[Column], info: dict[str, Any]):
         self.name, self.columns, self.info, self.rows = name, columns, info, []
-        self.panels: dict[str, dict] = {}
+        self.panels: dict[str, dict] = {}  # {panel: {group: {series: (value, (low, high) or ())}}}
+        versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
+        self.note = f"{info['device']}, {versions}, {info['date']}\n{info['command']}"
         print("\n" + "".join(c.show({c.key: c.title}) for c in columns).rstrip(), flush=True)
 
     def add(self, row: dict[str, Any]) -> None:
@@ -622,32 +620,30 @@ class Report:
         figure.suptitle(title, fontsize=11)
         grid = figure.subplots(1, len(self.panels), squeeze=False)[0]
         for axes, (panel, groups) in zip(grid, self.panels.items(), strict=True):
-            middles, y = [], 0
+            middles, y = [], 0.0
             for bars in groups.values():
                 middles.append(y + (len(bars) - 1) / 2)
-                for y, (series, (value, ends)) in enumerate(bars.items(), y):  # noqa: B020
-                    axes.barh(y, value - start, left=start, height=0.9, color=colors[series],
-                              label=series if len(middles) == 1 else None)
+                for series, (value, ends) in bars.items():
+                    axes.barh(y, value - start, left=start, height=0.9, color=colors[series])
+                    axes.hlines([y] * len(ends[1:]), *(ends or ([], [])), color=figures.INK)
                     axes.text(max(value, start, *ends), y, f" {value:.3g}", va="center", fontsize=7)
-                    if ends:
-                        axes.hlines(y, *ends, color=figures.INK, linewidth=1)
-                y += 2
+                    y += 1
+                y += 1
             axes.set_yticks(middles, list(groups), fontsize=7)
             axes.invert_yaxis()
-            axes.set_title(panel, fontsize=9)
-            axes.set_xlabel(axis, fontsize=8)
-            axes.tick_params(axis="x", labelsize=7)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.margins(x=0.15, y=0.01)
+            axes.set(title=panel, xlabel=axis)
             if start:
                 axes.set_xscale("log")
-                axes.axvline(start, color=figures.INK, linewidth=0.8)
-        if len(colors) > 1:
-            grid[-1].legend(fontsize=7)
-        note = ", ".join(f"{name} {version}" for name, version in self.info["versions"].items())
-        note = f"{self.info['device']}, {note}, {self.info['date']}\n{self.info['command']}"
-        figure.supxlabel(note, fontsize=6.5, color=figures.FAINT)
-        figure.savefig(path, metadata={"Description": note})
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.margins(x=0.15, y=0.01)
+            axes.axvline(start, color=figures.INK, linewidth=0.8)
+        patches = [Patch(color=color, label=name) for name, color in colors.items()]
+        figure.legend(handles=patches, loc="outside upper right", ncols=len(patches), fontsize=8)
+        figure.supxlabel(self.note, fontsize=6.5, color=figures.FAINT)
+        figure.savefig(path, metadata={"Description": self.note})
 
 
 # -- command line ----------------------------------------------------------------------------------
@@ -675,8 +671,9 @@ def benchmark(options: Options, arguments: Sequence[str]) -> bool:
     if options.models is None:
         return benchmark_ops(session)
     parts = options.models or ("step", "clevr", "presets")
-    return all([benchmark_presets(session) if part == "presets" else benchmark_steps(part, session)
-                for part in parts])
+    right = [benchmark_presets(session) if part == "presets" else benchmark_steps(part, session)
+             for part in parts]
+    return all(right)
 
 
 def main(arguments: Sequence[str]) -> int:

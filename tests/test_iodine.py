@@ -8,10 +8,10 @@ Axes: B batch, K slots, T decodes, D latent, C H W image, F input channels of th
 """
 
 import contextlib
-import importlib.util
 import math
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -26,6 +26,7 @@ import data
 import iodine
 import kernels
 from data import metrics
+from data.mini_sprites import MiniSprites
 
 TOLERANCE = 1e-9  # of the largest value of a tensor
 
@@ -73,7 +74,7 @@ class Eager:
         return torch.stack(torch.meshgrid(rows, cols, indexing="ij"))
 
     def decode(self, z: Tensor, height: int, width: int) -> Tensor:
-        """(B, K, D) -> (B, K, C+1, H, W): every slot on its own, the latent tiled over the image."""
+        """(B, K, D) -> (B, K, C+1, H, W): every slot on its own, its latent at every pixel."""
         batch = z.shape[:2]
         z = z.flatten(0, 1)
         *hidden, last = self.weights["decoder"]
@@ -312,7 +313,7 @@ def bind(model: nn.Module) -> tuple[Eager, dict[str, Tensor]]:
     norm = dict(zip(names, zip(gains, biases, strict=True), strict=True))
     weights = {
         "lambda": p["initial"],
-        "decoder": [layers(f"decoder.{part}") for part in ("first", "hidden", "last")],
+        "decoder": [x for part in ("first", "hidden", "last") for x in layers(f"decoder.{part}")],
         "decoder_mlp": layers("decoder.mlp"),
         "conv": layers("refinement.convs"),
         "mlp": layers("refinement.mlp"),
@@ -320,7 +321,6 @@ def bind(model: nn.Module) -> tuple[Eager, dict[str, Tensor]]:
         "head": layers("refinement.head")[0],
         "norm": norm | {"grad_posterior": layers("refinement.norm_grad")[0]},
     }
-    weights["decoder"] = sum(weights["decoder"], [])
     return Eager(model.config, weights), p
 
 
@@ -725,13 +725,17 @@ def test_a_dropped_input_has_no_influence_and_the_others_keep_theirs(dropped):
 # -- learning --------------------------------------------------------------------------------------
 
 
-def train_on(scenes: data.Scenes, index: Tensor, model: nn.Module, steps: int) -> list[float]:
-    """The losses of `steps` steps of Adam on the same scenes, with new noise in each."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    batch, losses = scenes.scenes(index), []
+def train_on(
+    scenes: data.Scenes, choose: Callable[[int], Tensor], model: nn.Module, steps: int
+) -> list[float]:
+    """The losses of some steps of Adam on the scenes that `choose` gives, always with new noise."""
+    optimizer = torch.optim.Adam(model.parameters())
+    losses = []
     for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 30)
+        index = choose(step)
         noise = model.noise(scenes, index + 1000 * step)
-        loss = model.loss(batch.image, noise)["loss"]
+        loss = model.loss(scenes.scenes(index).image, noise)["loss"]
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), model.config.clip)
@@ -743,11 +747,218 @@ def train_on(scenes: data.Scenes, index: Tensor, model: nn.Module, steps: int) -
 def test_the_same_seed_gives_the_same_losses_bit_for_bit():
     config = small("quick", seed=3)
     scenes = data.make(config.dataset, seed=3)
-    runs = [
-        train_on(scenes, torch.arange(4), iodine.build(config, scenes), 3) for _ in range(2)
-    ]
-    assert runs[0] == runs[1] and len(set(runs[0])) == 3
-    other = iodine.build(small("quick", seed=4), scenes)
-    assert train_on(scenes, torch.arange(4), other, 3) != runs[0]
+
+    def losses(config: iodine.Config) -> list[float]:
+        return train_on(scenes, lambda step: torch.arange(4), iodine.build(config, scenes), 3)
+
+    first = losses(config)
+    assert losses(config) == first and len(set(first)) == 3
+    assert losses(small("quick", seed=4)) != first
 
 
+LEARNING = dict(
+    preset="quick", num_slots=3, num_steps=3, latent_size=8, refinement_channels=(32, 32),
+    mlp_sizes=(64,), decoder_channels=(32, 32, 32), decoder_kernel=1, kl_weight=0.1,
+)  # fmt: skip
+
+
+def two_sprites(seed: int) -> data.Scenes:
+    """Two objects on 8 x 8 pixels: half of mini_sprites' size, for the sake of time."""
+    return MiniSprites(seed=seed, size=8, sprite=3, min_objects=2, max_objects=2)
+
+
+@torch.no_grad()
+def scores(scenes: data.Scenes, index: Tensor, model: nn.Module) -> tuple[float, float, float]:
+    """Mean squared error, that of the best single image, and ARI of the foreground."""
+    batch = scenes.scenes(index)
+    *_, last = model.infer(batch.image, model.noise(scenes, index + 10**6))
+    mean, masks, _ = iodine.reconstruct(last.decoded)
+    single = batch.image.mean(0, keepdim=True).expand_as(batch.image)
+    values = (
+        metrics.mse(batch.image, mean),
+        metrics.mse(batch.image, single),
+        metrics.ari(batch.masks, masks),
+    )
+    return tuple(value.mean().item() for value in values)
+
+
+def test_it_learns_eight_scenes_by_heart():
+    scenes, index = two_sprites(0), torch.arange(8)
+    model = iodine.build(small(**LEARNING, sigma=0.5), scenes)
+    train_on(scenes, lambda step: index, model, 200)
+    mse, single, _ = scores(scenes, index, model)
+    assert mse < single / 3  # seeds 0 to 2: OVERFIT
+
+
+def test_it_learns_to_separate_the_objects_of_unseen_scenes():
+    """Eight scenes can be learnt by heart in one slot; ever new ones need objects."""
+    scenes = two_sprites(0)
+    model = iodine.build(small(**LEARNING), scenes)
+    train_on(scenes, lambda step: torch.arange(16) + 16 * step, model, 300)
+    mse, single, ari_fg = scores(scenes, torch.arange(64) + 10**7, model)
+    assert mse < single / 1.5 and ari_fg > 0.4  # seeds 0 to 2: FRESH
+
+
+# -- mutants ---------------------------------------------------------------------------------------
+
+SOURCE = Path(iodine.__file__)
+LSTM = dict(preset="multi_dsprites", lstm_size=5, forget_bias=0.5, prior_variance=0.5)
+MUTANTS: dict[str, tuple[str, str, dict]] = {  # name: (text of iodine.py, its mutation, Config)
+    "gradient of lambda without the KL": (
+        "torch.full_like(kl, c.kl_weight)", "torch.zeros_like(kl)", {}),
+    "gradient of lambda with the KL unweighted": (
+        "torch.full_like(kl, c.kl_weight)", "torch.ones_like(kl)", {}),
+    "gradient of lambda does not pass through the noise": (
+        "z = loc + scale * noise[:, t]", "z = loc + scale.detach() * noise[:, t]", {}),
+    "gradient of lambda not stopped": (
+        "cotangents, retain_graph=training", "cotangents, create_graph=training", {}),
+    "gradient of lambda normalised per half": (
+        "self.norm_grad(gradient)",
+        "self.norm_grad.bias + self.norm_grad.weight * torch.cat("
+        "[F.layer_norm(half, half.shape[-1:]) for half in gradient.chunk(2, -1)], -1)", {}),
+    "gradient of lambda of the batch's mean, a wide sigma": (
+        "self.norm_grad(gradient)", "self.norm_grad(gradient / len(lam))", dict(sigma=1.0)),
+    "image inputs stopped": ("(inputs.packed, lam,", "(inputs.packed.detach(), lam,", {}),
+    "lambda stopped": ("(inputs.packed, lam,", "(inputs.packed, lam.detach(),", {}),
+    "lambda replaced": ("lam = lam + update", "lam = update", {}),
+    "the same noise in every step": ("scale * noise[:, t]", "scale * noise[:, 0]", {}),
+    "exponential instead of softplus": ("scale = F.softplus(raw)", "scale = raw.exp()", {}),
+    "variance and deviation exchanged": ("v = self.config.prior_variance",
+                                         "v = self.config.prior_variance ** 2", {}),
+    "KL of mean and scale exchanged": ("(scale.square() + loc.square()) / v",
+                                       "scale.square() / v + loc.square()", {}),
+    "nll a mean over the pixels": (
+        'nll = -reduce(log_likelihood, "b h w -> b", "sum")',
+        'nll = -reduce(log_likelihood, "b h w -> b", "mean")', {}),
+    "weights reversed": ("return [t / n for t in range(1, n + 1)]",
+                         "return [t / n for t in range(n, 0, -1)]", {}),
+    "last loss left out": ("return [t / n for t in range(1, n + 1)]",
+                           "return [t / n for t in range(1, n)] + [0.0]", {}),
+    "weights of the other variant": ("return [t / n for t in range(1, n + 1)]",
+                                     "return [t / (n - 1) for t in range(n)]", {}),
+    "KL unweighted in the loss": ("(step.nll + self.config.kl_weight * step.kl)",
+                                  "(step.nll + step.kl)", {}),
+    "a refinement after the last decode": ("last = t == num_decodes - 1", "last = False", {}),
+    "hidden state not carried": ("update, state = self.refinement(",
+                                 "update, _ = self.refinement(", {}),
+    "cell state not carried": ("return torch.sigmoid(o) * torch.tanh(cell), cell",
+                               "return torch.sigmoid(o) * torch.tanh(cell), 0 * cell", {}),
+    "forget bias left out": ("f + self.forget_bias", "f", {}),
+    "rows and columns exchanged": (
+        'torch.stack(torch.meshgrid(rows, cols, indexing="ij"))',
+        'torch.stack(torch.meshgrid(rows, cols, indexing="ij")[::-1])', {}),
+    "no coordinates in the decoder": ('"n h w o -> n o h w") + xy',
+                                      '"n h w o -> n o h w") + self.bias[:, None, None]', {}),
+    "no border cases": ("inside.float()", "torch.ones(kernel, kernel)", {}),
+    "gain left out": ("config.coordinate_gain * linear", "linear", dict(coordinate_gain=3.0)),
+    "slots mixed with images": ("unflatten(0, z.shape[:2])",
+                                "unflatten(0, z.shape[:2][::-1]).transpose(0, 1)", {}),
+    "sum instead of mean pooling": ("x = x.mean((-2, -1))", "x = x.sum((-2, -1))", {}),
+    "constant of z forgotten": ("value=self.constant", "value=0.0", dict(constants=True)),
+    "linear end forgotten": ("del self.mlp[-1]", "pass", dict(mlp_linear_end=True)),
+}  # fmt: skip
+
+
+def mutated(old: str, new: str) -> ModuleType:
+    """iodine.py as a module of its own, with `new` in the place of `old`."""
+    source = SOURCE.read_text()
+    assert not old or source.count(old) >= 1, f"iodine.py has no more {old!r}: adapt this mutant"
+    module = ModuleType("mutated_iodine")
+    sys.modules[module.__name__] = module  # dataclasses look it up
+    try:
+        exec(compile(source.replace(old, new) if old else source, SOURCE, "exec"), module.__dict__)
+    finally:
+        del sys.modules[module.__name__]
+    return module
+
+
+def test_the_unmutated_source_agrees():
+    """Else the next two tests would prove nothing."""
+    for overrides in ({}, dict(sigma=1.0), dict(coordinate_gain=3.0), dict(constants=True),
+                      dict(mlp_linear_end=True)):  # fmt: skip
+        compare(small(**LSTM | overrides), mutated("", ""))
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_found_out(name):
+    old, new, overrides = MUTANTS[name]
+    module = mutated(old, new)
+    with pytest.raises(AssertionError, match=r"off by|refinements"):
+        compare(small(**LSTM | overrides), module)
+
+
+# Mutants of what the kernels compute: (config, image, decoded, inputs) -> inputs.
+
+
+def replaced(inputs: kernels.RefinementInputs, name: str, value: Tensor, model_norm=None):
+    """`inputs` with other values in the channels of one input, normalised as the model does it."""
+    where = kernels.channel_slices(3, 2)[name]
+    if model_norm is not None:
+        weight, bias = (p[where.start - 9 : where.stop - 9, None, None] for p in model_norm)
+        value = F.layer_norm(value, value.shape[2:]) * weight + bias
+    packed = inputs.packed.clone()
+    packed[:, :, where] = value
+    return inputs._replace(packed=packed)
+
+
+def wrt_masks(image, decoded, norm, sigma, inputs):
+    masks = decoded[:, :, 3:].softmax(1)
+    return replaced(inputs, "grad_mask", (inputs.grad_decoded[:, :, 3:] / masks).detach(), norm)
+
+
+def grad_means_not_stopped(image, decoded, norm, sigma, inputs):
+    difference = image[:, None] - decoded[:, :, :3]
+    joint = decoded[:, :, 3].log_softmax(1) - difference.square().sum(2) / (2 * sigma**2)
+    value = -joint.softmax(1)[:, :, None] * difference / sigma**2
+    return replaced(inputs, "grad_means", value, norm)
+
+
+def likelihood_not_stopped(image, decoded, norm, sigma, inputs):
+    value = kernels.mixture_log_likelihood(image, decoded, sigma)[:, None, None]
+    return replaced(inputs, "log_likelihood", value.expand(-1, decoded.shape[1], -1, -1, -1), norm)
+
+
+def likelihood_no_logarithm(image, decoded, norm, sigma, inputs):
+    value = inputs.log_likelihood.detach().exp()[:, None, None]
+    return replaced(inputs, "log_likelihood", value.expand(-1, decoded.shape[1], -1, -1, -1), norm)
+
+
+def posterior_with_masks(image, decoded, norm, sigma, inputs):
+    masks = decoded[:, :, 3:].softmax(1)
+    return replaced(inputs, "mask_posterior", masks - inputs.grad_decoded[:, :, 3:])
+
+
+def leave_one_out_not_renormalised(image, decoded, norm, sigma, inputs):
+    share = 1 - (decoded[:, :, 3:].softmax(1) - inputs.grad_decoded[:, :, 3:])
+    value = inputs.log_likelihood[:, None, None] + share.log()
+    return replaced(inputs, "leave_one_out", value.detach(), norm)
+
+
+def per_channel_mixture(image, decoded, norm, sigma, inputs):
+    density = D.Normal(decoded[:, :, :3], sigma).log_prob(image[:, None])
+    mixture = (decoded[:, :, 3:].log_softmax(1) + density).logsumexp(1)
+    return inputs._replace(log_likelihood=mixture.sum(1))
+
+
+def unchanged(image, decoded, norm, sigma, inputs):
+    return replaced(inputs, "grad_mask", inputs.grad_decoded[:, :, 3:], norm)
+
+
+KERNEL_MUTANTS = [
+    wrt_masks, grad_means_not_stopped, likelihood_not_stopped, likelihood_no_logarithm,
+    posterior_with_masks, leave_one_out_not_renormalised, per_channel_mixture,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", [unchanged, *KERNEL_MUTANTS])
+def test_mutants_of_the_inputs_are_found_out(mutant, monkeypatch):
+    original = kernels.refinement_inputs
+
+    def changed(image, decoded, weight, bias, coordinates, sigma, *rest):
+        inputs = original(image, decoded, weight, bias, coordinates, sigma, *rest)
+        return mutant(image, decoded, (weight, bias), sigma, inputs)
+
+    monkeypatch.setattr(kernels, "refinement_inputs", changed)
+    expected = pytest.raises(AssertionError, match="off by")
+    with contextlib.nullcontext() if mutant is unchanged else expected:
+        compare(small(**LSTM, sigma=0.5))
