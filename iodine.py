@@ -168,10 +168,9 @@ def linear_coordinates(height: int, width: int) -> Tensor:
 
 
 def cosine_coordinates(height: int, width: int) -> Tensor:
-    """(8, H, W): cos(i pi u) cos(j pi v) for i, j in 0..2 but i = j = 0; u, v from -1 to 1."""
-    waves = torch.cos(
-        math.pi * torch.arange(3)[:, None, None, None] * linear_coordinates(height, width)
-    )
+    """(8, H, W): cos(i pi u) cos(j pi v) for i, j in 0..2 but i = j = 0; u, v from 0 to 1."""
+    half_turns = (linear_coordinates(height, width) + 1) * (math.pi / 2)  # (2, H, W), 0 .. pi
+    waves = torch.cos(torch.arange(3)[:, None, None, None] * half_turns)  # (3, 2, H, W)
     return rearrange(waves[:, None, 0] * waves[None, :, 1], "i j h w -> (i j) h w")[1:]
 
 
@@ -197,6 +196,9 @@ class BroadcastConv(Conv):
 
     def __init__(self, latent: int, coordinates: Tensor, outputs: int, kernel: int):
         super().__init__(latent + len(coordinates), outputs, kernel)
+        if kernel > min(coordinates.shape[1:]):
+            raise ValueError(f"kernel {kernel} is larger than the image {coordinates.shape[1:]}")
+        # Case r of k is row r of an image of k rows: the border rows, and half-way all the others.
         case, tap, half = torch.arange(kernel)[:, None], torch.arange(kernel), kernel // 2
         inside = (tap >= half - case) & (tap <= kernel - 1 - case + half)
         self.register_buffer("inside", inside.float(), persistent=False)  # (case, tap)
@@ -205,7 +207,8 @@ class BroadcastConv(Conv):
     def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, O, H, W), channels last
         (_, height, width), half = self.coordinates.shape, self.padding[0]
         w_z, w_xy = self.weight.split([z.shape[1], len(self.coordinates)], dim=1)
-        w = torch.einsum("odhw, rh, sw -> drso", w_z, self.inside, self.inside)
+        # The sum of the taps (i, j) that are inside, for case r of the row and s of the column.
+        w = torch.einsum("odij, ri, sj -> drso", w_z, self.inside, self.inside)
         out = (z @ w.flatten(1)).unflatten(1, w.shape[1:])  # (N, k, k, O)
         for dim, size in ((1, height), (2, width)):
             top, middle, bottom = out.split([half, 1, half], dim)
@@ -222,7 +225,6 @@ class BroadcastDecoder(nn.Module):
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
         sizes, k = config.decoder_channels, config.decoder_kernel
-        self.constant = 5.0 if config.constants else None
         coordinates = config.coordinate_gain * linear_coordinates(height, width)
         latent = config.latent_size + config.constants
         first = BroadcastConv(latent, coordinates, sizes[0], k)
@@ -233,8 +235,6 @@ class BroadcastDecoder(nn.Module):
         self.last = Conv(sizes[-1], channels + 1, k)
 
     def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
-        if self.constant is not None:
-            z = F.pad(z, (0, 1), value=self.constant)
         return full_precision(self.last, self.hidden(self.first(z)))
 
 
@@ -246,13 +246,14 @@ class DeconvDecoder(nn.Module):
         self.size = height, width
         # Paper: 8x8 doubled four times, for 128x128. Here: until it covers the image, then cropped.
         doublings = max(0, math.ceil(math.log2(max(height, width) / 8)))
-        self.mlp = nn.Sequential(nn.Linear(config.latent_size, 512), nn.ELU(),
-                                 nn.Linear(512, 512), nn.ELU())
+        latent = config.latent_size + config.constants
+        self.mlp = nn.Sequential(nn.Linear(latent, 512), activation(config),
+                                 nn.Linear(512, 512), activation(config))
         self.hidden = nn.Sequential()
         for i in range(doublings):
             up = nn.ConvTranspose2d(64 if i else 8, 64, 5, stride=2, padding=2, output_padding=1)
-            self.hidden += nn.Sequential(up, nn.ELU(inplace=True))
-        self.hidden += nn.Sequential(Conv(64 if doublings else 8, 64, 5), nn.ELU(inplace=True))
+            self.hidden += nn.Sequential(up, activation(config))
+        self.hidden += nn.Sequential(Conv(64 if doublings else 8, 64, 5), activation(config))
         self.last = Conv(64, channels + 1, 5)
 
     def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
@@ -276,7 +277,7 @@ class LSTMCell(nn.Module):
 
     def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         hidden, cell = state
-        i, g, f, o = self.gates(torch.cat([x, hidden], -1)).chunk(4, -1)
+        i, g, f, o = self.gates(torch.cat([x, hidden], -1)).chunk(4, -1)  # Sonnet's order
         cell = torch.sigmoid(f + self.forget_bias) * cell + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * torch.tanh(cell), cell
 
@@ -300,7 +301,8 @@ class RefinementNetwork(nn.Module):
         self.register_buffer("keep", keep if (keep == 0).any() else None, persistent=False)
         self.drop_posterior = "posterior" in c.drop_inputs
 
-        # LayerNorm gains and biases of the four normalised inputs, shared over steps.
+        # LayerNorm gains and biases of the inputs that are normalised, shared over steps: gradient
+        # of the means (C), of the mask logit (1), log-likelihood (1), leave-one-out (1).
         self.norm_weight = nn.Parameter(torch.ones(channels + 3))
         self.norm_bias = nn.Parameter(torch.zeros(channels + 3))
         self.norm_grad = nn.LayerNorm(2 * latent)  # over means and raw scales together
@@ -347,7 +349,7 @@ class Step(NamedTuple):
     """One decode of Algorithm 1."""
 
     decoded: Tensor  # (B, K, C+1, H, W) means and mask logits
-    posterior: Tensor  # (B, K, 2D) lambda: means and raw scales of q(z|x)
+    posterior: Tensor  # (B, K, 2D) lambda that z was drawn from: means and raw scales of q(z|x)
     nll: Tensor  # (B,) -log p(x|z), nats per image
     kl: Tensor  # (B,) KL(q(z|x) || p(z)), nats per image
 
@@ -367,7 +369,8 @@ class IODINE(nn.Module):
         """Paper: silent. Released code, and here: truncated normal, std 1/sqrt(fan-in)."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-                fan_in = module.weight[0].numel()
+                transposed = isinstance(module, nn.ConvTranspose2d)  # its weight is (in, out, k, k)
+                fan_in = module.weight[:, 0].numel() if transposed else module.weight[0].numel()
                 std = self.config.init_gain / math.sqrt(fan_in)
                 nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
                 nn.init.zeros_(module.bias)
@@ -391,19 +394,26 @@ class IODINE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """g_theta, every slot alone: z (B, K, D) -> means and mask logits (B, K, C+1, H, W)."""
-        return self.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        flat = z.flatten(0, 1)  # (B*K, D)
+        if self.config.constants:
+            flat = F.pad(flat, (0, 1), value=5.0)
+        return self.decoder(flat).unflatten(0, z.shape[:2])
 
     def infer(self, image: Tensor, noise: Tensor) -> Iterator[Step]:
         """Algorithm 1: yields each of the T decodes; no refinement after the last.
 
-        image (B, C, H, W) in [0, 1]; noise (B, T, K, D) standard normal. Without grad (evaluation)
-        the graph is cut between steps: memory does not grow with T, the values are the same.
+        image (B, C, H, W) in [0, 1]; noise (B, T, K, D) standard normal, whose T and K count. Under
+        no_grad (evaluation) the graph is cut between steps: memory does not grow with T, and the
+        values are the same. Decoding always records a graph, as f_phi is fed with gradients.
+
+        Stop-gradients (SG of appendix C): kernels.refinement_inputs cuts those of the image-sized
+        inputs, autograd.grad without create_graph that of the gradient wrt lambda.
         """
         c, training, num_decodes = self.config, torch.is_grad_enabled(), noise.shape[1]
         lam = self.initial.expand(len(image), noise.shape[2], -1)  # (B, K, 2D)
         state = None
         for t in range(num_decodes):
-            with torch.enable_grad():  # the inputs of f_phi hold gradients, also in evaluation
+            with torch.enable_grad():
                 if not training:
                     lam = lam.detach().requires_grad_()
                 loc, scale = self.posterior(lam)
@@ -424,10 +434,11 @@ class IODINE(nn.Module):
                     )
                     log_likelihood = inputs.log_likelihood
                 nll = -reduce(log_likelihood, "b h w -> b", "sum")
-            yield Step(decoded if training else decoded.detach(), lam.detach(), nll, kl)
+            step = Step(decoded, lam, nll, kl)
+            yield step if training else Step(*(value.detach() for value in step))
             if not last:
-                # The gradient of L^(t) wrt lambda: one vector-Jacobian product, through decoder and
-                # noise, of the closed-form gradient wrt the decoder's output; and the KL's part.
+                # dL/dlambda = (d decoded / d lambda)^T grad_decoded + kl_weight dKL/dlambda: one
+                # vector-Jacobian product. grad_decoded is d(-log p) / d decoded in closed form.
                 gradient = None
                 if "grad_posterior" not in c.drop_inputs:
                     cotangents = inputs.grad_decoded, torch.full_like(kl, c.kl_weight)
@@ -452,7 +463,7 @@ class IODINE(nn.Module):
         n = self.config.num_steps + self.config.extra_decode
         if self.config.step_weights == "t/T":
             return [t / n for t in range(1, n + 1)]
-        return [t / max(n - 1, 1) for t in range(n)]
+        return [t / (n - 1) for t in range(n)] if n > 1 else [1.0]
 
     def loss(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Eq. 4, a mean over the batch, and of the last decode: nll, kl, elbo (nats), decoded."""

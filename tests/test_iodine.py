@@ -83,6 +83,7 @@ class Eager:
         if self.config.constants:
             z = torch.cat([z, torch.full_like(z[:, :1], 5.0)], 1)
         grid = self.coordinates(height, width, self.config.coordinate_gain)
+        # The image that iodine.py never builds.
         tiled = z[:, :, None, None].expand(-1, -1, height, width)
         x = torch.cat([tiled, grid.expand(len(z), -1, -1, -1)], 1)
         for weight, bias in hidden:
@@ -103,6 +104,7 @@ class Eager:
 
     def components(self, means: Tensor) -> D.Distribution:
         """Densities of a pixel under each slot, all channels together: batch (B, H, W, K)."""
+        # Independent multiplies the colours: one mixture for a pixel, not one for a channel.
         density = D.Normal if self.config.component == "gaussian" else Logistic
         return D.Independent(density(means.permute(0, 3, 4, 1, 2), self.config.sigma), 1)
 
@@ -114,6 +116,7 @@ class Eager:
         return mixture.log_prob(image.permute(0, 2, 3, 1))[:, None, None]
 
     def posterior(self, lam: Tensor) -> D.Normal:
+        """q(z | x): the first half of lambda is the mean, the second the raw scale."""
         loc, raw = lam.chunk(2, -1)
         scale = torch.log1p(torch.exp(raw))
         if self.config.posterior_scale == "sqrt_softplus":
@@ -131,6 +134,7 @@ class Eager:
         return unit * gain.reshape(shape) + bias.reshape(shape)
 
     def refinement_coordinates(self, height: int, width: int) -> Tensor:
+        """Fixed channels: 2 of the paper; 8 cosines and a constant of the released code."""
         if self.config.coordinates == "linear":
             grid = self.coordinates(height, width)
         else:  # cos(i pi u) cos(j pi v), 3 x 3 of them less the constant one
@@ -147,6 +151,7 @@ class Eager:
         """The image-sized rows of appendix C's table: name -> (B, K, channels, H, W)."""
         config, slots = self.config, means.shape[1]
         log_p = self.log_likelihood(image, means, logits)
+        # A mixture of the other slots only: the softmax makes their masks sum to 1 again.
         without = []
         for k in range(slots):
             others = [j for j in range(slots) if j != k] or [0]  # an only slot is not left out
@@ -154,6 +159,7 @@ class Eager:
         without = torch.cat(without, 1)
         if config.log_ratio:
             without = log_p - without
+        # Who explains the pixel best, whatever the masks say.
         log_n = self.components(means).log_prob(image.permute(0, 2, 3, 1)[..., None, :])
         if config.posterior_epsilon:
             share = log_n.exp() / (log_n.exp().sum(-1, keepdim=True) + config.posterior_epsilon)
@@ -209,6 +215,7 @@ class Eager:
         config = self.config
         batch, slots = noise.shape[1:3]
         channels, height, width = image.shape[1:]
+        # The initial posterior and a state of zeros are the same for every image and slot.
         lam = self.weights["lambda"].expand(batch, slots, -1)
         state = (lam.new_zeros(batch, slots, config.lstm_size),) * 2
         variance = torch.tensor(config.prior_variance, dtype=lam.dtype)
@@ -225,9 +232,11 @@ class Eager:
             steps.append(step)
             if t == len(noise) - 1:
                 break
+            # Summed over images, which do not interact: each gets its own gradient, no 1 / B.
             objective = (nll + config.kl_weight * kl).sum()
             grads = torch.autograd.grad(objective, [means, logits, lam], retain_graph=True)
             step.grad_lam = grads[2]
+            # No create_graph, and detached below: the double derivatives are dropped (sec. 2.3).
             step.inputs = self.inputs(image, means, logits, grads)
             step.normalised = self.normalise("grad_posterior", grads[2].detach(), (-1,))
             if "grad_posterior" in config.drop_inputs:
@@ -302,10 +311,12 @@ def bind(model: nn.Module) -> tuple[Eager, dict[str, Tensor]]:
     }
 
     def layers(prefix: str) -> list[tuple[Tensor, Tensor]]:
+        """(weight, bias) of each layer below `prefix`, in the order of their definition."""
         names = [n.removesuffix(".weight") for n in p if n.startswith(prefix)]
         return [(p[n + ".weight"], p[n + ".bias"]) for n in names if n + ".weight" in p]
 
     names = "grad_means", "grad_mask", "log_likelihood", "leave_one_out"
+    # iodine.py keeps the gains of the four normalised images in one vector: C + 1 + 1 + 1.
     gains, biases = (
         p[f"refinement.norm_{kind}"].split([len(p["decoder.last.bias"]) - 1, 1, 1, 1])
         for kind in ("weight", "bias")
@@ -329,6 +340,7 @@ def recorded(model: nn.Module):
     """Yields a list that gets what each call of the refinement network was given and made."""
     calls: list[SimpleNamespace] = []
 
+    # Hooks see what is handed over between the parts and change nothing.
     def before(module, args):
         packed, lam, gradient, _ = args
         calls.append(SimpleNamespace(packed=packed, lam=lam, gradient=gradient, normalised=None))
@@ -353,6 +365,7 @@ def recorded(model: nn.Module):
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE):
+    """The largest error, as a share of the largest value; 1e-12 for what is zero by symmetry."""
     assert actual.shape == expected.shape, f"{name}: {actual.shape}, not {expected.shape}"
     error = (actual - expected).abs().max().item()
     limit = tolerance * expected.abs().max().item() + 1e-12
@@ -369,31 +382,33 @@ def compare(config: iodine.Config, module: ModuleType = iodine, channels=3, heig
         steps = list(model.infer(image, noise))
 
     assert len(steps) == len(expected) == len(calls) + 1, "T decodes, T - 1 refinements"
+    # In the order of the algorithm, so that the first message names the cause.
     for t, (step, want) in enumerate(zip(steps, expected, strict=True)):
         assert_close(f"lambda at step {t}", step.posterior, want.lam)
         assert_close(f"decoded at step {t}", step.decoded, want.decoded)
         assert_close(f"nll at step {t}", step.nll, want.nll)
         assert_close(f"kl at step {t}", step.kl, want.kl)
-    for t, (call, want) in enumerate(zip(calls, expected[:-1], strict=True)):
-        # Dropped inputs are masked inside of the network.
-        kept = {n: x for n, x in want.inputs.items() if n not in config.drop_inputs}
+        if t == len(calls):
+            break
         widths = [x.shape[2] for x in want.inputs.values()]
-        assert call.packed.shape[2] == sum(widths), "number of input channels"
-        parts = dict(zip(want.inputs, call.packed.split(widths, 2), strict=True))
-        for name, value in kept.items():
-            assert_close(f"{name} at step {t}", parts[name], value)
-        if call.normalised is None:
-            assert "grad_posterior" in config.drop_inputs
+        assert calls[t].packed.shape[2] == sum(widths), "number of input channels is off by some"
+        parts = dict(zip(want.inputs, calls[t].packed.split(widths, 2), strict=True))
+        for name, part in parts.items():
+            if name not in config.drop_inputs:  # those are zeroed later, inside of the network
+                assert_close(f"{name} at step {t}", part, want.inputs[name])
+        if "grad_posterior" in config.drop_inputs:
+            assert calls[t].gradient is None
         else:
-            assert_close(f"gradient of lambda at step {t}", call.gradient, want.grad_lam)
-            assert_close(f"its LayerNorm at step {t}", call.normalised, want.normalised)
+            assert_close(f"gradient of lambda at step {t}", calls[t].gradient, want.grad_lam)
+            assert_close(f"its LayerNorm at step {t}", calls[t].normalised, want.normalised)
 
+    # The gradients of all parameters, through all steps.
     loss, wanted = model.loss(image, noise)["loss"], eager.loss(expected)
     assert_close("loss", loss, wanted)
     loss.backward()
     wanted.backward()
     for name, parameter in model.named_parameters():
-        zero = torch.zeros_like(parameter)
+        zero = torch.zeros_like(parameter)  # T = 1 never calls the refinement network
         actual, want = (zero if g is None else g for g in (parameter.grad, copies[name].grad))
         assert_close(f"gradient of {name}", actual, want)
 
@@ -443,6 +458,7 @@ def test_equals_the_eager_model(case):
      (5, 7, 6), (5, 4, 11), (7, 7, 8)],
 )  # fmt: skip
 def test_broadcast_convolution_is_a_convolution_of_the_tiled_latent(kernel, height, width):
+    """Outputs and gradients; the sizes include images no larger than the kernel."""
     generator = torch.Generator().manual_seed(0)
     z, out = (
         torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -549,6 +565,7 @@ def test_the_gradient_of_lambda_is_the_slope_of_the_bound_with_the_noise_held_fi
 
 
 def test_without_noise_the_raw_scales_get_the_gradient_of_the_kl_alone():
+    """z = loc + scale * 0 does not depend on them, which isolates the KL's part exactly."""
     model = make_model(small())
     image, noise = make_inputs(model)
     with recorded(model) as calls:
@@ -563,6 +580,7 @@ def test_without_noise_the_raw_scales_get_the_gradient_of_the_kl_alone():
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_kl_and_posterior_are_those_of_torch_distributions(variant):
+    """The paper's prior has variance 1 and q a scale of softplus; released: ln 2, and its root."""
     model = make_model(small(variant=variant))
     lam = 3 * torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)).double()
     loc, scale = model.posterior(lam)
@@ -592,6 +610,7 @@ def test_inference_starts_at_the_prior_of_the_paper():
     [("paper", [0.2, 0.4, 0.6, 0.8, 1.0]), ("released", [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])],
 )
 def test_the_loss_is_the_weighted_sum_of_equation_4(variant, weights):
+    """t / T over T decodes; the released code makes one more, whose weights start at 0."""
     model = make_model(small(variant=variant, num_steps=5, kl_weight=0.3))
     assert model.step_weights() == pytest.approx(weights, rel=1e-12)
     image, noise = make_inputs(model)
@@ -610,6 +629,7 @@ def test_the_loss_is_the_weighted_sum_of_equation_4(variant, weights):
 
 @pytest.mark.parametrize("case", ["paper, LSTM", "released, LSTM", "quick"])
 def test_permuting_the_slots_of_the_noise_permutes_the_outputs(case):
+    """Slots start equal and share all weights: only their noise tells them apart."""
     model = make_model(small(**CASES[case][0] | dict(num_slots=4)))
     image, noise = make_inputs(model)
     order = torch.tensor([2, 0, 3, 1])
@@ -625,6 +645,7 @@ def test_permuting_the_slots_of_the_noise_permutes_the_outputs(case):
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("case", ["paper, LSTM", "released, LSTM", "quick"])
 def test_an_image_has_the_same_result_alone_and_in_a_batch(case, grad):
+    """Nothing normalises over the batch, and the gradient inputs carry no 1 / B."""
     model = make_model(small(**CASES[case][0]))
     image, noise = make_inputs(model, batch=3)
     with torch.set_grad_enabled(grad):
@@ -648,6 +669,7 @@ def test_inference_without_grad_gives_the_same_values(case):
 
 
 def test_inference_without_grad_gives_no_graphs_away():
+    """Who keeps the steps, as the figures do, would keep their graphs."""
     model = make_model(small())
     with torch.no_grad():
         for step in model.infer(*make_inputs(model)):
@@ -660,7 +682,7 @@ def saved_tensors(model: nn.Module, steps: int) -> list[int]:
 
     class Saved:
         def __init__(self, tensor: Tensor):
-            self.tensor = tensor
+            self.tensor = tensor.detach()  # an output would keep its own node, hence itself, alive
             alive.add(self)
 
     counts, kept = [], []
@@ -699,6 +721,7 @@ def test_under_autocast_the_decoder_ends_in_float32():
 
 @pytest.mark.parametrize("dropped", iodine.INPUTS)
 def test_a_dropped_input_has_no_influence_and_the_others_keep_theirs(dropped):
+    """Each input is changed by hand where the refinement network receives it."""
     model = make_model(small(drop_inputs=(dropped,)))
     with recorded(model) as calls:
         list(model.infer(*make_inputs(model)))
@@ -762,6 +785,7 @@ LEARNING = dict(
 )  # fmt: skip
 
 
+# A decoder of 1x1 kernels on a few pixels: 15 to 30 ms a step on one core.
 def two_sprites(seed: int) -> data.Scenes:
     """Two objects on 8 x 8 pixels: half of mini_sprites' size, for the sake of time."""
     return MiniSprites(seed=seed, size=8, sprite=3, min_objects=2, max_objects=2)
@@ -787,16 +811,19 @@ def test_it_learns_eight_scenes_by_heart():
     model = iodine.build(small(**LEARNING, sigma=0.5), scenes)
     train_on(scenes, lambda step: index, model, 200)
     mse, single, _ = scores(scenes, index, model)
-    assert mse < single / 3  # seeds 0 to 2: OVERFIT
+    assert mse < single / 3  # seeds 0 to 3: 4.5 to 8 times smaller
 
 
 def test_it_learns_to_separate_the_objects_of_unseen_scenes():
-    """Eight scenes can be learnt by heart in one slot; ever new ones need objects."""
+    """ARI-FG near 0.2 is what the test above ends at.
+
+    Eight scenes can be learnt by heart in one slot; ever new ones need objects.
+    """
     scenes = two_sprites(0)
     model = iodine.build(small(**LEARNING), scenes)
     train_on(scenes, lambda step: torch.arange(16) + 16 * step, model, 300)
     mse, single, ari_fg = scores(scenes, torch.arange(64) + 10**7, model)
-    assert mse < single / 1.5 and ari_fg > 0.4  # seeds 0 to 2: FRESH
+    assert mse < single / 1.5 and ari_fg > 0.35  # seeds 0 to 2: 2.1 to 2.3 times, 0.41 to 0.82
 
 
 # -- mutants ---------------------------------------------------------------------------------------
@@ -813,9 +840,10 @@ MUTANTS: dict[str, tuple[str, str, dict]] = {  # name: (text of iodine.py, its m
     "gradient of lambda not stopped": (
         "cotangents, retain_graph=training", "cotangents, create_graph=training", {}),
     "gradient of lambda normalised per half": (
-        "self.norm_grad(gradient)",
-        "self.norm_grad.bias + self.norm_grad.weight * torch.cat("
-        "[F.layer_norm(half, half.shape[-1:]) for half in gradient.chunk(2, -1)], -1)", {}),
+        "self.norm_grad = nn.LayerNorm(2 * latent)",
+        "self.norm_grad = type('Halves', (nn.LayerNorm,), {'forward': lambda m, x: m.bias"
+        " + m.weight * F.layer_norm(x.unflatten(-1, (2, -1)), (latent,)).flatten(-2)})(2 * latent)",
+        {}),
     "gradient of lambda of the batch's mean, a wide sigma": (
         "self.norm_grad(gradient)", "self.norm_grad(gradient / len(lam))", dict(sigma=1.0)),
     "image inputs stopped": ("(inputs.packed, lam,", "(inputs.packed.detach(), lam,", {}),
@@ -901,6 +929,8 @@ def replaced(inputs: kernels.RefinementInputs, name: str, value: Tensor, model_n
     return inputs._replace(packed=packed)
 
 
+# The gradient of the masks instead of their logits, up to the constant that LayerNorm removes:
+# -r_k / m_k = (m_k - r_k) / m_k - 1.
 def wrt_masks(image, decoded, norm, sigma, inputs):
     masks = decoded[:, :, 3:].softmax(1)
     return replaced(inputs, "grad_mask", (inputs.grad_decoded[:, :, 3:] / masks).detach(), norm)
@@ -923,23 +953,27 @@ def likelihood_no_logarithm(image, decoded, norm, sigma, inputs):
     return replaced(inputs, "log_likelihood", value.expand(-1, decoded.shape[1], -1, -1, -1), norm)
 
 
+# Responsibilities r = m - (m - r): they contain the mask prior, which the paper's input does not.
 def posterior_with_masks(image, decoded, norm, sigma, inputs):
     masks = decoded[:, :, 3:].softmax(1)
     return replaced(inputs, "mask_posterior", masks - inputs.grad_decoded[:, :, 3:])
 
 
+# log of sum_{j != k} m_j N_j alone = log p + log(1 - r_k), the other masks not renormalised.
 def leave_one_out_not_renormalised(image, decoded, norm, sigma, inputs):
     share = 1 - (decoded[:, :, 3:].softmax(1) - inputs.grad_decoded[:, :, 3:])
     value = inputs.log_likelihood[:, None, None] + share.log()
     return replaced(inputs, "leave_one_out", value.detach(), norm)
 
 
+# As several ports have it: sum_c log sum_k m_k N(x_c).
 def per_channel_mixture(image, decoded, norm, sigma, inputs):
     density = D.Normal(decoded[:, :, :3], sigma).log_prob(image[:, None])
     mixture = (decoded[:, :, 3:].log_softmax(1) + density).logsumexp(1)
     return inputs._replace(log_likelihood=mixture.sum(1))
 
 
+# No mutant: recomputes an input the right way, so that a mistake of `replaced` itself shows.
 def unchanged(image, decoded, norm, sigma, inputs):
     return replaced(inputs, "grad_mask", inputs.grad_decoded[:, :, 3:], norm)
 
