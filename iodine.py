@@ -196,8 +196,8 @@ class BroadcastConv(Conv):
 
     def __init__(self, latent: int, coordinates: Tensor, outputs: int, kernel: int):
         super().__init__(latent + len(coordinates), outputs, kernel)
-        if kernel > min(coordinates.shape[1:]):
-            raise ValueError(f"kernel {kernel} is larger than the image {coordinates.shape[1:]}")
+        if min(coordinates.shape[1:]) < kernel - 1:  # then some border cases would be missing
+            raise ValueError(f"kernel {kernel} is too large for {tuple(coordinates.shape[1:])}")
         # Case r of k is row r of an image of k rows: the border rows, and half-way all the others.
         case, tap, half = torch.arange(kernel)[:, None], torch.arange(kernel), kernel // 2
         inside = (tap >= half - case) & (tap <= kernel - 1 - case + half)

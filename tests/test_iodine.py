@@ -882,7 +882,7 @@ MUTANTS: dict[str, tuple[str, str, dict]] = {  # name: (text of iodine.py, its m
     "slots mixed with images": ("unflatten(0, z.shape[:2])",
                                 "unflatten(0, z.shape[:2][::-1]).transpose(0, 1)", {}),
     "sum instead of mean pooling": ("x = x.mean((-2, -1))", "x = x.sum((-2, -1))", {}),
-    "constant of z forgotten": ("value=self.constant", "value=0.0", dict(constants=True)),
+    "constant of z forgotten": ("value=5.0", "value=0.0", dict(constants=True)),
     "linear end forgotten": ("del self.mlp[-1]", "pass", dict(mlp_linear_end=True)),
 }  # fmt: skip
 
