@@ -90,7 +90,7 @@ class Config(options.RunConfig):
     initial_std: float = 1.0  # sigma_z of q at t = 1, before training; 0: raw values Glorot-uniform
     refinement_channels: tuple[int, ...] = (32, 32, 32)  # convolutions of the refinement network
     refinement_kernel: int = 5  # pixels
-    refinement_stride: int = 1
+    refinement_stride: int = 1  # of each of them
     pooling: Literal["mean", "max"] = "mean"  # over pixels, after the convolutions
     mlp_sizes: tuple[int, ...] = (128,)  # after the pooling
     mlp_linear_end: bool = False  # released code: no activation after the MLP's last layer
@@ -101,8 +101,9 @@ class Config(options.RunConfig):
     posterior_epsilon: float = 0.0  # in the posterior mask's denominator; released code: 1e-6
     log_ratio: bool = False  # leave-one-out input: log p(x|z) - log p(x|z without k), as released
     drop_inputs: tuple[str, ...] = ()  # refinement inputs to leave out, of INPUTS
-    activation: Literal["elu", "relu"] = "elu"
+    activation: Literal["elu", "relu"] = "elu"  # after every hidden layer
     init_gain: float = 1.0  # weights: truncated normal of std gain / sqrt(fan-in)
+    update_gain: float = 1.0  # the same of the layer that gives lambda's update, times this
     # optimisation
     beta1: float = 0.9  # of Adam
     clip: float = 5.0  # norm of the global gradient
@@ -375,6 +376,7 @@ class IODINE(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
                 nn.init.zeros_(module.bias)
         with torch.no_grad():
+            self.refinement.head.weight.mul_(self.config.update_gain)
             if std := self.config.initial_std:
                 target = std if self.config.posterior_scale == "softplus" else std**2
                 self.initial[self.config.latent_size :] = math.log(math.expm1(target))
@@ -492,6 +494,10 @@ def score(model: IODINE, scenes: data.Scenes, num_steps: int, num_slots: int, co
         noise = model.noise(scenes, index, num_steps, num_slots)
         for result, step in zip(results, model.infer(batch.image, noise), strict=True):
             mean, masks, _ = reconstruct(step.decoded)
+            # Far beyond the trained number of steps inference can diverge: such a scene has no
+            # score, and `left_out` counts it.
+            finite = (step.nll + step.kl).isfinite() & masks.isfinite().flatten(1).all(1)
+            mean, masks = mean.nan_to_num(), masks.nan_to_num()
             for name, values in dict(
                 ari_fg=metrics.ari(batch.masks, masks),
                 ari=metrics.ari(batch.masks, masks, foreground=False),
@@ -499,7 +505,8 @@ def score(model: IODINE, scenes: data.Scenes, num_steps: int, num_slots: int, co
                 mse=metrics.mse(batch.image, mean),
                 elbo=-step.nll - step.kl, nll=step.nll, kl=step.kl,
             ).items():
-                result.setdefault(name, []).append(values.double().cpu())
+                values = values.double().where(finite, math.nan)
+                result.setdefault(name, []).append(values.cpu())
     return [{k: metrics.mean_stderr(torch.cat(v)) for k, v in r.items()} for r in results]
 
 
@@ -645,7 +652,10 @@ def check(config: Config) -> None:
         config, "num_slots", "num_steps", "latent_size", "decoder_channels", "decoder_kernel",
         "refinement_channels", "refinement_kernel", "refinement_stride", "mlp_sizes", "lr_horizon",
     )
-    options.positive(config, "sigma", "prior_variance", "init_gain", "clip", "lr_final")
+    options.at_least_zero(config, "lstm_size", "kl_weight", "initial_std", "posterior_epsilon",
+                          "beta1", "lr_warmup", "lr_reference_batch")
+    options.positive(config, "sigma", "prior_variance", "init_gain", "update_gain", "clip", "lr_final")
+    options.require(config.beta1 < 1, f"--beta1 must be below 1, not {config.beta1}")
     for name in ("decoder_kernel", "refinement_kernel"):
         size = getattr(config, name)
         options.require(size % 2 == 1, f"{options.option(name)} must be odd, not {size}")
@@ -684,28 +694,20 @@ def train(config: Config) -> dict[str, Any]:
     model = build(config, scenes)
     parameters = list(model.parameters())
     optimizer = torch.optim.Adam(parameters, betas=(config.beta1, 0.999), fused=True)
-    step, seconds, skipped = 0, 0.0, 0
+    done = dict(steps=0, minutes=0.0, skipped=0)
     if config.resume:
         saved = load(config.resume)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        step, seconds = saved["step"], saved["seconds"]
-    leader = runs.rank() == 0
-    folder = Path()
+        done = dict(steps=saved["step"], minutes=saved["minutes"], skipped=saved["skipped"])
+    leader, folder = runs.rank() == 0, Path()
     if leader:
         folder = runs.open_folder(config, "iodine")
-        runs.read_log(folder, last_step=step)
         default = make_config(config.preset, config.variant)
         size = sum(p.numel() for p in parameters)
         runs.header(f"IODINE, {size:,} parameters", config, default, device, folder)
-    if config.experiment:
-        test = data.make(config.dataset, "test", config.seed, device)
-        result = EXPERIMENTS[config.experiment](model, test, folder / "figures")
-        runs.write(folder / f"{config.experiment}.json", result)
-        print(json.dumps(result, indent=1))
-        return result
-    if config.eval_only:
-        return finish(config, model, device, folder, step=step, minutes=seconds / 60)
+    if config.eval_only or config.experiment:
+        return finish(config, model, device, folder, done) if leader else {}
     if config.compile:
         model.decoder.compile()
         model.refinement.compile()
@@ -720,64 +722,78 @@ def train(config: Config) -> dict[str, Any]:
 
     def save() -> float:
         if leader:
-            runs.save_checkpoint(folder, "iodine", config, model=model.state_dict(), step=step,
-                                 optimizer=optimizer.state_dict(), seconds=seconds)
+            runs.save_checkpoint(folder, "iodine", config, model=model.state_dict(),
+                                 optimizer=optimizer.state_dict(), step=step,
+                                 minutes=done["minutes"], skipped=done["skipped"])
         return time.monotonic()
 
     if config.cuda_graph:
         forward_backward = runs.cuda_graph(forward_backward)
     share = config.batch_size // runs.world_size()  # this process's scenes of each step
+    step, bad_in_a_row = done["steps"], 0
+    if leader:
+        runs.read_log(folder, last_step=step)
     last_save = save()
-    started = last_save - seconds
+    started = last_save - 60 * done["minutes"]
     with runs.StopFlag() as stop, runs.Progress(folder, config, step) as progress:
-        while step < config.steps and seconds < (60 * config.minutes or math.inf):
+        while step < config.steps and not runs.any_process(
+            bool(stop) or done["minutes"] >= (config.minutes or math.inf), device
+        ):
             first = step * config.batch_size + runs.rank() * share
             index = torch.arange(first, first + share, device=device)
             batch = scenes.scenes(index)
-            noise = model.noise(scenes, index)
-            parts = forward_backward(batch.image, noise)
-            runs.average([p.grad for p in parameters])
+            parts = forward_backward(batch.image, model.noise(scenes, index))
+            runs.average([p.grad for p in parameters if p.grad is not None])
             norm = nn.utils.clip_grad_norm_(parameters, config.clip)
             lr = optimizer.param_groups[0]["lr"] = learning_rate(config, step)
+            step += 1
             if norm.isfinite():
                 optimizer.step()
-                skipped = 0
+                bad_in_a_row = 0
             else:  # parameters stay as they are; several in a row mean that the run is lost
-                skipped += 1
-                options.require(skipped < 10, f"step {step}: 10 gradients in a row not finite "
+                done["skipped"], bad_in_a_row = done["skipped"] + 1, bad_in_a_row + 1
+                options.require(bad_in_a_row < 10, f"step {step}: 10 gradients in a row not finite "
                                 f"(loss {parts['loss']:.4g}); last checkpoint in {folder}")
-            step, seconds = step + 1, time.monotonic() - started
-            if leader and step % config.log_every == 0:
-                _, masks, _ = reconstruct(parts.pop("decoded"))
-                ari_fg = metrics.mean_stderr(metrics.ari(batch.masks, masks))["mean"]
-                progress.report(dict(
-                    step=step, **{name: value.item() for name, value in parts.items()},
-                    ari_fg=ari_fg, grad_norm=norm.item(), lr=lr, seconds=seconds,
-                ))
+            done |= dict(steps=step, minutes=(time.monotonic() - started) / 60)
+            if step % config.log_every == 0:
+                _, masks, _ = reconstruct(parts.pop("decoded").nan_to_num())
+                parts["ari_fg"] = metrics.ari(batch.masks, masks).nanmean()
+                means = torch.stack([value.detach().float() for value in parts.values()])
+                runs.average([means])
+                if leader:
+                    progress.report(dict(
+                        step=step, **dict(zip(parts, means.tolist(), strict=True)),
+                        grad_norm=norm.item(), lr=lr, skipped=done["skipped"],
+                        seconds=60 * done["minutes"],
+                    ))
             if time.monotonic() - last_save > config.checkpoint_seconds:
                 last_save = save()
-            if runs.any_process(bool(stop), device):
-                break
     save()
-    if stop:
+    if runs.any_process(bool(stop), device):
         raise KeyboardInterrupt(f"stopped after step {step}; go on with --resume {folder}")
-    return finish(config, model, device, folder, step=step, minutes=seconds / 60) if leader else {}
+    return finish(config, model, device, folder, done) if leader else {}
 
 
 def finish(
-    config: Config, model: IODINE, device: torch.device, folder: Path, **run: Any
+    config: Config, model: IODINE, device: torch.device, folder: Path, done: dict[str, Any]
 ) -> dict[str, Any]:
     """Evaluates on test scenes, writes evaluation.json and the figures, says what was reached."""
     scenes = data.make(config.dataset, "test", config.seed, device)
+    if config.experiment:
+        result = EXPERIMENTS[config.experiment](model, scenes, folder / "figures")
+        runs.write(folder / f"{config.experiment}.json", result)
+        print(json.dumps(result, indent=1))
+        return result
     with runs.announced("evaluating 320 test scenes"):
         results = evaluate(model, scenes)
-    evaluation = runs.evaluation("iodine", config, device, **run, **results)
+    evaluation = runs.evaluation("iodine", config, device, **done, **results)
     runs.write(folder / "evaluation.json", evaluation)
     with runs.announced("drawing figures"):
         draw(model, scenes, folder / "figures", results)
-    ari_fg, mse, elbo = (results["metrics"][name]["mean"] for name in ("ari_fg", "mse", "elbo"))
-    print(f"reached  ARI-FG {ari_fg:.3f}, mse {mse:.4f}, elbo {elbo:.1f} nats"
-          f" after {run['step']:,} steps in {run['minutes']:.1f} min")
+    m = {name: math.nan if score["mean"] is None else score["mean"]
+         for name, score in results["metrics"].items()}
+    print(f"reached  ARI-FG {m['ari_fg']:.3f}, mse {m['mse']:.4f}, elbo {m['elbo']:.1f} nats"
+          f" after {done['steps']:,} steps in {done['minutes']:.1f} min")
     print(f"look at  {folder / 'figures' / 'decomposition.png'}")
     return evaluation
 

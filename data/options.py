@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -63,11 +64,18 @@ def at_least_one(config: Any, *names: str) -> None:
         require(smallest >= 1, f"{option(name)} must be at least 1, not {value}")
 
 
-def positive(config: Any, *names: str) -> None:
-    """UserError that names the first of these fields that is not a finite number above 0."""
+def at_least_zero(config: Any, *names: str) -> None:
+    """UserError that names the first of these fields that is below 0."""
     for name in names:
         value = getattr(config, name)
-        require(0 < value < float("inf"), f"{option(name)} must be larger than 0, not {value}")
+        require(value >= 0, f"{option(name)} must be 0 or more, not {value}")
+
+
+def positive(config: Any, *names: str) -> None:
+    """UserError that names the first of these fields that is not above 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{option(name)} must be larger than 0, not {value}")
 
 
 def pick_device(name: str) -> torch.device:
@@ -87,9 +95,13 @@ def pick_device(name: str) -> torch.device:
 
 def check(config: Any, experiments: Any = ()) -> None:
     """UserError where the options of RunConfig cannot be."""
+    for name, value in dataclasses.asdict(config).items():
+        require(not isinstance(value, float) or math.isfinite(value),
+                f"{option(name)} must be a finite number, not {value}")
     at_least_one(config, "steps", "batch_size", "log_every")
+    at_least_zero(config, "minutes", "checkpoint_seconds")
     positive(config, "lr")
-    require(config.minutes >= 0, f"--minutes must be 0 (no limit) or more, not {config.minutes}")
+    require(-(2**63) <= config.seed < 2**63, f"--seed must fit into 64 bits, not {config.seed}")
     require(bool(config.resume) or not config.eval_only, "--eval-only needs --resume CHECKPOINT")
     require(bool(config.resume) or not config.experiment, "--experiment needs --resume CHECKPOINT")
     require(config.experiment in ("", *experiments),
@@ -138,5 +150,6 @@ def main(config_class: type, make_default: Callable, load: Callable, train: Call
         print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        print(f"{script}: {interrupt}", file=sys.stderr)
+        reason = str(interrupt) or "stopped; --resume goes on from the last checkpoint"
+        print(f"{script}: {reason}", file=sys.stderr)
         sys.exit(130)

@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import datetime
 import json
+import math
 import os
 import platform
 import shlex
@@ -128,7 +129,8 @@ def open_folder(config: Any, model_name: str) -> Path:
 
 
 def holds_run(folder: Path) -> bool:
-    return (folder / "config.json").exists() or (folder / "checkpoint.pt").exists()
+    """True where a run has left a checkpoint; one that was killed before has left nothing."""
+    return (folder / "checkpoint.pt").exists()
 
 
 def write(path: Path, content: Any) -> None:
@@ -161,7 +163,10 @@ def save_checkpoint(folder: Path, model_name: str, config: Any, **state: Any) ->
     """checkpoint.pt: {format, model_name, config, rng, **state}, written through another file."""
     content = dict(format=FORMAT, model_name=model_name, config=dataclasses.asdict(config))
     temporary = folder / "checkpoint.pt.tmp"
-    torch.save({**content, "rng": torch.get_rng_state(), **state}, temporary)
+    try:
+        torch.save({**content, "rng": torch.get_rng_state(), **state}, temporary)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise UserError(f"cannot write {temporary} ({str(error).splitlines()[0]})") from None
     temporary.replace(folder / "checkpoint.pt")
 
 
@@ -216,7 +221,9 @@ class Progress:
                         bar_format="{n_fmt}/{total_fmt} {bar:9} {elapsed}<{remaining}{postfix}")
 
     def report(self, record: dict[str, Any]) -> None:
-        record = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
+        for name, value in record.items():
+            if isinstance(value, float):  # six digits; null for what JSON has no number for
+                record[name] = float(f"{value:.6g}") if math.isfinite(value) else None
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
         shown = "  ".join(f"{n} {record[n]:.4g}" for n in SHOWN if record.get(n) is not None)

@@ -111,7 +111,7 @@ IMPOSSIBLE = {
     "--clip -1": "--clip must be larger than 0, not -1",
     "--lr 0": "--lr must be larger than 0, not 0",
     "--lr -1e-3": "--lr must be larger than 0, not -0.001",
-    "--minutes -1": "--minutes must be 0 (no limit) or more, not -1",
+    "--minutes -1": "--minutes must be 0 or more, not -1",
     "--minutes nan": "--minutes must be",
     "--decoder-kernel 4": "--decoder-kernel must be odd, not 4",
     "--refinement-kernel 2": "--refinement-kernel must be odd, not 2",

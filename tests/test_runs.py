@@ -35,7 +35,8 @@ TINY = dict(
     lr_warmup=2, lr_horizon=5, lr_final=0.1,
 )  # fmt: skip
 CHECKPOINT_KEYS = {
-    "format", "model_name", "config", "model", "optimizer", "step", "rng", "seconds"
+    "format", "model_name", "config", "model", "optimizer", "step", "rng", "minutes",
+    "skipped",
 }  # fmt: skip
 EVALUATION_KEYS = {
     "model", "preset", "variant", "command", "seed", "steps", "minutes", "device", "versions",
@@ -234,7 +235,7 @@ def test_minutes_count_from_the_start(tmp_path):
     """Three steps took 0.05 minutes, says the checkpoint: so --minutes 0.05 has none left."""
     iodine.train(tiny(tmp_path / "run", steps=3))
     path = tmp_path / "run" / "checkpoint.pt"
-    torch.save({**checkpoint(tmp_path / "run"), "seconds": 3.0}, path)
+    torch.save({**checkpoint(tmp_path / "run"), "minutes": 0.05}, path)
     iodine.train(resumed(path, "--steps", 10**6, "--minutes", 0.05))
     assert checkpoint(tmp_path / "run")["step"] == 3
     iodine.train(resumed(path, "--steps", 10**6, "--minutes", 0.055))
@@ -778,7 +779,7 @@ def test_what_a_checkpoint_holds(trained):
     assert content["format"] == runs.FORMAT == 1
     assert content["model_name"] == "iodine"
     assert iodine.Config(**content["config"]) == tiny(trained, steps=1)
-    assert content["step"] == 1 and content["seconds"] > 0
+    assert content["step"] == 1 and content["minutes"] > 0
     assert content["rng"].dtype == torch.uint8
     model = iodine.load_model(trained)
     assert same(dict(model.state_dict()), dict(content["model"]))
