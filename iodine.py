@@ -115,11 +115,11 @@ class Config(options.RunConfig):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
-        dataset="mini_sprites", num_slots=5, latent_size=16, sigma=0.35, kl_weight=0.1,
-        decoder_channels=(32, 32, 32), decoder_kernel=1, coordinate_gain=3.0,
-        step_weights="from_zero", refinement_channels=(64, 64), refinement_kernel=3,
-        refinement_stride=2, pooling="max", activation="relu", init_gain=1.4,
-        batch_size=16, lr=3e-3, lr_warmup=100, lr_final=0.1, lr_horizon=2500, steps=2500,
+        dataset="mini_sprites_16_shaded", num_slots=5, latent_size=16, sigma=0.4, kl_weight=0.1,
+        decoder_channels=(32, 32, 32), decoder_kernel=1, coordinate_gain=5.0, num_steps=6,
+        step_weights="from_zero", refinement_channels=(32, 64), refinement_kernel=3,
+        refinement_stride=2, pooling="max", activation="relu", init_gain=1.4, update_gain=0.1,
+        batch_size=16, lr=3e-3, lr_warmup=100, lr_final=0.1, lr_horizon=1600, steps=1600,
     ),
     "tetrominoes": dict(),  # appendix C.3: the defaults
     "multi_dsprites": dict(  # appendix C.2
@@ -137,6 +137,7 @@ RELEASED = dict(
     component="logistic", sigma=0.03, prior_variance=math.log(2), extra_decode=True, kl_weight=1.0,
     step_weights="from_zero", posterior_scale="sqrt_softplus", initial_std=0.0, init_gain=1.0,
     refinement_stride=2, mlp_linear_end=True, forget_bias=1.0, coordinates="cosine",
+    update_gain=1.0,
     constants=True, posterior_epsilon=1e-6, log_ratio=True, coordinate_gain=1.0, pooling="mean",
     activation="elu", beta1=0.95, lr=3e-4, lr_warmup=0, lr_final=0.1, lr_horizon=1_000_000,
 )
