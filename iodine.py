@@ -137,9 +137,9 @@ RELEASED = dict(
     component="logistic", sigma=0.03, prior_variance=math.log(2), extra_decode=True, kl_weight=1.0,
     step_weights="from_zero", posterior_scale="sqrt_softplus", initial_std=0.0, init_gain=1.0,
     refinement_stride=2, mlp_linear_end=True, forget_bias=1.0, coordinates="cosine",
-    update_gain=1.0,
     constants=True, posterior_epsilon=1e-6, log_ratio=True, coordinate_gain=1.0, pooling="mean",
-    activation="elu", beta1=0.95, lr=3e-4, lr_warmup=0, lr_final=0.1, lr_horizon=1_000_000,
+    activation="elu", update_gain=1.0, beta1=0.95, lr=3e-4, lr_warmup=0, lr_final=0.1,
+    lr_horizon=1_000_000,
 )
 RELEASED_BATCH = {"tetrominoes": 256, "quick": 256}  # the other presets: 128
 
@@ -655,7 +655,8 @@ def check(config: Config) -> None:
     )
     options.at_least_zero(config, "lstm_size", "kl_weight", "initial_std", "posterior_epsilon",
                           "beta1", "lr_warmup", "lr_reference_batch")
-    options.positive(config, "sigma", "prior_variance", "init_gain", "update_gain", "clip", "lr_final")
+    options.positive(config, "sigma", "prior_variance", "init_gain", "update_gain", "clip",
+                     "lr_final")
     options.require(config.beta1 < 1, f"--beta1 must be below 1, not {config.beta1}")
     for name in ("decoder_kernel", "refinement_kernel"):
         size = getattr(config, name)
