@@ -119,7 +119,8 @@ def open_folder(config: Any, model_name: str) -> Path:
         folder = Path(f"{folder}-{number}")
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
-        write(folder / "config.json", dataclasses.asdict(config))
+        if not (config.eval_only or config.experiment):  # which leave the run's own as it is
+            write(folder / "config.json", dataclasses.asdict(config))
         if source and source.resolve() != folder.resolve() and (source / "metrics.jsonl").exists():
             (folder / "metrics.jsonl").write_bytes((source / "metrics.jsonl").read_bytes())
     except OSError as error:
@@ -196,14 +197,15 @@ def describe(device: torch.device) -> str:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    return f"{name}, {torch.get_num_threads()} thread(s)"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def header(title: str, config: Any, default: Any, device: torch.device, folder: Path) -> None:
     """Says what is about to run: preset and changes to it, device, versions, folder."""
     print(title)
     changed = [f"{name} {value}" for name, value in dataclasses.asdict(config).items()
-               if value != getattr(default, name) and name not in ("out", "resume")]
+               if value != getattr(default, name) and name not in ("seed", "out", "resume")]
     print(f"  preset   {config.preset}, seed {config.seed}, variant {config.variant}")
     if changed:
         print(f"  changed  {', '.join(changed)}")
