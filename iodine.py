@@ -181,10 +181,22 @@ def cosine_coordinates(height: int, width: int) -> Tensor:
 
 
 class Conv(nn.Conv2d):
-    """Size-preserving convolution (padding k // 2)."""
+    """Size-preserving convolution (padding k // 2), in the memory layout that is faster.
+
+    That is channels-last on CUDA and on CPUs with AVX-512. Without it, hidden layers of stride 1
+    gain 15 % from planes, and all others still lose (python -m kernels.benchmark --models step).
+    """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1):
         super().__init__(inputs, outputs, kernel, stride, kernel // 2)
+        hidden = inputs == outputs and kernel > 1 and stride == 1
+        planes = hidden and torch.backends.cpu.get_cpu_capability() != "AVX512"
+        self.cpu_layout = torch.contiguous_format if planes else torch.channels_last
+        self.to(memory_format=self.cpu_layout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layout = self.cpu_layout if x.device.type == "cpu" else torch.channels_last
+        return super().forward(x.contiguous(memory_format=layout))
 
 
 def activation(config: Config) -> nn.Module:
@@ -369,7 +381,6 @@ class IODINE(nn.Module):
         self.refinement = RefinementNetwork(config, channels, height, width)
         self.initial = nn.Parameter(torch.zeros(2 * config.latent_size))  # lambda^(1)
         self.reset_parameters()
-        self.to(memory_format=torch.channels_last)
 
     def reset_parameters(self) -> None:
         """Paper: silent. Released code, and here: truncated normal, std 1/sqrt(fan-in)."""

@@ -346,7 +346,7 @@ def benchmark_ops(session: Session) -> bool:
 # -- training steps --------------------------------------------------------------------------------
 
 CHANGES = ("as ports write it", "+ closed-form inputs", "+ broadcast convolution",
-           "+ channels-last", "+ in-place ELU = iodine.py", "+ Triton kernels")  # fmt: skip
+           "+ layout by layer", "+ in-place ELU = iodine.py", "+ Triton kernels")  # fmt: skip
 OURS = 4  # iodine.py as it is
 
 
@@ -364,22 +364,25 @@ class PortStyle(iodine.IODINE):
         super().__init__(config, *image.shape[1:])
         self.closed_form, first = changes >= 1, self.decoder.first[0]
         convolve = iodine.BroadcastConv.forward if changes >= 2 else convolve_image
-        layout = torch.channels_last if changes >= 3 else torch.contiguous_format
-        self.to(memory_format=layout)
-        # What BroadcastConv and refinement_inputs return is channels-last by itself.
-        first.forward = lambda z: convolve(first, z).contiguous(memory_format=layout)
-        self.refinement.convs[0].register_forward_pre_hook(
-            lambda _, inputs: inputs[0].contiguous(memory_format=layout)
-        )
+        first.forward = lambda z: convolve(first, z)
         for module in self.modules():
             if isinstance(module, nn.ELU):
                 module.inplace = changes >= OURS
+            elif isinstance(module, iodine.Conv) and changes < 3:
+                module.to(memory_format=torch.contiguous_format)
+                if module is not first:
+                    module.forward = partial(convolve_planes, module)
 
     def infer(self, image: Tensor, noise: Tensor) -> Iterator[iodine.Step]:
         eager = dict(refinement_inputs=eager_refinement_inputs,
                      mixture_log_likelihood=eager_log_likelihood)
         with nullcontext() if self.closed_form else mock.patch.multiple(kernels, **eager):
             yield from super().infer(image, noise)
+
+
+def convolve_planes(layer: iodine.Conv, x: Tensor) -> Tensor:
+    """Channels first, whatever layer it is: as a port that never thought about layout."""
+    return nn.Conv2d.forward(layer, x.contiguous())
 
 
 def convolve_image(layer: iodine.BroadcastConv, z: Tensor) -> Tensor:

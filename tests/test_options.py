@@ -115,7 +115,7 @@ IMPOSSIBLE = {
     "--minutes nan": "--minutes must be",
     "--decoder-kernel 4": "--decoder-kernel must be odd, not 4",
     "--refinement-kernel 2": "--refinement-kernel must be odd, not 2",
-    "--decoder-kernel 13": "--decoder-kernel 13: images are 12 pixels",
+    "--decoder-kernel 17": "--decoder-kernel 17: images are 16 pixels",
     "--preset shapes --decoder-kernel 29": "--decoder-kernel 29: images are 28 pixels",
     "--drop-inputs nonsense": "--drop-inputs nonsense: choose from image, means",
     "--drop-inputs image nonsense": "--drop-inputs nonsense: choose",
@@ -261,7 +261,7 @@ def test_resume_what_is_no_checkpoint(monkeypatch, capsys, trained, how, message
     [("--lr", 0.5, 0.003), ("--batch-size", 8, 4), ("--num-slots", 4, 3), ("--seed", 1, 0),
      ("--preset", "shapes", "quick"), ("--variant", "released", "paper"),
      ("--dataset", "shapes", "mini_sprites"), ("--precision", "bfloat16", "float32"),
-     ("--sigma", 0.5, 0.35)],
+     ("--sigma", 0.5, 0.4)],
 )  # fmt: skip
 def test_resume_with_other_settings(monkeypatch, capsys, trained, option, value, saved):
     """The line names the option and both values."""
