@@ -692,7 +692,9 @@ def check(config: Config) -> None:
 def build(config: Config, scenes: data.Scenes) -> IODINE:
     """The model for these scenes, initialised from the seed."""
     torch.manual_seed(config.seed)
-    return IODINE(config, scenes.num_channels, scenes.height, scenes.width).to(scenes.device)
+    model = IODINE(config, scenes.num_channels, scenes.height, scenes.width).to(scenes.device)
+    on_cuda = scenes.device.type == "cuda"
+    return model.to(memory_format=torch.channels_last) if on_cuda else model  # else: Conv decides
 
 
 def load_model(path: str | Path, device: str = "cpu") -> IODINE:
