@@ -390,7 +390,8 @@ class IODINE(nn.Module):
                 transposed = isinstance(module, nn.ConvTranspose2d)  # its weight is (in, out, k, k)
                 fan_in = module.weight[:, 0].numel() if transposed else module.weight[0].numel()
                 std = self.config.init_gain / math.sqrt(fan_in)
-                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+                weight = torch.empty(module.weight.shape)  # the same numbers in any memory layout
+                module.weight.data.copy_(nn.init.trunc_normal_(weight, 0, std, -2 * std, 2 * std))
                 nn.init.zeros_(module.bias)
         with torch.no_grad():
             self.refinement.head.weight.mul_(self.config.update_gain)
