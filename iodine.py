@@ -33,7 +33,7 @@ runs/iodine-<preset>-<seed>/.
 Measured: ARI-FG 0.961 ± 0.008, above 0.9 on 10 of 10 seeds, by `quick` in 3.1 minutes on two
 cores of an AMD EPYC with AVX2 (notebooks/results/).
 
-The defaults of Config are the paper's. `quick` learns in minutes what takes those a week of GPUs:
+The defaults of Config are the paper's. `quick` trades them for minutes on small scenes:
 
     field                        paper     quick        why
     kl_weight, sigma             1, 0.1    0.1, 0.4     smoother: objects first, edges later
@@ -185,7 +185,7 @@ class Conv(nn.Conv2d):
     """Size-preserving convolution (padding k // 2), in the memory layout that is faster.
 
     That is channels-last on CUDA and on CPUs with AVX-512. Without it, hidden layers of stride 1
-    gain 15 % from planes, and all others still lose (python -m kernels.benchmark --models step).
+    were faster in planes and all others slower (an AMD EPYC with AVX2, torch 2.13).
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1):
