@@ -181,22 +181,25 @@ def cosine_coordinates(height: int, width: int) -> Tensor:
     return rearrange(waves[:, None, 0] * waves[None, :, 1], "i j h w -> (i j) h w")[1:]
 
 
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 class Conv(nn.Conv2d):
     """Size-preserving convolution (padding k // 2), in the memory layout that is faster.
 
-    That is channels-last on CUDA and on CPUs with AVX-512. Without it, hidden layers of stride 1
-    were faster in planes and all others slower (an AMD EPYC with AVX2, torch 2.13).
+    That is channels-last, but for stride 1 and k > 1 on a CPU without AVX-512 (measured on an AMD
+    EPYC with AVX2, torch 2.13).
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1):
         super().__init__(inputs, outputs, kernel, stride, kernel // 2)
-        hidden = inputs == outputs and kernel > 1 and stride == 1
-        planes = hidden and torch.backends.cpu.get_cpu_capability() != "AVX512"
-        self.cpu_layout = torch.contiguous_format if planes else torch.channels_last
-        self.to(memory_format=self.cpu_layout)
+        self.planes = kernel > 1 and stride == 1 and not AVX512
+
+    def channels_last(self, x: Tensor) -> bool:
+        return x.device.type != "cpu" or not self.planes
 
     def forward(self, x: Tensor) -> Tensor:
-        layout = self.cpu_layout if x.device.type == "cpu" else torch.channels_last
+        layout = torch.channels_last if self.channels_last(x) else torch.contiguous_format
         return super().forward(x.contiguous(memory_format=layout))
 
 
@@ -223,19 +226,20 @@ class BroadcastConv(Conv):
         self.register_buffer("inside", inside.float(), persistent=False)  # (case, tap)
         self.register_buffer("coordinates", coordinates, persistent=False)
 
-    def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, O, H, W), channels last
+    def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, O, H, W)
         (_, height, width), half = self.coordinates.shape, self.padding[0]
         w_z, w_xy = self.weight.split([z.shape[1], len(self.coordinates)], dim=1)
         # The sum of the taps (i, j) that are inside, for case r of the row and s of the column.
-        w = torch.einsum("odij, ri, sj -> drso", w_z, self.inside, self.inside)
-        out = (z @ w.flatten(1)).unflatten(1, w.shape[1:])  # (N, k, k, O)
-        for dim, size in ((1, height), (2, width)):
+        order, row = ("drso", 1) if self.channels_last(z) else ("dors", 2)
+        w = torch.einsum(f"odij, ri, sj -> {order}", w_z, self.inside, self.inside)
+        out = (z @ w.flatten(1)).unflatten(1, w.shape[1:])  # (N, k, k, O) or (N, O, k, k)
+        for dim, size in ((row, height), (row + 1, width)):
             top, middle, bottom = out.split([half, 1, half], dim)
             shape = list(middle.shape)
             shape[dim] = size - 2 * half
             out = torch.cat([top, middle.expand(shape), bottom], dim)
-        xy = F.conv2d(self.coordinates[None], w_xy, self.bias, padding=half)
-        return rearrange(out, "n h w o -> n o h w") + xy
+        out = rearrange(out, "n h w o -> n o h w") if row == 1 else out
+        return out + F.conv2d(self.coordinates[None], w_xy, self.bias, padding=half)
 
 
 class BroadcastDecoder(nn.Module):
@@ -390,8 +394,7 @@ class IODINE(nn.Module):
                 transposed = isinstance(module, nn.ConvTranspose2d)  # its weight is (in, out, k, k)
                 fan_in = module.weight[:, 0].numel() if transposed else module.weight[0].numel()
                 std = self.config.init_gain / math.sqrt(fan_in)
-                weight = torch.empty(module.weight.shape)  # the same numbers in any memory layout
-                module.weight.data.copy_(nn.init.trunc_normal_(weight, 0, std, -2 * std, 2 * std))
+                nn.init.trunc_normal_(module.weight, 0, std, -2 * std, 2 * std)
                 nn.init.zeros_(module.bias)
         with torch.no_grad():
             self.refinement.head.weight.mul_(self.config.update_gain)
@@ -695,7 +698,7 @@ def build(config: Config, scenes: data.Scenes) -> IODINE:
     torch.manual_seed(config.seed)
     model = IODINE(config, scenes.num_channels, scenes.height, scenes.width).to(scenes.device)
     on_cuda = scenes.device.type == "cuda"
-    return model.to(memory_format=torch.channels_last) if on_cuda else model  # else: Conv decides
+    return model.to(memory_format=torch.channels_last) if on_cuda else model
 
 
 def load_model(path: str | Path, device: str = "cpu") -> IODINE:

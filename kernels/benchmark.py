@@ -24,11 +24,11 @@ this row's: above 1 this row is faster. GB/s counts inputs, cotangents, outputs 
 each, what a perfect kernel would move; "copy" is its share of what copying a large tensor reached
 in this process. MB: the peak of what the call allocates.
 
-Training steps. `step` starts from IODINE as ports write it and makes one change per row; "above x"
-is the gain over the row above (of bfloat16's first row: over float32's). "MB first" and "MB peak"
-are resident memory of a process that takes two such steps, before them and at most (CUDA: allocated
-memory). `presets` sets a preset's step against the drawing of its scenes and noise, whose share of
-their sum should stay below 10 %.
+Training steps. `step` starts from IODINE as ports write it and makes one change per row, on a CPU
+each in a process of its own; "above x" is the gain over the row above (of bfloat16's first row:
+over float32's). "MB first" and "MB peak" are the resident memory of that process, before its first
+step and at most (CUDA: what one step allocates). `presets` sets a preset's
+step against the drawing of its scenes and noise, whose share of their sum should stay below 10 %.
 
 Axes: B batch, K slots, T refinement steps, D latent, C H W image, F input channels of refinement.
 """
@@ -93,7 +93,6 @@ class Options:
     batch: int = 0  # B; 0: every size and preset has its own (on a CPU: small ones)
     repeats: int = 0  # timed calls of each; 0: 30 for operations, 5 for training steps
     torch_compile: bool = field(default_factory=torch.cuda.is_available)  # time it as well
-    memory: bool = True  # measure the memory of training steps, in a process for each
     threads: int = 0  # of the CPU; 0: torch decides
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda, cuda:1, ...
     out: str = ""  # folder to write; empty: kernels/results/<device>
@@ -345,9 +344,10 @@ def benchmark_ops(session: Session) -> bool:
 
 # -- training steps --------------------------------------------------------------------------------
 
-CHANGES = ("as ports write it", "+ closed-form inputs", "+ broadcast convolution",
-           "+ layout by layer", "+ in-place ELU = iodine.py", "+ Triton kernels")  # fmt: skip
-OURS = 4  # iodine.py as it is
+CHANGES = ("as ports write it", "+ freed memory is kept", "+ closed-form inputs",
+           "+ broadcast convolution", "+ channels-last", "+ in-place ELU = iodine.py",
+           "+ Triton kernels")  # fmt: skip
+OURS = CHANGES.index("+ in-place ELU = iodine.py")
 
 
 class Variant(NamedTuple):
@@ -362,16 +362,14 @@ class PortStyle(iodine.IODINE):
 
     def __init__(self, config: iodine.Config, image: Tensor, changes: int):
         super().__init__(config, *image.shape[1:])
-        self.closed_form, first = changes >= 1, self.decoder.first[0]
-        convolve = iodine.BroadcastConv.forward if changes >= 2 else convolve_image
+        self.closed_form, first = changes >= 2, self.decoder.first[0]
+        convolve = iodine.BroadcastConv.forward if changes >= 3 else convolve_image
         first.forward = lambda z: convolve(first, z)
         for module in self.modules():
             if isinstance(module, nn.ELU):
                 module.inplace = changes >= OURS
-            elif isinstance(module, iodine.Conv) and changes < 3:
-                module.to(memory_format=torch.contiguous_format)
-                if module is not first:
-                    module.forward = partial(convolve_planes, module)
+            elif isinstance(module, iodine.Conv) and module is not first and changes < 4:
+                module.forward = partial(convolve_planes, module)
 
     def infer(self, image: Tensor, noise: Tensor) -> Iterator[iodine.Step]:
         eager = dict(refinement_inputs=eager_refinement_inputs,
@@ -430,23 +428,36 @@ def make_step(config: iodine.Config, inputs: Sequence[Tensor], variant: Variant)
     return TrainingStep(model.to(image), inputs, precision, ("torch", "triton")[changes > OURS])
 
 
-def measure_memory(
-    config: iodine.Config, inputs: Sequence[Tensor], variant: Variant, threads: int
-) -> dict[str, float]:
-    """To be run in a process of its own: memory before the first step, and at most in two."""
-    device = set_up(config, threads)
-    step = make_step(config, [tensor.to(device) for tensor in inputs], variant)
-    before = memory_so_far(device)
-    for _ in range(2):
-        step()
-    return dict(first_mb=before, peak_mb=memory_so_far(device))
+class StepProcess:
+    """A training step on the CPU in a process of its own, with an allocator and a memory peak."""
+
+    def __init__(self, *arguments: Any):
+        self.process = ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), prepare_process, arguments
+        )
+        self.first_mb = self.process.submit(memory_so_far, torch.device("cpu")).result()
+
+    def __call__(self) -> None:
+        self.process.submit(take_step).result()
+
+    def memory(self) -> dict[str, float]:
+        peak = self.process.submit(memory_so_far, torch.device("cpu")).result()
+        return dict(first_mb=self.first_mb, peak_mb=peak)
 
 
-def set_up(config: iodine.Config, threads: int) -> torch.device:
-    """Sets this process up as a training does."""
+def prepare_process(config: iodine.Config, *arguments: Any) -> None:
+    """In the process: what `take_step` will run."""
+    global _step
+    *step, threads = arguments
     if threads:
         torch.set_num_threads(threads)
-    return runs.set_up(config)
+    if step[-1].changes >= 1:
+        runs.set_up(config)  # from here on the C library keeps the memory that is freed
+    _step = make_step(config, *step)
+
+
+def take_step() -> None:
+    _step()
 
 
 def workload(part: str, batch: int) -> tuple[iodine.Config, list[Tensor]]:
@@ -472,7 +483,8 @@ def benchmark_steps(part: str, session: Session) -> bool:
     config, inputs = workload(part, options.batch or small)
     config.device, inputs = str(device), [tensor.to(device) for tensor in inputs]
     ours = list(range(OURS, OURS + len(backends(device))))
-    made = [*range(OURS), *ours] if part == "step" else [0, *ours]
+    useless = 1 if device.type == "cuda" else None if iodine.AVX512 else 4
+    made = [*(n for n in range(OURS) if n != useless), *ours] if part == "step" else [0, *ours]
     dtypes = options.dtypes or ("float32", "bfloat16")[: 1 + fast_bfloat16(device)]
     variants = [Variant(n, d) for d in dtypes for n in (made if d == "float32" else [0, *ours])]
     height, width = inputs[0].shape[2:]
@@ -484,6 +496,10 @@ def benchmark_steps(part: str, session: Session) -> bool:
     steps = {v: make_step(config, inputs, v) for v in variants}
     rows = {v: check(step.loss_gradient, truth, STEP_TOLERANCE[v.precision])
             for v, step in steps.items()}
+    on_cpu = device.type == "cpu"
+    if on_cpu:  # all in the same memory: what one frees, another would find
+        steps = {v: StepProcess(config, inputs, v, options.threads)
+                 for v, row in rows.items() if "wrong" not in row}
     timed = time_right(rows, steps, options.repeats or 5, device)
     eager = above = rows[variants[0]].get("ms")
     for v, row in rows.items():
@@ -492,10 +508,7 @@ def benchmark_steps(part: str, session: Session) -> bool:
             bases = {"vs eager": eager, "vs above": above if v.changes else eager}
             row |= {key: ms / row["ms"] for key, ms in bases.items() if ms}
             report.bar("", f"{name}\n{v.precision}", "step", row["ms"], row["p20"], row["p80"])
-            if options.memory:
-                arguments = config, [tensor.cpu() for tensor in inputs], v, options.threads
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
-                    row |= child.submit(measure_memory, *arguments).result()
+            row |= steps[v].memory() if on_cpu else dict(peak_mb=peak_allocated(steps[v], device))
         above = row.get("ms")
         report.add(dict(variant=name, precision=v.precision, setting=setting, **row))
     return report.write(options.out, f"One training step of IODINE, {setting}", MILLISECONDS)
@@ -659,7 +672,9 @@ def benchmark(options: Options, arguments: Sequence[str]) -> bool:
     for name in ("batch", "repeats", "threads"):
         require(getattr(options, name) >= 0, f"--{name} must be 0 or more")
     config = iodine.make_config("tetrominoes", device=options.device)
-    device = set_up(config, options.threads)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = runs.set_up(config)
     run = runs.evaluation("", config, device)
     info = {key: run[key] for key in ("device", "versions", "commit", "date")}
     info["command"] = shlex.join(["python", "-m", "kernels.benchmark", *arguments])

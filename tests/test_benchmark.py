@@ -191,7 +191,7 @@ def test_port_style_is_the_same_function(changes, settings):
 @pytest.mark.parametrize("changes", range(benchmark.OURS + 1))
 def test_every_row_does_what_it_says(changes, monkeypatch):
     config, inputs = tiny_workload()
-    step = benchmark.make_step(config, inputs, benchmark.Variant(changes))
+    monkeypatch.setattr(iodine, "AVX512", True)  # else nothing is channels-last on a CPU
     called, layouts = set(), set()
     for owner, name in (benchmark, "eager_refinement_inputs"), (benchmark, "convolve_image"):
         function = getattr(owner, name)
@@ -201,23 +201,46 @@ def test_every_row_does_what_it_says(changes, monkeypatch):
     for module in [*convolutions, *step.model.refinement.convs[::2]]:
         module.register_forward_hook(lambda _, x, y: layouts.add(y.is_contiguous()))
     step()
-    assert ("eager_refinement_inputs" in called) == (changes < 1)
-    assert ("convolve_image" in called) == (changes < 2)
-    assert (False in layouts) == (changes >= 3)
+    assert ("eager_refinement_inputs" in called) == (changes < 2)
+    assert ("convolve_image" in called) == (changes < 3)
+    assert (False in layouts) == (changes >= 4)
     units = [m.inplace for m in step.model.modules() if isinstance(m, torch.nn.ELU)]
-    assert set(units) == {changes >= 4}
+    assert set(units) == {changes >= benchmark.OURS}
 
 
-def test_steps(tmp_path, capsys, tiny):
-    assert run(tmp_path, "--models", "step", "--no-memory", "--repeats", "2") == 0
+def test_the_allocator_is_set_in_all_rows_but_the_first(monkeypatch):
+    seen = []
+    monkeypatch.setattr(benchmark.runs, "set_up", seen.append)
+    for changes in (0, 1, benchmark.OURS):
+        benchmark.prepare_process(*tiny_workload(), benchmark.Variant(changes), 0)
+    assert len(seen) == 2
+
+
+class Here:
+    """StepProcess without the process, which takes seconds to start."""
+
+    def __init__(self, config, inputs, variant, threads):
+        self.step = benchmark.make_step(config, inputs, variant)
+
+    def __call__(self):
+        self.step()
+
+    def memory(self):
+        return dict(first_mb=1.0, peak_mb=2.0)
+
+
+def test_steps(tmp_path, capsys, tiny, monkeypatch):
+    monkeypatch.setattr(benchmark, "StepProcess", Here)
+    monkeypatch.setattr(iodine, "AVX512", True)
+    assert run(tmp_path, "--models", "step", "--repeats", "2") == 0
     rows = read(tmp_path, "step")["rows"]
     assert all(len(line) <= 100 for line in capsys.readouterr().out.splitlines()[:-1])
     ours, port = benchmark.CHANGES[benchmark.OURS], benchmark.CHANGES[0]
     assert [r["variant"] for r in rows] == [*benchmark.CHANGES[: benchmark.OURS + 1], port, ours]
-    assert [r["precision"] for r in rows] == ["float32"] * 5 + ["bfloat16"] * 2
+    assert [r["precision"] for r in rows] == ["float32"] * 6 + ["bfloat16"] * 2
     for i, row in enumerate(rows):
         assert row["error"] < (1e-4 if row["precision"] == "float32" else 0.3)
-        above = 0 if i in (0, 5) else i - 1
+        above = 0 if i in (0, 6) else i - 1
         assert row["vs eager"] == pytest.approx(rows[0]["ms"] / row["ms"])
         assert row["vs above"] == pytest.approx(rows[above]["ms"] / row["ms"])
 
@@ -225,13 +248,15 @@ def test_steps(tmp_path, capsys, tiny):
 def test_a_wrong_step_gets_no_number(tmp_path, monkeypatch, tiny):
     right = benchmark.convolve_image
     monkeypatch.setattr(benchmark, "convolve_image", lambda *a: right(*a) * 1.01)
-    arguments = "--models", "step", "--no-memory", "--repeats", "1", "--dtypes", "float32"
+    monkeypatch.setattr(benchmark, "StepProcess", Here)
+    monkeypatch.setattr(iodine, "AVX512", False)  # one row less
+    arguments = "--models", "step", "--repeats", "1", "--dtypes", "float32"
     assert run(tmp_path, *arguments) == 1
     rows = read(tmp_path, "step")["rows"]
-    assert ["ms" in row for row in rows] == [False, False, True, True, True]
-    assert ["wrong" in row for row in rows] == [True, True, False, False, False]
+    assert ["ms" in row for row in rows] == [False, False, False, True, True]
+    assert ["wrong" in row for row in rows] == [True, True, True, False, False]
     assert not any("vs eager" in row for row in rows)
-    assert ["vs above" in row for row in rows] == [False, False, False, True, True]
+    assert ["vs above" in row for row in rows] == [False, False, False, False, True]
 
 
 def test_memory_is_that_of_a_process_of_its_own(tmp_path, monkeypatch, tiny):

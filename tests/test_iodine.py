@@ -875,8 +875,9 @@ MUTANTS: dict[str, tuple[str, str, dict]] = {  # name: (text of iodine.py, its m
     "rows and columns exchanged": (
         'torch.stack(torch.meshgrid(rows, cols, indexing="ij"))',
         'torch.stack(torch.meshgrid(rows, cols, indexing="ij")[::-1])', {}),
-    "no coordinates in the decoder": ('"n h w o -> n o h w") + xy',
-                                      '"n h w o -> n o h w") + self.bias[:, None, None]', {}),
+    "no coordinates in the decoder": (
+        "out + F.conv2d(self.coordinates[None], w_xy, self.bias, padding=half)",
+        "out + self.bias[:, None, None]", {}),
     "no border cases": ("inside.float()", "torch.ones(kernel, kernel)", {}),
     "gain left out": ("config.coordinate_gain * linear", "linear", dict(coordinate_gain=3.0)),
     "slots mixed with images": ("unflatten(0, z.shape[:2])",
