@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 (Triton has no (*tuple, value))
 """The spatial mixture likelihood of slot models: one mixture per pixel (Greff et al. 2019, eq. 1).
 
 The colours x_c of a pixel, explained by K slots with mask logits a_k and means μ_kc:
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from kernels.launch import jit, launch, tl, triton
 
 
 class Mixture(NamedTuple):
@@ -136,6 +138,20 @@ def check_inputs(
     image: Tensor, decoded: Tensor, sigma: float, component: str, posterior_epsilon: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Refuse what has no meaning; give both at the precision of the arithmetic, image constant."""
+    refuse_bad_inputs(image, decoded, sigma, component, posterior_epsilon)
+    wide = wide_dtype(image, decoded)
+    return image.detach().to(wide), decoded.to(wide)
+
+
+def wide_dtype(image: Tensor, decoded: Tensor) -> torch.dtype:
+    """Half precision would round x − μ to 1 % of σ and more: never compute in it."""
+    return torch.promote_types(torch.promote_types(image.dtype, decoded.dtype), torch.float32)
+
+
+def refuse_bad_inputs(
+    image: Tensor, decoded: Tensor, sigma: float, component: str, posterior_epsilon: float = 0.0
+) -> None:
+    """Raise ValueError, in one line, for what has no meaning."""
     if image.ndim != 4 or decoded.ndim != 5:
         raise ValueError(
             f"image must be (B, C, H, W) and decoded (B, K, C+1, H, W), "
@@ -160,9 +176,6 @@ def check_inputs(
         raise ValueError(f"component must be gaussian or logistic, not {component!r}")
     if not 0 <= posterior_epsilon < math.inf:
         raise ValueError(f"posterior_epsilon must be 0 or more, not {posterior_epsilon}")
-    # Half precision would round x − μ to 1 % of σ and more: never compute in it.
-    wide = torch.promote_types(torch.promote_types(image.dtype, decoded.dtype), torch.float32)
-    return image.detach().to(wide), decoded.to(wide)
 
 
 class FirstDerivative(torch.autograd.Function):
@@ -205,6 +218,619 @@ class _LogLikelihood(torch.autograd.Function):
         with torch.no_grad():
             d_decoded = gradient * cotangent[:, None, None]  # (B, K, C+1, H, W)
         return None, FirstDerivative.apply(d_decoded, decoded, cotangent), None, None
+
+
+# -- Triton ----------------------------------------------------------------------------------------
+#
+# A program works on BLOCK pixels of one image and goes twice through its K slots, in rolled loops.
+# The first sweep collects what a pixel needs of all slots, as running log-sum-exps; the second
+# gives every slot its share. So registers do not depend on K, and nothing spills. The second sweep
+# reads from the cache: 128 pixels of 7 slots are 14 KB.
+#
+# Logarithms are to base 2 until they are stored: exp2 is one instruction of the device. A logarithm
+# costs about twenty, so that a slot takes only one, of a quotient.
+
+
+@jit
+def locate(num_pixels, BLOCK: tl.constexpr):
+    """This program's image and first pixel; its pixels: their numbers from there, which exist."""
+    tiles = tl.cdiv(num_pixels, BLOCK)
+    program = tl.program_id(0)
+    batch = (program // tiles).to(tl.int64)
+    start = (program % tiles).to(tl.int64) * BLOCK
+    lanes = tl.arange(0, BLOCK)
+    inside = lanes < tl.minimum(num_pixels - start, BLOCK).to(tl.int32)
+    return batch, start, (lanes, inside)
+
+
+@jit
+def split_columns(tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr):
+    """(BLOCK, PADDED) -> a tuple of its first WIDTH columns."""
+    parts = (tile,)  # of n parts, number i holds the columns c with c mod n = i
+    for level in tl.static_range(5):
+        if (1 << level) < PADDED:
+            even = ()
+            odd = ()
+            for i in tl.static_range(1 << level):
+                halves = tl.split(tl.reshape(parts[i], [BLOCK, PADDED >> (level + 1), 2]))
+                even = even + (halves[0],)
+                odd = odd + (halves[1],)
+            parts = even + odd
+    columns = ()
+    for c in tl.static_range(WIDTH):
+        columns = columns + (tl.reshape(parts[c], [BLOCK]),)
+    return columns
+
+
+@jit
+def join_columns(columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr):
+    """The inverse of split_columns, with zeros behind the last column."""
+    parts = ()
+    for c in tl.static_range(PADDED):
+        column = columns[c] if c < WIDTH else tl.zeros_like(columns[0])
+        parts = parts + (tl.reshape(column, [BLOCK, 1]),)
+    for level in tl.static_range(5):
+        if (1 << level) < PADDED:
+            joined = ()
+            for i in tl.static_range(PADDED >> (level + 1)):
+                pair = tl.join(parts[i], parts[i + (PADDED >> (level + 1))])
+                joined = joined + (tl.reshape(pair, [BLOCK, 2 << level]),)
+            parts = joined
+    return parts[0]
+
+
+@jit
+def tile_of(pixels, WIDTH: tl.constexpr, PADDED: tl.constexpr, UNIT: tl.constexpr):
+    """Offsets and mask of a (BLOCK, PADDED) tile: a row for a pixel, UNIT numbers apart."""
+    lanes, inside = pixels
+    numbers = tl.arange(0, PADDED)
+    wanted = inside[:, None]
+    if PADDED > WIDTH:
+        wanted = wanted & (numbers < WIDTH)[None, :]
+    return lanes[:, None] * UNIT + numbers[None, :], wanted
+
+
+@jit
+def load_channels(
+    pointer, channel_stride, pixel_stride, pixels,
+    WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """WIDTH channels of the pixels from `pointer` on, as a tuple of blocks.
+
+    UNIT > 0: the channels of a pixel lie side by side, those of the next UNIT numbers further. They
+    are read as a tile, a row of which is a single load: 16 bytes for four channels in float32.
+    UNIT = 0: every channel is a plane, with the strides given.
+    """
+    channels = ()
+    if UNIT > 0:
+        PADDED: tl.constexpr = triton.next_power_of_2(WIDTH)
+        offsets, wanted = tile_of(pixels, WIDTH, PADDED, UNIT)
+        tile = tl.load(pointer + offsets, mask=wanted, other=0.0).to(dtype)
+        channels = split_columns(tile, WIDTH, BLOCK, PADDED)
+    else:
+        lanes, inside = pixels
+        for c in tl.static_range(WIDTH):
+            plane = pointer + tl.cast(c, tl.int64) * channel_stride
+            value = tl.load(plane + lanes * pixel_stride, mask=inside, other=0.0).to(dtype)
+            channels = channels + (value,)
+    return channels
+
+
+@jit
+def store_channels(
+    pointer, slot, start, num_pixels, pixels, channels,
+    WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The inverse of load_channels, into a slot of memory without gaps: (P, WIDTH) or planes."""
+    if UNIT > 0:
+        PADDED: tl.constexpr = triton.next_power_of_2(WIDTH)
+        offsets, wanted = tile_of(pixels, WIDTH, PADDED, UNIT)
+        tile = join_columns(channels, WIDTH, BLOCK, PADDED)
+        tl.store(pointer + (slot * num_pixels + start) * UNIT + offsets, tile, mask=wanted)
+    else:
+        lanes, inside = pixels
+        for c in tl.static_range(WIDTH):
+            plane = pointer + (slot * WIDTH + c) * num_pixels + start
+            tl.store(plane + lanes, channels[c], mask=inside)
+
+
+@jit
+def read_slot(
+    decoded, k, slot_stride, channel_stride, pixel_stride, pixels,
+    COLOURS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """The means of a slot and its mask logit, to base 2. -inf switches a slot off."""
+    slot = decoded + tl.cast(k, tl.int64) * slot_stride * (UNIT if UNIT > 0 else 1)
+    channels = load_channels(
+        slot, channel_stride, pixel_stride, pixels, COLOURS + 1, UNIT, BLOCK, dtype
+    )
+    logit = channels[COLOURS] * 1.4426950408889634
+    return channels, tl.where(logit < -1e30, -1e30, logit)  # without inf - inf
+
+
+@jit
+def explain(x, means, likelihood, COLOURS: tl.constexpr, LOGISTIC: tl.constexpr):
+    """log2 N_k of the colours x, and the score s_kc of each."""
+    precision, slope, log_norm = likelihood
+    distance = tl.zeros_like(x[0])
+    spread = distance + 1.0
+    scores = ()
+    for c in tl.static_range(COLOURS):
+        difference = x[c] - means[c]
+        if LOGISTIC:
+            scaled = tl.abs(difference) * precision  # |z| log2 e
+            decay = tl.exp2(-scaled)  # exp(-|z|)
+            distance += scaled
+            spread *= 1.0 + decay
+            score = slope * (1.0 - decay) / (1.0 + decay)  # tanh(|z| / 2) / sigma
+            scores = scores + (tl.where(difference < 0, -score, score),)
+        else:
+            distance += difference * difference * precision
+            scores = scores + (difference * slope,)
+    if LOGISTIC:
+        distance += 2.0 * tl.log2(spread)
+    return -distance - log_norm, scores
+
+
+# A running log-sum-exp is (top, total): total * 2^top is the sum, top the largest term so far.
+
+
+@jit
+def add_term(state, value):
+    top, total = state
+    gap = tl.exp2(-tl.abs(value - top))
+    wins = value > top
+    return tl.where(wins, value, top), tl.where(wins, total * gap + 1.0, total + gap)
+
+
+@jit
+def add_weighted_term(state, value, weight):
+    """(top, total, weighted), where weighted * 2^top sums the same terms with weights."""
+    top, total, weighted = state
+    gap = tl.exp2(-tl.abs(value - top))
+    wins = value > top
+    total = tl.where(wins, total * gap + 1.0, total + gap)
+    weighted = tl.where(wins, weighted * gap + weight, weighted + gap * weight)
+    return tl.where(wins, value, top), total, weighted
+
+
+@jit
+def add_contender(state, value, k):
+    """(top, total, best, second, rest), where rest * 2^second leaves out the term of slot `best`.
+
+    To subtract the largest term from the sum would leave nothing but rounding error.
+    """
+    top, total, best, second, rest = state
+    wins, follows = value > top, value > second
+    gap, behind = tl.exp2(-tl.abs(value - top)), tl.exp2(-tl.abs(value - second))
+    rest = tl.where(follows, rest * behind + 1.0, rest + behind)
+    rest = tl.where(wins, total, rest)
+    second = tl.where(wins, top, tl.where(follows, value, second))
+    total = tl.where(wins, total * gap + 1.0, total + gap)
+    return tl.where(wins, value, top), total, tl.where(wins, k, best), second, rest
+
+
+@jit
+def empty_contest(BLOCK: tl.constexpr, dtype: tl.constexpr):
+    """The state of add_contender before the first slot."""
+    nothing, zero = tl.full([BLOCK], float("-inf"), dtype), tl.zeros([BLOCK], dtype)
+    return nothing, zero, tl.zeros([BLOCK], tl.int32), nothing, zero
+
+
+@jit
+def quotient_of_others(joint, prior, joint_term, prior_term, k):
+    """log2 of Σ_{j≠k} m_j N_j / Σ_{j≠k} m_j, from both sums and their terms of slot k."""
+    top, total, best, second, rest = joint
+    prior_top, prior_total, prior_best, prior_second, prior_rest = prior
+    owns, leads = best == k, prior_best == k
+    others = tl.where(owns, rest, total - joint_term)  # at least 1, the largest term
+    prior_others = tl.where(leads, prior_rest, prior_total - prior_term)
+    reference = tl.where(owns, second, top) - tl.where(leads, prior_second, prior_top)
+    return reference + tl.log2(others / prior_others)
+
+
+@jit
+def quotient(joint, prior):
+    """log2 of Σ_j m_j N_j, from the sums of exp(a_j) N_j and of exp(a_j)."""
+    return joint[0] - prior[0] + tl.log2(joint[1] / prior[1])
+
+
+@jit
+def to_blocks(precision, slope, log_norm, BLOCK: tl.constexpr, dtype: tl.constexpr):
+    """The constants of `explain`, which arrive in float64, at the precision of the arithmetic."""
+    return (
+        tl.full([BLOCK], precision, dtype),
+        tl.full([BLOCK], slope, dtype),
+        tl.full([BLOCK], log_norm, dtype),
+    )
+
+
+@jit
+def mixture_kernel(
+    image,  # (B, C, P) any strides
+    decoded,  # (B, K, C+1, P) any strides, or UNIT numbers a pixel
+    log_likelihood,  # out (B, P) nats
+    masks,  # out (B, K, P)
+    responsibilities,  # out (B, K, P)
+    posterior_masks,  # out (B, K, P)
+    leave_one_out,  # out (B, K, P) nats
+    grad_decoded,  # out (B, K, C+1, P), or (B, K, P, C+1) where UNIT says so
+    image_batch, image_channel, image_pixel,  # strides in numbers
+    batch_stride, slot_stride, channel_stride, pixel_stride,  # of decoded, in pixels of UNIT
+    num_pixels,
+    precision: "tl.float64", slope: "tl.float64", log_norm: "tl.float64", floor: "tl.float64",
+    K: tl.constexpr, COLOURS: tl.constexpr, LOGISTIC: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = log_likelihood.dtype.element_ty
+    constants = to_blocks(precision, slope, log_norm, BLOCK, dtype)
+    batch, start, pixels = locate(num_pixels, BLOCK)
+    image += batch * image_batch + start * image_pixel
+    x = load_channels(image, image_channel, image_pixel, pixels, COLOURS, 0, BLOCK, dtype)
+    decoded += (batch * batch_stride + start * pixel_stride) * (UNIT if UNIT > 0 else 1)
+
+    joint, prior = empty_contest(BLOCK, dtype), empty_contest(BLOCK, dtype)
+    density_sum = tl.full([BLOCK], floor, dtype), tl.full([BLOCK], 1.0, dtype)  # ε is a component
+    for k in range(K):
+        slot, logit = read_slot(
+            decoded, k, slot_stride, channel_stride, pixel_stride, pixels,
+            COLOURS, UNIT, BLOCK, dtype,
+        )  # fmt: skip
+        density, _ = explain(x, slot, constants, COLOURS, LOGISTIC)
+        joint = add_contender(joint, logit + density, k)
+        prior = add_contender(prior, logit, k)
+        density_sum = add_term(density_sum, density)
+
+    lanes, inside = pixels
+    likelihood = quotient(joint, prior) * 0.6931471805599453
+    tl.store(log_likelihood + batch * num_pixels + start + lanes, likelihood, mask=inside)
+    for k in range(K):
+        slot, logit = read_slot(
+            decoded, k, slot_stride, channel_stride, pixel_stride, pixels,
+            COLOURS, UNIT, BLOCK, dtype,
+        )  # fmt: skip
+        density, scores = explain(x, slot, constants, COLOURS, LOGISTIC)
+        joint_term, prior_term = tl.exp2(logit + density - joint[0]), tl.exp2(logit - prior[0])
+        responsibility, mask = joint_term / joint[1], prior_term / prior[1]
+        left_out = likelihood
+        if K > 1:
+            left_out = quotient_of_others(joint, prior, joint_term, prior_term, k)
+            left_out *= 0.6931471805599453
+        posterior_mask = tl.exp2(density - density_sum[0]) / density_sum[1]
+        plane = (batch * K + k) * num_pixels + start
+        tl.store(masks + plane + lanes, mask, mask=inside)
+        tl.store(responsibilities + plane + lanes, responsibility, mask=inside)
+        tl.store(posterior_masks + plane + lanes, posterior_mask, mask=inside)
+        tl.store(leave_one_out + plane + lanes, left_out, mask=inside)
+        gradient = ()
+        for c in tl.static_range(COLOURS):
+            gradient = gradient + (-responsibility * scores[c],)
+        gradient = gradient + (mask - responsibility,)
+        store_channels(
+            grad_decoded, batch * K + k, start, num_pixels, pixels, gradient,
+            COLOURS + 1, UNIT, BLOCK,
+        )  # fmt: skip
+
+
+@jit
+def log_likelihood_kernel(
+    image,  # (B, C, P) any strides
+    decoded,  # (B, K, C+1, P) any strides, or UNIT numbers a pixel
+    log_likelihood,  # out (B, P) nats
+    image_batch, image_channel, image_pixel,  # strides in numbers
+    batch_stride, slot_stride, channel_stride, pixel_stride,  # of decoded, in pixels of UNIT
+    num_pixels,
+    precision: "tl.float64", slope: "tl.float64", log_norm: "tl.float64",
+    K: tl.constexpr, COLOURS: tl.constexpr, LOGISTIC: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first sweep of mixture_kernel."""
+    dtype: tl.constexpr = log_likelihood.dtype.element_ty
+    constants = to_blocks(precision, slope, log_norm, BLOCK, dtype)
+    batch, start, pixels = locate(num_pixels, BLOCK)
+    image += batch * image_batch + start * image_pixel
+    x = load_channels(image, image_channel, image_pixel, pixels, COLOURS, 0, BLOCK, dtype)
+    decoded += (batch * batch_stride + start * pixel_stride) * (UNIT if UNIT > 0 else 1)
+
+    joint = tl.full([BLOCK], float("-inf"), dtype), tl.zeros([BLOCK], dtype)
+    prior = joint
+    for k in range(K):
+        slot, logit = read_slot(
+            decoded, k, slot_stride, channel_stride, pixel_stride, pixels,
+            COLOURS, UNIT, BLOCK, dtype,
+        )  # fmt: skip
+        density, _ = explain(x, slot, constants, COLOURS, LOGISTIC)
+        joint, prior = add_term(joint, logit + density), add_term(prior, logit)
+    lanes, inside = pixels
+    likelihood = quotient(joint, prior) * 0.6931471805599453
+    tl.store(log_likelihood + batch * num_pixels + start + lanes, likelihood, mask=inside)
+
+
+@jit
+def load_plane(pointer, offset, stride, pixels, dtype: tl.constexpr):
+    """A cotangent; zero where there is none."""
+    lanes, inside = pixels
+    if pointer is None:
+        value = tl.zeros_like(lanes).to(dtype)
+    else:
+        value = tl.load(pointer + offset + lanes * stride, mask=inside, other=0.0).to(dtype)
+    return value
+
+
+@jit
+def mixture_backward_kernel(
+    image,  # (B, C, P) any strides
+    decoded,  # (B, K, C+1, P) any strides, or UNIT numbers a pixel
+    d_log_likelihood,  # (B, P) any strides, or None
+    d_masks,  # (B, K, P), or None
+    d_responsibilities,  # (B, K, P), or None
+    d_posterior_masks,  # (B, K, P), or None
+    d_decoded,  # out (B, K, C+1, P), or (B, K, P, C+1) where UNIT says so
+    image_batch, image_channel, image_pixel,  # strides in numbers
+    batch_stride, slot_stride, channel_stride, pixel_stride,  # of decoded, in pixels of UNIT
+    likelihood_batch, likelihood_pixel,  # of d_log_likelihood
+    num_pixels,
+    precision: "tl.float64", slope: "tl.float64", log_norm: "tl.float64", floor: "tl.float64",
+    K: tl.constexpr, COLOURS: tl.constexpr, LOGISTIC: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    constants = to_blocks(precision, slope, log_norm, BLOCK, dtype)
+    batch, start, pixels = locate(num_pixels, BLOCK)
+    image += batch * image_batch + start * image_pixel
+    x = load_channels(image, image_channel, image_pixel, pixels, COLOURS, 0, BLOCK, dtype)
+    decoded += (batch * batch_stride + start * pixel_stride) * (UNIT if UNIT > 0 else 1)
+    d_likelihood = load_plane(
+        d_log_likelihood, batch * likelihood_batch + start * likelihood_pixel, likelihood_pixel,
+        pixels, dtype,
+    )  # fmt: skip
+
+    nothing, zero = tl.full([BLOCK], float("-inf"), dtype), tl.zeros([BLOCK], dtype)
+    joint, prior = (nothing, zero, zero), (nothing, zero, zero)
+    density_sum = tl.full([BLOCK], floor, dtype), zero + 1.0, zero
+    for k in range(K):
+        slot, logit = read_slot(
+            decoded, k, slot_stride, channel_stride, pixel_stride, pixels,
+            COLOURS, UNIT, BLOCK, dtype,
+        )  # fmt: skip
+        density, _ = explain(x, slot, constants, COLOURS, LOGISTIC)
+        plane = (batch * K + k) * num_pixels + start
+        d_responsibility = load_plane(d_responsibilities, plane, 1, pixels, dtype)
+        joint = add_weighted_term(joint, logit + density, d_responsibility)
+        prior = add_weighted_term(prior, logit, load_plane(d_masks, plane, 1, pixels, dtype))
+        if d_posterior_masks is not None:
+            d_posterior = load_plane(d_posterior_masks, plane, 1, pixels, dtype)
+            density_sum = add_weighted_term(density_sum, density, d_posterior)
+
+    # The mean of the cotangents of each softmax, weighted with its probabilities.
+    joint_mean, prior_mean = joint[2] / joint[1], prior[2] / prior[1]
+    density_mean = density_sum[2] / density_sum[1]
+    for k in range(K):
+        slot, logit = read_slot(
+            decoded, k, slot_stride, channel_stride, pixel_stride, pixels,
+            COLOURS, UNIT, BLOCK, dtype,
+        )  # fmt: skip
+        density, scores = explain(x, slot, constants, COLOURS, LOGISTIC)
+        mask = tl.exp2(logit - prior[0]) / prior[1]
+        responsibility = tl.exp2(logit + density - joint[0]) / joint[1]
+        plane = (batch * K + k) * num_pixels + start
+        d_mask = load_plane(d_masks, plane, 1, pixels, dtype) - prior_mean
+        d_responsibility = load_plane(d_responsibilities, plane, 1, pixels, dtype) - joint_mean
+        through_joint = responsibility * (d_likelihood + d_responsibility)
+        d_density = through_joint
+        if d_posterior_masks is not None:
+            posterior_mask = tl.exp2(density - density_sum[0]) / density_sum[1]
+            d_posterior = load_plane(d_posterior_masks, plane, 1, pixels, dtype) - density_mean
+            d_density += posterior_mask * d_posterior
+        gradient = ()
+        for c in tl.static_range(COLOURS):
+            gradient = gradient + (d_density * scores[c],)
+        gradient = gradient + (through_joint + mask * (d_mask - d_likelihood),)
+        store_channels(
+            d_decoded, batch * K + k, start, num_pixels, pixels, gradient,
+            COLOURS + 1, UNIT, BLOCK,
+        )  # fmt: skip
+
+
+# Kernel -> pixels of a program; a thread has one. More pixels a thread need no fewer instructions
+# each, and rows of odd length could not be read in wider pieces anyway.
+BLOCKS = {"mixture": 128, "log_likelihood": 128, "mixture_backward": 128}
+
+
+def block(kernel: str, num_pixels: int) -> dict[str, int]:
+    """BLOCK and num_warps for images of so many pixels."""
+    pixels = min(BLOCKS[kernel], max(32, triton.next_power_of_2(num_pixels)))
+    return {"BLOCK": pixels, "num_warps": min(pixels // 32, 4)}
+
+
+class Layout(NamedTuple):
+    """How a kernel reads (B, K, C, H, W)."""
+
+    tensor: Tensor
+    strides: tuple[int, int, int, int]  # of batch, slot, channel and pixel, in units
+    unit: int  # numbers of a unit: C where the channels of a pixel lie side by side, else 0 for 1
+
+
+def layout(tensor: Tensor) -> Layout:
+    """The tensor as it is if its pixels lie at one stride, else its channels-last copy."""
+    channels, height, width = tensor.shape[2:]
+    if height > 1 and width > 1 and tensor.stride(3) != width * tensor.stride(4):
+        tensor = tensor.movedim(2, -1).contiguous().movedim(-1, 2)
+    batch, slot, channel, row, column = tensor.stride()
+    pixel = column if width > 1 else row
+    if height * width == 1:
+        pixel = channels
+    side_by_side = channels > 1 and channel == 1 and pixel == channels
+    if side_by_side and batch % channels == slot % channels == 0:
+        return Layout(tensor, (batch // channels, slot // channels, 0, 1), channels)
+    return Layout(tensor, (batch, slot, channel, pixel), 0)
+
+
+def planes(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """(B, C, H, W) to read plane by plane, and its strides of batch, channel and pixel."""
+    height, width = tensor.shape[2:]
+    if height > 1 and width > 1 and tensor.stride(2) != width * tensor.stride(3):
+        tensor = tensor.contiguous()
+    batch, channel, row, column = tensor.stride()
+    return tensor, (batch, channel, column if width > 1 else row)
+
+
+def new_like(decoded: Layout, dtype: torch.dtype) -> Tensor:
+    """Memory without gaps for a gradient of decoded: channels-last where that is, or planes."""
+    batch, slots, channels, height, width = decoded.tensor.shape
+    if decoded.unit:
+        memory = decoded.tensor.new_empty((batch, slots, height, width, channels), dtype=dtype)
+        return memory.movedim(-1, 2)  # (B, K, C+1, H, W)
+    return decoded.tensor.new_empty(decoded.tensor.shape, dtype=dtype)
+
+
+def constants(
+    sigma: float, component: str, colours: int, epsilon: float = 0.0
+) -> tuple[float, float, float, float]:
+    """precision, slope and log_norm of `explain`; floor, log2 of the posterior's epsilon."""
+    floor = math.log2(epsilon) if epsilon else -math.inf
+    if component == "gaussian":
+        log_norm = colours * (math.log2(sigma) + 0.5 * math.log2(2 * math.pi))
+        return 0.5 * math.log2(math.e) / sigma**2, 1 / sigma**2, log_norm, floor
+    return math.log2(math.e) / sigma, 1 / sigma, colours * math.log2(sigma), floor
+
+
+def launch_on_pixels(
+    kernel: str, image: Tensor, decoded: Layout, tensors: tuple, strides: tuple, numbers: tuple,
+    **constexprs,
+) -> None:  # fmt: skip
+    """Start kernels.mixture.<kernel>_kernel with a program for every block of every image."""
+    image, image_strides = planes(image)
+    batch, slots, channels, height, width = decoded.tensor.shape
+    shape = block(kernel, height * width)
+    launch(
+        globals()[f"{kernel}_kernel"],
+        (batch * -(-height * width // shape["BLOCK"]),),
+        image, decoded.tensor, *tensors, *image_strides, *decoded.strides, *strides,
+        height * width, *numbers,
+        K=slots, COLOURS=channels - 1, UNIT=decoded.unit, **constexprs, **shape,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("slot_kernels::mixture", mutates_args=())
+def _mixture(
+    image: Tensor, decoded: Tensor, sigma: float, component: str, posterior_epsilon: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = layout(decoded)
+    outputs = _empty_mixture(image, given)
+    numbers = constants(sigma, component, image.shape[1], posterior_epsilon)
+    launch_on_pixels(
+        "mixture", image, given, outputs, (), numbers, LOGISTIC=component == "logistic"
+    )
+    return outputs
+
+
+def _empty_mixture(image: Tensor, decoded: Layout) -> tuple[Tensor, ...]:
+    batch, slots, _, height, width = decoded.tensor.shape
+    dtype = wide_dtype(image, decoded.tensor)
+    shapes = (batch, height, width), *[(batch, slots, height, width)] * 4
+    fields = [decoded.tensor.new_empty(shape, dtype=dtype) for shape in shapes]
+    return *fields, new_like(decoded, dtype)
+
+
+@_mixture.register_fake
+def _(image, decoded, sigma, component, posterior_epsilon):
+    return _empty_mixture(image, layout(decoded))
+
+
+@torch.library.custom_op("slot_kernels::mixture_log_likelihood", mutates_args=())
+def _mixture_log_likelihood(image: Tensor, decoded: Tensor, sigma: float, component: str) -> Tensor:
+    given = layout(decoded)
+    batch, _, _, height, width = decoded.shape
+    log_likelihood = decoded.new_empty((batch, height, width), dtype=wide_dtype(image, decoded))
+    launch_on_pixels(
+        "log_likelihood", image, given, (log_likelihood,), (),
+        constants(sigma, component, image.shape[1])[:3], LOGISTIC=component == "logistic",
+    )  # fmt: skip
+    return log_likelihood
+
+
+@_mixture_log_likelihood.register_fake
+def _(image, decoded, sigma, component):
+    batch, _, _, height, width = decoded.shape
+    return decoded.new_empty((batch, height, width), dtype=wide_dtype(image, decoded))
+
+
+@torch.library.custom_op("slot_kernels::mixture_backward", mutates_args=())
+def _mixture_backward(
+    image: Tensor, decoded: Tensor, d_log_likelihood: Tensor | None, d_masks: Tensor | None,
+    d_responsibilities: Tensor | None, d_posterior_masks: Tensor | None,
+    sigma: float, component: str, posterior_epsilon: float,
+) -> Tensor:  # fmt: skip
+    given = layout(decoded)
+    d_decoded = new_like(given, decoded.dtype)
+    strides = 0, 0
+    if d_log_likelihood is not None:  # often expanded from a sum: read as it is
+        plane, (batch_stride, _, pixel_stride) = planes(d_log_likelihood[:, None])
+        d_log_likelihood, strides = plane, (batch_stride, pixel_stride)
+    cotangents = [
+        cotangent if cotangent is None else cotangent.contiguous()
+        for cotangent in (d_masks, d_responsibilities, d_posterior_masks)
+    ]
+    numbers = constants(sigma, component, image.shape[1], posterior_epsilon)
+    dtype = tl.float64 if wide_dtype(image, decoded) == torch.float64 else tl.float32
+    launch_on_pixels(
+        "mixture_backward", image, given, (d_log_likelihood, *cotangents, d_decoded), strides,
+        numbers, LOGISTIC=component == "logistic", dtype=dtype,
+    )  # fmt: skip
+    return d_decoded
+
+
+@_mixture_backward.register_fake
+def _(image, decoded, *_):
+    return new_like(layout(decoded), decoded.dtype)
+
+
+def refuse_second_derivative(ctx, *_):
+    """Backward of every backward."""
+    raise RuntimeError("kernels: there is no second derivative; use the reference for one")
+
+
+def _save_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+    ctx.options = inputs[2:]
+    ctx.set_materialize_grads(False)  # an output that nothing is asked of is not read
+    if isinstance(output, tuple):
+        ctx.mark_non_differentiable(*output[4:])
+
+
+def _backward_of_mixture(ctx, *cotangents):
+    d_decoded = None
+    if any(cotangent is not None for cotangent in cotangents):
+        d_decoded = _mixture_backward(*ctx.saved_tensors, *cotangents[:4], *ctx.options)
+    return None, d_decoded, None, None, None
+
+
+def _backward_of_log_likelihood(ctx, cotangent):
+    gradients = None, None, None
+    if cotangent is None:
+        return None, None, None, None
+    d_decoded = _mixture_backward(*ctx.saved_tensors, cotangent, *gradients, *ctx.options, 0.0)
+    return None, d_decoded, None, None
+
+
+_mixture.register_autograd(_backward_of_mixture, setup_context=_save_inputs)
+_mixture_log_likelihood.register_autograd(_backward_of_log_likelihood, setup_context=_save_inputs)
+_mixture_backward.register_autograd(refuse_second_derivative)
+
+
+def _triton_mixture(image, decoded, sigma, component="gaussian", posterior_epsilon=0.0) -> Mixture:
+    refuse_bad_inputs(image, decoded, sigma, component, posterior_epsilon)
+    return Mixture(*_mixture(image.detach(), decoded, sigma, component, posterior_epsilon))
+
+
+def _triton_log_likelihood(image, decoded, sigma, component="gaussian") -> Tensor:
+    refuse_bad_inputs(image, decoded, sigma, component)
+    return _mixture_log_likelihood(image.detach(), decoded, sigma, component)
+
+
+if triton is not None:
+    kernels.TRITON["mixture"] = _triton_mixture
+    kernels.TRITON["mixture_log_likelihood"] = _triton_log_likelihood
 
 
 def mixture(

@@ -1,11 +1,14 @@
 """kernels/mixture.py against a mixture written out in linear space, slot by slot."""
 
-import importlib
+import importlib.util
 import math
 import subprocess
 import sys
+import tempfile
 import types
+import uuid
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -406,11 +409,19 @@ MUTANTS = {
 
 
 def load_mutant(module, old: str, new: str) -> types.ModuleType:
-    """The module with `old` replaced by `new` in its source."""
+    """The module with `old` replaced by `new` in its source, its Triton ops under another name."""
     source = Path(module.__file__).read_text()
     assert old in source, f"the mutant's text is gone from {module.__file__}: {old}"
-    mutant = types.ModuleType(f"{module.__name__}_mutant")
-    exec(compile(source.replace(old, new), "mutant", "exec"), mutant.__dict__)
+    name = f"mutant_{uuid.uuid4().hex}"
+    source = source.replace(old, new).replace("slot_kernels::", f"{name}::")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"{name}.py")  # triton.jit wants to read the source of its functions
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(name, path)
+        mutant = importlib.util.module_from_spec(spec)
+        with mock.patch.dict(kernels.TRITON):  # what the mutant registers there is its own affair
+            spec.loader.exec_module(mutant)
+            mutant.TRITON = dict(kernels.TRITON)
     return mutant
 
 
