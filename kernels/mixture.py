@@ -27,7 +27,7 @@ Axes: B batch, K slots, C colours (1 or 3), H W image.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -336,10 +336,11 @@ def store_channels(
 
 @jit
 def read_slot(
-    decoded, k, slot_stride, channel_stride, pixel_stride, pixels,
+    decoded, k, strides, pixels,
     COLOURS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """The means of a slot and its mask logit, to base 2. -inf switches a slot off."""
+    """The channels of a slot, and its mask logit to base 2. A logit of -inf switches it off."""
+    slot_stride, channel_stride, pixel_stride = strides
     slot = decoded + tl.cast(k, tl.int64) * slot_stride * (UNIT if UNIT > 0 else 1)
     channels = load_channels(
         slot, channel_stride, pixel_stride, pixels, COLOURS + 1, UNIT, BLOCK, dtype
@@ -384,14 +385,10 @@ def add_term(state, value):
 
 
 @jit
-def add_weighted_term(state, value, weight):
-    """(top, total, weighted), where weighted * 2^top sums the same terms with weights."""
-    top, total, weighted = state
+def add_weight(weighted, top, value, weight):
+    """weighted * 2^top, the same sum with weights. To be called before `value` moves `top`."""
     gap = tl.exp2(-tl.abs(value - top))
-    wins = value > top
-    total = tl.where(wins, total * gap + 1.0, total + gap)
-    weighted = tl.where(wins, weighted * gap + weight, weighted + gap * weight)
-    return tl.where(wins, value, top), total, weighted
+    return tl.where(value > top, weighted * gap + weight, weighted + gap * weight)
 
 
 @jit
@@ -468,14 +465,12 @@ def mixture_kernel(
     image += batch * image_batch + start * image_pixel
     x = load_channels(image, image_channel, image_pixel, pixels, COLOURS, 0, BLOCK, dtype)
     decoded += (batch * batch_stride + start * pixel_stride) * (UNIT if UNIT > 0 else 1)
+    strides = slot_stride, channel_stride, pixel_stride
 
     joint, prior = empty_contest(BLOCK, dtype), empty_contest(BLOCK, dtype)
     density_sum = tl.full([BLOCK], floor, dtype), tl.full([BLOCK], 1.0, dtype)  # ε is a component
     for k in range(K):
-        slot, logit = read_slot(
-            decoded, k, slot_stride, channel_stride, pixel_stride, pixels,
-            COLOURS, UNIT, BLOCK, dtype,
-        )  # fmt: skip
+        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
         density, _ = explain(x, slot, constants, COLOURS, LOGISTIC)
         joint = add_contender(joint, logit + density, k)
         prior = add_contender(prior, logit, k)
@@ -485,10 +480,7 @@ def mixture_kernel(
     likelihood = quotient(joint, prior) * 0.6931471805599453
     tl.store(log_likelihood + batch * num_pixels + start + lanes, likelihood, mask=inside)
     for k in range(K):
-        slot, logit = read_slot(
-            decoded, k, slot_stride, channel_stride, pixel_stride, pixels,
-            COLOURS, UNIT, BLOCK, dtype,
-        )  # fmt: skip
+        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
         density, scores = explain(x, slot, constants, COLOURS, LOGISTIC)
         joint_term, prior_term = tl.exp2(logit + density - joint[0]), tl.exp2(logit - prior[0])
         responsibility, mask = joint_term / joint[1], prior_term / prior[1]
@@ -531,14 +523,12 @@ def log_likelihood_kernel(
     image += batch * image_batch + start * image_pixel
     x = load_channels(image, image_channel, image_pixel, pixels, COLOURS, 0, BLOCK, dtype)
     decoded += (batch * batch_stride + start * pixel_stride) * (UNIT if UNIT > 0 else 1)
+    strides = slot_stride, channel_stride, pixel_stride
 
     joint = tl.full([BLOCK], float("-inf"), dtype), tl.zeros([BLOCK], dtype)
     prior = joint
     for k in range(K):
-        slot, logit = read_slot(
-            decoded, k, slot_stride, channel_stride, pixel_stride, pixels,
-            COLOURS, UNIT, BLOCK, dtype,
-        )  # fmt: skip
+        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
         density, _ = explain(x, slot, constants, COLOURS, LOGISTIC)
         joint, prior = add_term(joint, logit + density), add_term(prior, logit)
     lanes, inside = pixels
@@ -547,7 +537,7 @@ def log_likelihood_kernel(
 
 
 @jit
-def load_plane(pointer, offset, stride, pixels, dtype: tl.constexpr):
+def load_plane(pointer, offset, pixels, dtype: tl.constexpr, stride=1):
     """A cotangent; zero where there is none."""
     lanes, inside = pixels
     if pointer is None:
@@ -579,47 +569,43 @@ def mixture_backward_kernel(
     image += batch * image_batch + start * image_pixel
     x = load_channels(image, image_channel, image_pixel, pixels, COLOURS, 0, BLOCK, dtype)
     decoded += (batch * batch_stride + start * pixel_stride) * (UNIT if UNIT > 0 else 1)
-    d_likelihood = load_plane(
-        d_log_likelihood, batch * likelihood_batch + start * likelihood_pixel, likelihood_pixel,
-        pixels, dtype,
-    )  # fmt: skip
+    strides = slot_stride, channel_stride, pixel_stride
+    plane = batch * likelihood_batch + start * likelihood_pixel
+    d_likelihood = load_plane(d_log_likelihood, plane, pixels, dtype, likelihood_pixel)
 
-    nothing, zero = tl.full([BLOCK], float("-inf"), dtype), tl.zeros([BLOCK], dtype)
-    joint, prior = (nothing, zero, zero), (nothing, zero, zero)
-    density_sum = tl.full([BLOCK], floor, dtype), zero + 1.0, zero
+    zero = tl.zeros([BLOCK], dtype)
+    joint = tl.full([BLOCK], float("-inf"), dtype), zero
+    prior, density_sum = joint, (tl.full([BLOCK], floor, dtype), zero + 1.0)
+    joint_mean, prior_mean, density_mean = zero, zero, zero
     for k in range(K):
-        slot, logit = read_slot(
-            decoded, k, slot_stride, channel_stride, pixel_stride, pixels,
-            COLOURS, UNIT, BLOCK, dtype,
-        )  # fmt: skip
+        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
         density, _ = explain(x, slot, constants, COLOURS, LOGISTIC)
         plane = (batch * K + k) * num_pixels + start
-        d_responsibility = load_plane(d_responsibilities, plane, 1, pixels, dtype)
-        joint = add_weighted_term(joint, logit + density, d_responsibility)
-        prior = add_weighted_term(prior, logit, load_plane(d_masks, plane, 1, pixels, dtype))
+        value, weight = logit + density, load_plane(d_responsibilities, plane, pixels, dtype)
+        joint_mean, joint = add_weight(joint_mean, joint[0], value, weight), add_term(joint, value)
+        weight = load_plane(d_masks, plane, pixels, dtype)
+        prior_mean, prior = add_weight(prior_mean, prior[0], logit, weight), add_term(prior, logit)
         if d_posterior_masks is not None:
-            d_posterior = load_plane(d_posterior_masks, plane, 1, pixels, dtype)
-            density_sum = add_weighted_term(density_sum, density, d_posterior)
+            weight = load_plane(d_posterior_masks, plane, pixels, dtype)
+            density_mean = add_weight(density_mean, density_sum[0], density, weight)
+            density_sum = add_term(density_sum, density)
 
-    # The mean of the cotangents of each softmax, weighted with its probabilities.
-    joint_mean, prior_mean = joint[2] / joint[1], prior[2] / prior[1]
-    density_mean = density_sum[2] / density_sum[1]
+    # Each softmax sends back its probabilities times (cotangent - their mean).
+    joint_mean, prior_mean = joint_mean / joint[1], prior_mean / prior[1]
+    density_mean = density_mean / density_sum[1]
     for k in range(K):
-        slot, logit = read_slot(
-            decoded, k, slot_stride, channel_stride, pixel_stride, pixels,
-            COLOURS, UNIT, BLOCK, dtype,
-        )  # fmt: skip
+        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
         density, scores = explain(x, slot, constants, COLOURS, LOGISTIC)
         mask = tl.exp2(logit - prior[0]) / prior[1]
         responsibility = tl.exp2(logit + density - joint[0]) / joint[1]
         plane = (batch * K + k) * num_pixels + start
-        d_mask = load_plane(d_masks, plane, 1, pixels, dtype) - prior_mean
-        d_responsibility = load_plane(d_responsibilities, plane, 1, pixels, dtype) - joint_mean
+        d_mask = load_plane(d_masks, plane, pixels, dtype) - prior_mean
+        d_responsibility = load_plane(d_responsibilities, plane, pixels, dtype) - joint_mean
         through_joint = responsibility * (d_likelihood + d_responsibility)
         d_density = through_joint
         if d_posterior_masks is not None:
             posterior_mask = tl.exp2(density - density_sum[0]) / density_sum[1]
-            d_posterior = load_plane(d_posterior_masks, plane, 1, pixels, dtype) - density_mean
+            d_posterior = load_plane(d_posterior_masks, plane, pixels, dtype) - density_mean
             d_density += posterior_mask * d_posterior
         gradient = ()
         for c in tl.static_range(COLOURS):
@@ -631,15 +617,14 @@ def mixture_backward_kernel(
         )  # fmt: skip
 
 
-# Kernel -> pixels of a program; a thread has one. More pixels a thread need no fewer instructions
-# each, and rows of odd length could not be read in wider pieces anyway.
-BLOCKS = {"mixture": 128, "log_likelihood": 128, "mixture_backward": 128}
+# Kernel -> pixels of a program, pixels of a thread. One pixel is a load of 16 bytes already.
+BLOCKS = {"mixture": (128, 1), "log_likelihood": (128, 1), "mixture_backward": (128, 1)}
 
 
-def block(kernel: str, num_pixels: int) -> dict[str, int]:
-    """BLOCK and num_warps for images of so many pixels."""
-    pixels = min(BLOCKS[kernel], max(32, triton.next_power_of_2(num_pixels)))
-    return {"BLOCK": pixels, "num_warps": min(pixels // 32, 4)}
+def block(blocks: tuple[int, int], num_pixels: int) -> dict[str, int]:
+    """BLOCK and num_warps of a kernel for images of so many pixels."""
+    pixels = min(blocks[0], max(32, triton.next_power_of_2(num_pixels)))
+    return {"BLOCK": pixels, "num_warps": min(8, max(1, pixels // blocks[1] // 32))}
 
 
 class Layout(NamedTuple):
@@ -695,19 +680,18 @@ def constants(
 
 
 def launch_on_pixels(
-    kernel: str, image: Tensor, decoded: Layout, tensors: tuple, strides: tuple, numbers: tuple,
-    **constexprs,
+    kernel: Any, blocks: tuple[int, int], image: Tensor, decoded: Layout, tensors: tuple,
+    strides: tuple, numbers: tuple, **constexprs: Any,
 ) -> None:  # fmt: skip
-    """Start kernels.mixture.<kernel>_kernel with a program for every block of every image."""
+    """Start a kernel with a program for every block of every image."""
     image, image_strides = planes(image)
     batch, slots, channels, height, width = decoded.tensor.shape
-    shape = block(kernel, height * width)
+    shape = block(blocks, height * width)
     launch(
-        globals()[f"{kernel}_kernel"],
-        (batch * -(-height * width // shape["BLOCK"]),),
+        kernel, (batch * -(-height * width // shape["BLOCK"]),),
         image, decoded.tensor, *tensors, *image_strides, *decoded.strides, *strides,
         height * width, *numbers,
-        K=slots, COLOURS=channels - 1, UNIT=decoded.unit, **constexprs, **shape,
+        K=slots, COLOURS=channels - 1, UNIT=decoded.unit, **shape, **constexprs,
     )  # fmt: skip
 
 
@@ -719,8 +703,9 @@ def _mixture(
     outputs = _empty_mixture(image, given)
     numbers = constants(sigma, component, image.shape[1], posterior_epsilon)
     launch_on_pixels(
-        "mixture", image, given, outputs, (), numbers, LOGISTIC=component == "logistic"
-    )
+        mixture_kernel, BLOCKS["mixture"], image, given, outputs, (), numbers,
+        LOGISTIC=component == "logistic",
+    )  # fmt: skip
     return outputs
 
 
@@ -743,7 +728,7 @@ def _mixture_log_likelihood(image: Tensor, decoded: Tensor, sigma: float, compon
     batch, _, _, height, width = decoded.shape
     log_likelihood = decoded.new_empty((batch, height, width), dtype=wide_dtype(image, decoded))
     launch_on_pixels(
-        "log_likelihood", image, given, (log_likelihood,), (),
+        log_likelihood_kernel, BLOCKS["log_likelihood"], image, given, (log_likelihood,), (),
         constants(sigma, component, image.shape[1])[:3], LOGISTIC=component == "logistic",
     )  # fmt: skip
     return log_likelihood
@@ -774,8 +759,9 @@ def _mixture_backward(
     numbers = constants(sigma, component, image.shape[1], posterior_epsilon)
     dtype = tl.float64 if wide_dtype(image, decoded) == torch.float64 else tl.float32
     launch_on_pixels(
-        "mixture_backward", image, given, (d_log_likelihood, *cotangents, d_decoded), strides,
-        numbers, LOGISTIC=component == "logistic", dtype=dtype,
+        mixture_backward_kernel, BLOCKS["mixture_backward"], image, given,
+        (d_log_likelihood, *cotangents, d_decoded), strides, numbers,
+        LOGISTIC=component == "logistic", dtype=dtype,
     )  # fmt: skip
     return d_decoded
 
