@@ -111,6 +111,33 @@ def match(true_masks: Tensor, predicted: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def box_iou(true: Tensor, present: Tensor, boxes: Tensor, used: Tensor) -> Tensor:
+    """Mean over the objects of a scene of the IoU with their boxes: (B,) float64 in [0, 1].
+
+    IoU = area of the intersection / area of the union, of the one-to-one matching with the largest
+    sum. An object without a box counts 0; a box without an object costs nothing. NaN for a scene
+    without objects.
+
+    true (B, E, 4), boxes (B, K, 4): top, left, height, width in pixels, sizes above 0 where used;
+    present (B, E), used (B, K) bool: which of them are there.
+    """
+    if true.ndim != 3 or boxes.ndim != 3 or true.shape[-1] != 4 or boxes.shape[-1] != 4:
+        raise ValueError(f"boxes must be (B, E, 4) and (B, K, 4), not {tuple(true.shape)} and "
+                         f"{tuple(boxes.shape)}")  # fmt: skip
+    if present.shape != true.shape[:2] or used.shape != boxes.shape[:2] or len(true) != len(boxes):
+        raise ValueError(f"present must be {tuple(true.shape[:2])} and used "
+                         f"{tuple(boxes.shape[:2])}, of as many scenes")  # fmt: skip
+    true, boxes = true.double()[:, :, None], boxes.double()[:, None]  # (B, E, 1, 4), (B, 1, K, 4)
+    ends = torch.minimum(true[..., :2] + true[..., 2:], boxes[..., :2] + boxes[..., 2:])
+    shared = (ends - torch.maximum(true[..., :2], boxes[..., :2])).clamp(min=0).prod(-1)
+    union = true[..., 2:].prod(-1) + boxes[..., 2:].prod(-1) - shared  # (B, E, K)
+    both = present[:, :, None] & used[:, None]
+    iou = torch.where(both, shared / union, 0.0).cpu().numpy()
+    total = [table[linear_sum_assignment(table, maximize=True)].sum() for table in iou]
+    return torch.tensor(total, dtype=torch.float64, device=true.device) / present.sum(1)
+
+
+@torch.no_grad()
 def mse(image: Tensor, reconstruction: Tensor) -> Tensor:
     """Squared error per value, Σ (image - reconstruction)² / (C H W): (B,) float64, 0 perfect.
 
