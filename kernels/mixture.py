@@ -646,7 +646,7 @@ def layout(tensor: Tensor) -> Layout:
         pixel = channels
     side_by_side = channels > 1 and channel == 1 and pixel == channels
     if side_by_side and batch % channels == slot % channels == 0:
-        return Layout(tensor, (batch // channels, slot // channels, 0, 1), channels)
+        return Layout(tensor, (batch // channels, slot // channels, 1, 1), channels)
     return Layout(tensor, (batch, slot, channel, pixel), 0)
 
 
@@ -741,7 +741,7 @@ def _(image, decoded, sigma, component):
 
 
 @torch.library.custom_op("slot_kernels::mixture_backward", mutates_args=())
-def _mixture_backward(
+def mixture_backward(
     image: Tensor, decoded: Tensor, d_log_likelihood: Tensor | None, d_masks: Tensor | None,
     d_responsibilities: Tensor | None, d_posterior_masks: Tensor | None,
     sigma: float, component: str, posterior_epsilon: float,
@@ -766,7 +766,7 @@ def _mixture_backward(
     return d_decoded
 
 
-@_mixture_backward.register_fake
+@mixture_backward.register_fake
 def _(image, decoded, *_):
     return new_like(layout(decoded), decoded.dtype)
 
@@ -787,7 +787,7 @@ def _save_inputs(ctx, inputs, output):
 def _backward_of_mixture(ctx, *cotangents):
     d_decoded = None
     if any(cotangent is not None for cotangent in cotangents):
-        d_decoded = _mixture_backward(*ctx.saved_tensors, *cotangents[:4], *ctx.options)
+        d_decoded = mixture_backward(*ctx.saved_tensors, *cotangents[:4], *ctx.options)
     return None, d_decoded, None, None, None
 
 
@@ -795,13 +795,13 @@ def _backward_of_log_likelihood(ctx, cotangent):
     gradients = None, None, None
     if cotangent is None:
         return None, None, None, None
-    d_decoded = _mixture_backward(*ctx.saved_tensors, cotangent, *gradients, *ctx.options, 0.0)
+    d_decoded = mixture_backward(*ctx.saved_tensors, cotangent, *gradients, *ctx.options, 0.0)
     return None, d_decoded, None, None
 
 
 _mixture.register_autograd(_backward_of_mixture, setup_context=_save_inputs)
 _mixture_log_likelihood.register_autograd(_backward_of_log_likelihood, setup_context=_save_inputs)
-_mixture_backward.register_autograd(refuse_second_derivative)
+mixture_backward.register_autograd(refuse_second_derivative)
 
 
 def _triton_mixture(image, decoded, sigma, component="gaussian", posterior_epsilon=0.0) -> Mixture:

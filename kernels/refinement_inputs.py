@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 (Triton has no (*tuple, value))
 """The image-sized inputs of IODINE's refinement network (Greff et al. 2019, app. C), packed.
 
     channel            formula             LN  SG  channels
@@ -38,15 +39,42 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from kernels.launch import jit, launch, tl, triton
 from kernels.mixture import (
     FirstDerivative,
+    Layout,
+    add_contender,
+    add_term,
+    add_weight,
+    block,
     check_inputs,
     component_log_density,
+    constants,
+    empty_contest,
+    explain,
+    join_columns,
+    launch_on_pixels,
+    layout,
+    load_channels,
+    load_plane,
+    locate,
     logsumexp_and_softmax,
     logsumexp_of_others,
+    mixture_backward,
     mixture_reference,
+    new_like,
+    planes,
     posterior,
+    quotient,
+    quotient_of_others,
+    read_slot,
+    refuse_bad_inputs,
+    refuse_second_derivative,
     score,
+    store_channels,
+    tile_of,
+    to_blocks,
+    wide_dtype,
 )
 
 
@@ -87,7 +115,7 @@ def refinement_inputs_reference(
 ) -> RefinementInputs:
     """`refinement_inputs` as one would write it down, with automatic differentiation."""
     image, decoded, weight, bias, coordinates = _check_inputs(
-        image, decoded, weight, bias, coordinates, sigma, component
+        image, decoded, weight, bias, coordinates, sigma, component, posterior_epsilon
     )
     colours, slots = image.shape[1], decoded.shape[1]
     terms = mixture_reference(image, decoded, sigma, component, posterior_epsilon)
@@ -124,9 +152,17 @@ def to_channels_last(packed: Tensor) -> Tensor:
     return images.unflatten(0, packed.shape[:2])
 
 
-def _check_inputs(image, decoded, weight, bias, coordinates, sigma, component):
+def _check_inputs(image, decoded, weight, bias, coordinates, sigma, component, epsilon):
     """Refuse what has no meaning; give all five at the precision of the arithmetic."""
-    image, decoded = check_inputs(image, decoded, sigma, component)
+    _refuse_bad_inputs(image, decoded, weight, bias, coordinates, sigma, component, epsilon)
+    image, decoded = check_inputs(image, decoded, sigma, component, epsilon)
+    wide = decoded.dtype
+    return image, decoded, weight.to(wide), bias.to(wide), coordinates.detach().to(wide)
+
+
+def _refuse_bad_inputs(image, decoded, weight, bias, coordinates, sigma, component, epsilon):
+    """Raise ValueError, in one line, for what has no meaning."""
+    refuse_bad_inputs(image, decoded, sigma, component, epsilon)
     normalised = image.shape[1] + 3
     if weight.shape != (normalised,) or bias.shape != (normalised,):
         raise ValueError(
@@ -138,8 +174,6 @@ def _check_inputs(image, decoded, weight, bias, coordinates, sigma, component):
             f"coordinates must be (N, {image.shape[2]}, {image.shape[3]}) for this image, "
             f"not {tuple(coordinates.shape)}"
         )
-    wide = decoded.dtype
-    return image, decoded, weight.to(wide), bias.to(wide), coordinates.detach().to(wide)
 
 
 class _RefinementInputs(torch.autograd.Function):
@@ -228,6 +262,463 @@ def _through_softmax(probabilities: Tensor, cotangent: Tensor) -> Tensor:
     return weighted - probabilities * weighted.sum(1, keepdim=True)
 
 
+# -- Triton ----------------------------------------------------------------------------------------
+#
+# A mean over the image is known only when all of it has been read: hence statistics_kernel, which
+# leaves mean and sum of squares (M2) of every tile, combine_kernel, a program for each of the 3K+1
+# normalisations, and pack_kernel, which computes everything again rather than read it back. Tiles
+# are combined by Chan's formula in a fixed order: no E[x²] − E[x]², no atomics, the same bits in
+# every run. Statistics are numbered: 0 log_likelihood; 1 + 3k, 2 + 3k and 3 + 3k grad_means,
+# grad_mask and leave_one_out of slot k.
+
+
+@jit
+def store_moments(partial, statistic, tiles, values, WIDTH: tl.constexpr, pixels, count):
+    """Mean and M2 of a tile of WIDTH planes; (B, 3K+1, 2, tiles), from this tile on."""
+    inside = pixels[1]
+    total = values[0]
+    for c in tl.static_range(1, WIDTH):
+        total += values[c]
+    mean = tl.sum(tl.where(inside, total, 0.0)) / (count * WIDTH)
+    squares = tl.zeros_like(total)
+    for c in tl.static_range(WIDTH):
+        squares += (values[c] - mean) * (values[c] - mean)
+    partial += statistic * 2 * tiles
+    tl.store(partial, mean)
+    tl.store(partial + tiles, tl.sum(tl.where(inside, squares, 0.0)))
+
+
+@jit
+def stopped_inputs(
+    joint, prior, likelihood, logit, density, scores, k,
+    K: tl.constexpr, COLOURS: tl.constexpr, LOG_RATIO: tl.constexpr,
+):  # fmt: skip
+    """Of slot k: m_k, r_k, the gradient of means and logit, leave_one_out."""
+    joint_term, prior_term = tl.exp2(logit + density - joint[0]), tl.exp2(logit - prior[0])
+    mask, responsibility = prior_term / prior[1], joint_term / joint[1]
+    left_out = likelihood
+    if K > 1:
+        left_out = quotient_of_others(joint, prior, joint_term, prior_term, k)
+        left_out *= 0.6931471805599453
+    if LOG_RATIO:
+        left_out = likelihood - left_out
+    gradient = ()
+    for c in tl.static_range(COLOURS):
+        gradient = gradient + (-responsibility * scores[c],)
+    return mask, responsibility, gradient + (mask - responsibility,), left_out
+
+
+@jit
+def statistics_kernel(
+    image,  # (B, C, P) any strides
+    decoded,  # (B, K, C+1, P) any strides, or UNIT numbers a pixel
+    log_likelihood,  # out (B, P) nats
+    grad_decoded,  # out (B, K, C+1, P), or (B, K, P, C+1) where UNIT says so
+    partial,  # out (B, 3K+1, 2, tiles) mean and M2 of every tile
+    image_batch, image_channel, image_pixel,  # strides in numbers
+    batch_stride, slot_stride, channel_stride, pixel_stride,  # of decoded, in pixels of UNIT
+    num_pixels,
+    precision: "tl.float64", slope: "tl.float64", log_norm: "tl.float64",
+    K: tl.constexpr, COLOURS: tl.constexpr, LOGISTIC: tl.constexpr, UNIT: tl.constexpr,
+    LOG_RATIO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = log_likelihood.dtype.element_ty
+    constants = to_blocks(precision, slope, log_norm, BLOCK, dtype)
+    batch, start, pixels = locate(num_pixels, BLOCK)
+    image += batch * image_batch + start * image_pixel
+    x = load_channels(image, image_channel, image_pixel, pixels, COLOURS, 0, BLOCK, dtype)
+    decoded += (batch * batch_stride + start * pixel_stride) * (UNIT if UNIT > 0 else 1)
+    strides = slot_stride, channel_stride, pixel_stride
+
+    joint, prior = empty_contest(BLOCK, dtype), empty_contest(BLOCK, dtype)
+    for k in range(K):
+        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
+        density, _ = explain(x, slot, constants, COLOURS, LOGISTIC)
+        joint = add_contender(joint, logit + density, k)
+        prior = add_contender(prior, logit, k)
+
+    lanes, inside = pixels
+    likelihood = quotient(joint, prior) * 0.6931471805599453
+    tl.store(log_likelihood + batch * num_pixels + start + lanes, likelihood, mask=inside)
+    tiles = tl.cdiv(num_pixels, BLOCK)
+    count = tl.minimum(num_pixels - start, BLOCK).to(dtype)
+    partial += batch * (3 * K + 1) * 2 * tiles + start // BLOCK
+    store_moments(partial, 0, tiles, (likelihood,), 1, pixels, count)
+    for k in range(K):
+        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
+        density, scores = explain(x, slot, constants, COLOURS, LOGISTIC)
+        _, _, gradient, left_out = stopped_inputs(
+            joint, prior, likelihood, logit, density, scores, k, K, COLOURS, LOG_RATIO
+        )
+        store_channels(
+            grad_decoded, batch * K + k, start, num_pixels, pixels, gradient,
+            COLOURS + 1, UNIT, BLOCK,
+        )  # fmt: skip
+        store_moments(partial, 3 * k + 1, tiles, gradient, COLOURS, pixels, count)
+        store_moments(partial, 3 * k + 2, tiles, (gradient[COLOURS],), 1, pixels, count)
+        store_moments(partial, 3 * k + 3, tiles, (left_out,), 1, pixels, count)
+
+
+@jit
+def combine_kernel(
+    partial,  # (B, 3K+1, 2, TILES) mean and M2 of tiles of TILE pixels, the last one shorter
+    statistics,  # out (B, 3K+1, 2) mean and 1 / standard deviation
+    num_pixels,
+    eps: "tl.float64",
+    K: tl.constexpr, COLOURS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = statistics.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    width = tl.where(row % (3 * K + 1) % 3 == 1, COLOURS, 1)  # grad_means has C planes
+    partial += row * 2 * TILES
+    numbers = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], dtype)
+    for first in range(0, TILES, BLOCK):
+        tile = first + numbers
+        count = tl.minimum(num_pixels - tile.to(tl.int64) * TILE, TILE).to(dtype)
+        sums += count * tl.load(partial + tile, mask=tile < TILES, other=0.0)
+    mean = tl.sum(sums) / num_pixels
+    squares = tl.zeros([BLOCK], dtype)
+    for first in range(0, TILES, BLOCK):
+        tile = first + numbers
+        count = tl.minimum(num_pixels - tile.to(tl.int64) * TILE, TILE).to(dtype)
+        gap = tl.load(partial + tile, mask=tile < TILES, other=mean) - mean
+        squares += tl.load(partial + TILES + tile, mask=tile < TILES, other=0.0)
+        squares += width * count * gap * gap
+    variance = tl.sum(squares) / (width * num_pixels)
+    tl.store(statistics + row * 2, mean)
+    eps = tl.full([], eps, dtype)
+    tl.store(statistics + row * 2 + 1, 1.0 / tl.sqrt(variance + eps))
+
+
+@jit
+def load_statistic(statistics, number):
+    return tl.load(statistics + number * 2), tl.load(statistics + number * 2 + 1)
+
+
+@jit
+def normalise(statistics, gradient, left_out, k, COLOURS: tl.constexpr):
+    """grad_means, grad_mask and leave_one_out of slot k, with mean 0 and variance 1."""
+    mean, scale = load_statistic(statistics, 3 * k + 1)
+    normalised = ()
+    for c in tl.static_range(COLOURS):
+        normalised = normalised + ((gradient[c] - mean) * scale,)
+    mean, scale = load_statistic(statistics, 3 * k + 2)
+    normalised = normalised + ((gradient[COLOURS] - mean) * scale,)
+    mean, scale = load_statistic(statistics, 3 * k + 3)
+    return normalised, (left_out - mean) * scale
+
+
+@jit
+def pack_kernel(
+    image,  # (B, C, P) any strides
+    decoded,  # (B, K, C+1, P) any strides, or UNIT numbers a pixel
+    weight,  # (C+3,) gains
+    bias,  # (C+3,)
+    coordinates,  # (N, P)
+    statistics,  # (B, 3K+1, 2) mean and 1 / standard deviation
+    packed,  # out (B, K, P, F)
+    image_batch, image_channel, image_pixel,  # strides in numbers
+    batch_stride, slot_stride, channel_stride, pixel_stride,  # of decoded, in pixels of UNIT
+    num_pixels,
+    precision: "tl.float64", slope: "tl.float64", log_norm: "tl.float64", floor: "tl.float64",
+    K: tl.constexpr, COLOURS: tl.constexpr, LOGISTIC: tl.constexpr, UNIT: tl.constexpr,
+    LOG_RATIO: tl.constexpr, COORDINATES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = packed.dtype.element_ty
+    constants = to_blocks(precision, slope, log_norm, BLOCK, dtype)
+    batch, start, pixels = locate(num_pixels, BLOCK)
+    image += batch * image_batch + start * image_pixel
+    x = load_channels(image, image_channel, image_pixel, pixels, COLOURS, 0, BLOCK, dtype)
+    decoded += (batch * batch_stride + start * pixel_stride) * (UNIT if UNIT > 0 else 1)
+    strides = slot_stride, channel_stride, pixel_stride
+    statistics += batch * (3 * K + 1) * 2
+
+    # 16 channels are a tile, and the coordinates that do not fit in it are another.
+    COMPUTED: tl.constexpr = 3 * COLOURS + 6
+    FEATURES: tl.constexpr = COMPUTED + COORDINATES
+    FIRST: tl.constexpr = COORDINATES if COORDINATES < 16 - COMPUTED else 16 - COMPUTED
+    REST: tl.constexpr = COORDINATES - FIRST
+    coordinates += start
+    first = load_channels(coordinates, num_pixels, 1, pixels, FIRST, 0, BLOCK, dtype)
+    if REST > 0:
+        PADDED: tl.constexpr = triton.next_power_of_2(REST)
+        rest_offsets, rest_wanted = tile_of(pixels, REST, PADDED, FEATURES)
+        planes = (FIRST + tl.arange(0, PADDED))[None, :].to(tl.int64) * num_pixels
+        rest = tl.load(coordinates + planes + pixels[0][:, None], mask=rest_wanted, other=0.0)
+        rest = rest.to(dtype)
+
+    joint, prior = empty_contest(BLOCK, dtype), empty_contest(BLOCK, dtype)
+    density_sum = tl.full([BLOCK], floor, dtype), tl.full([BLOCK], 1.0, dtype)  # ε is a component
+    for k in range(K):
+        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
+        density, _ = explain(x, slot, constants, COLOURS, LOGISTIC)
+        joint = add_contender(joint, logit + density, k)
+        prior = add_contender(prior, logit, k)
+        density_sum = add_term(density_sum, density)
+
+    likelihood = quotient(joint, prior) * 0.6931471805599453
+    mean, scale = load_statistic(statistics, 0)
+    gains, shifts = (), ()
+    for c in tl.static_range(COLOURS + 3):
+        gains = gains + (tl.load(weight + c).to(dtype),)
+        shifts = shifts + (tl.load(bias + c).to(dtype),)
+    normal_likelihood = (likelihood - mean) * scale * gains[COLOURS + 1] + shifts[COLOURS + 1]
+    for k in range(K):
+        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
+        density, scores = explain(x, slot, constants, COLOURS, LOGISTIC)
+        mask, _, gradient, left_out = stopped_inputs(
+            joint, prior, likelihood, logit, density, scores, k, K, COLOURS, LOG_RATIO
+        )
+        posterior_mask = tl.exp2(density - density_sum[0]) / density_sum[1]
+        normalised, left_out = normalise(statistics, gradient, left_out, k, COLOURS)
+        means = ()
+        affine = ()
+        for c in tl.static_range(COLOURS):
+            means = means + (slot[c],)
+        for c in tl.static_range(COLOURS + 1):
+            affine = affine + (normalised[c] * gains[c] + shifts[c],)
+        left_out = left_out * gains[COLOURS + 2] + shifts[COLOURS + 2]
+        channels = x + means + (mask, slot[COLOURS], posterior_mask)
+        channels = channels + affine + (normal_likelihood, left_out) + first
+        store_channels(
+            packed, batch * K + k, start, num_pixels, pixels, channels,
+            COMPUTED + FIRST, FEATURES, BLOCK,
+        )  # fmt: skip
+        if REST > 0:
+            row = packed + ((batch * K + k) * num_pixels + start) * FEATURES
+            tl.store(row + COMPUTED + FIRST + rest_offsets, rest, mask=rest_wanted)
+
+
+@jit
+def refinement_inputs_backward_kernel(
+    image,  # (B, C, P) any strides
+    decoded,  # (B, K, C+1, P) any strides, or UNIT numbers a pixel
+    statistics,  # (B, 3K+1, 2) mean and 1 / standard deviation
+    d_packed,  # (B, K, F, P) any strides, or FEATURES numbers a pixel
+    d_log_likelihood,  # (B, P) any strides, or None
+    d_decoded,  # out (B, K, C+1, P), or (B, K, P, C+1) where UNIT says so
+    d_affine,  # out (B * tiles, SUMS) gradients of weight, then of bias, from every program
+    image_batch, image_channel, image_pixel,  # strides in numbers
+    batch_stride, slot_stride, channel_stride, pixel_stride,  # of decoded, in pixels of UNIT
+    packed_batch, packed_slot, packed_channel, packed_pixel,  # of d_packed, in pixels of FEATURES
+    likelihood_batch, likelihood_pixel,  # of d_log_likelihood
+    num_pixels,
+    precision: "tl.float64", slope: "tl.float64", log_norm: "tl.float64", floor: "tl.float64",
+    K: tl.constexpr, COLOURS: tl.constexpr, LOGISTIC: tl.constexpr, UNIT: tl.constexpr,
+    LOG_RATIO: tl.constexpr, FEATURES: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = statistics.dtype.element_ty
+    constants = to_blocks(precision, slope, log_norm, BLOCK, dtype)
+    batch, start, pixels = locate(num_pixels, BLOCK)
+    image += batch * image_batch + start * image_pixel
+    x = load_channels(image, image_channel, image_pixel, pixels, COLOURS, 0, BLOCK, dtype)
+    decoded += (batch * batch_stride + start * pixel_stride) * (UNIT if UNIT > 0 else 1)
+    strides = slot_stride, channel_stride, pixel_stride
+    statistics += batch * (3 * K + 1) * 2
+    # From the means on: the image is a constant, as the coordinates at the end are.
+    STEP: tl.constexpr = FEATURES if FEATURES > 0 else 1
+    d_packed += (batch * packed_batch + start * packed_pixel) * STEP + COLOURS * packed_channel
+    plane = batch * likelihood_batch + start * likelihood_pixel
+    d_likelihood = load_plane(d_log_likelihood, plane, pixels, dtype, likelihood_pixel)
+
+    zero = tl.zeros([BLOCK], dtype)
+    joint, prior = empty_contest(BLOCK, dtype), empty_contest(BLOCK, dtype)
+    density_sum = tl.full([BLOCK], floor, dtype), zero + 1.0
+    prior_mean, density_mean = zero, zero
+    for k in range(K):
+        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
+        density, _ = explain(x, slot, constants, COLOURS, LOGISTIC)
+        d_slot = d_packed + tl.cast(k, tl.int64) * packed_slot * STEP
+        row = packed_pixel * STEP
+        d_mask = load_plane(d_slot, COLOURS * packed_channel, pixels, dtype, row)
+        d_posterior = load_plane(d_slot, (COLOURS + 2) * packed_channel, pixels, dtype, row)
+        joint = add_contender(joint, logit + density, k)
+        prior_mean = add_weight(prior_mean, prior[0], logit, d_mask)
+        prior = add_contender(prior, logit, k)
+        density_mean = add_weight(density_mean, density_sum[0], density, d_posterior)
+        density_sum = add_term(density_sum, density)
+
+    prior_mean, density_mean = prior_mean / prior[1], density_mean / density_sum[1]
+    likelihood = quotient(joint, prior) * 0.6931471805599453
+    gains, shifts = (), ()  # sums over slots, of every pixel
+    for _ in tl.static_range(COLOURS + 3):
+        gains = gains + (zero,)
+        shifts = shifts + (zero,)
+    for k in range(K):
+        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
+        density, scores = explain(x, slot, constants, COLOURS, LOGISTIC)
+        mask, responsibility, gradient, left_out = stopped_inputs(
+            joint, prior, likelihood, logit, density, scores, k, K, COLOURS, LOG_RATIO
+        )
+        posterior_mask = tl.exp2(density - density_sum[0]) / density_sum[1]
+        normalised, left_out = normalise(statistics, gradient, left_out, k, COLOURS)
+        d_channels = load_channels(
+            d_packed + tl.cast(k, tl.int64) * packed_slot * STEP,
+            packed_channel, packed_pixel, pixels, 2 * COLOURS + 6, FEATURES, BLOCK, dtype,
+        )  # fmt: skip
+        d_mask, d_logit = d_channels[COLOURS], d_channels[COLOURS + 1]
+        d_posterior = d_channels[COLOURS + 2]
+        d_density = responsibility * d_likelihood + posterior_mask * (d_posterior - density_mean)
+        d_logit += mask * (d_mask - prior_mean) + d_likelihood * (responsibility - mask)
+        d_slot = ()
+        for c in tl.static_range(COLOURS):
+            d_slot = d_slot + (d_channels[c] + d_density * scores[c],)
+        store_channels(
+            d_decoded, batch * K + k, start, num_pixels, pixels, d_slot + (d_logit,),
+            COLOURS + 1, UNIT, BLOCK,
+        )  # fmt: skip
+        # The likelihood, the same for every slot, is multiplied after the loop.
+        normalised = normalised + (zero, left_out)
+        more_gains, more_shifts = (), ()
+        for c in tl.static_range(COLOURS + 3):
+            d_normalised = d_channels[COLOURS + 3 + c]
+            more_gains = more_gains + (gains[c] + d_normalised * normalised[c],)
+            more_shifts = more_shifts + (shifts[c] + d_normalised,)
+        gains, shifts = more_gains, more_shifts
+
+    mean, scale = load_statistic(statistics, 0)
+    sums = ()
+    for c in tl.static_range(COLOURS + 3):
+        sums = sums + (shifts[c] * (likelihood - mean) * scale if c == COLOURS + 1 else gains[c],)
+    tile = join_columns(sums + shifts, 2 * COLOURS + 6, BLOCK, SUMS)
+    row = d_affine + tl.program_id(0).to(tl.int64) * SUMS
+    tl.store(row + tl.arange(0, SUMS), tl.sum(tile, 0))
+
+
+# Kernel -> pixels of a program, pixels of a thread. Sums over a single warp need no barrier.
+BLOCKS = {"statistics": (64, 2), "combine": (256, 8), "pack": (128, 1), "backward": (128, 1)}
+
+
+@torch.library.custom_op("slot_kernels::refinement_inputs", mutates_args=())
+def _fused(
+    image: Tensor, decoded: Tensor, weight: Tensor, bias: Tensor, coordinates: Tensor,
+    sigma: float, component: str, posterior_epsilon: float, log_ratio: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    given = layout(decoded)
+    outputs = packed, log_likelihood, grad_decoded, statistics = _empty(image, given, coordinates)
+    batch, slots, colours = decoded.shape[0], decoded.shape[1], image.shape[1]
+    num_pixels = image.shape[2] * image.shape[3]
+    numbers = constants(sigma, component, colours, posterior_epsilon)
+    options = dict(LOGISTIC=component == "logistic", LOG_RATIO=log_ratio)
+    tile = block(BLOCKS["statistics"], num_pixels)["BLOCK"]
+    tiles = -(-num_pixels // tile)
+    partial = statistics.new_empty((*statistics.shape, tiles))  # (B, 3K+1, 2, tiles)
+    launch_on_pixels(
+        statistics_kernel, BLOCKS["statistics"], image, given,
+        (log_likelihood, grad_decoded, partial), (), numbers[:3], **options,
+    )  # fmt: skip
+    launch(
+        combine_kernel, (batch * (3 * slots + 1),), partial, statistics, num_pixels, float(eps),
+        K=slots, COLOURS=colours, TILES=tiles, TILE=tile, **block(BLOCKS["combine"], tiles),
+    )  # fmt: skip
+    launch_on_pixels(
+        pack_kernel, BLOCKS["pack"], image, given,
+        (weight.contiguous(), bias.contiguous(), coordinates.contiguous(), statistics, packed),
+        (), numbers, COORDINATES=len(coordinates), **options,
+    )  # fmt: skip
+    return outputs
+
+
+def _empty(image: Tensor, decoded: Layout, coordinates: Tensor) -> tuple[Tensor, ...]:
+    """packed, log_likelihood, grad_decoded and statistics (B, 3K+1, 2)."""
+    batch, slots, _, height, width = decoded.tensor.shape
+    features = 3 * image.shape[1] + 6 + len(coordinates)
+    dtype = wide_dtype(image, decoded.tensor)
+    packed, log_likelihood, statistics = (
+        decoded.tensor.new_empty(shape, dtype=dtype)
+        for shape in (
+            (batch, slots, height, width, features),
+            (batch, height, width),
+            (batch, 3 * slots + 1, 2),
+        )
+    )
+    return packed.movedim(-1, 2), log_likelihood, new_like(decoded, dtype), statistics
+
+
+@_fused.register_fake
+def _(image, decoded, weight, bias, coordinates, *_):
+    return _empty(image, layout(decoded), coordinates)
+
+
+@torch.library.custom_op("slot_kernels::refinement_inputs_backward", mutates_args=())
+def _fused_backward(
+    image: Tensor, decoded: Tensor, statistics: Tensor, d_packed: Tensor,
+    d_log_likelihood: Tensor | None, sigma: float, component: str, posterior_epsilon: float,
+    log_ratio: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    given, cotangent, colours = layout(decoded), layout(d_packed), image.shape[1]
+    d_decoded = new_like(given, decoded.dtype)
+    likelihood_strides = 0, 0
+    if d_log_likelihood is not None:  # often expanded from a sum: read as it is
+        plane, (batch_stride, _, pixel_stride) = planes(d_log_likelihood[:, None])
+        d_log_likelihood, likelihood_strides = plane, (batch_stride, pixel_stride)
+    num_pixels = image.shape[2] * image.shape[3]
+    tiles = -(-num_pixels // block(BLOCKS["backward"], num_pixels)["BLOCK"])
+    width = triton.next_power_of_2(2 * colours + 6)
+    d_affine = statistics.new_empty((len(image) * tiles, width))
+    launch_on_pixels(
+        refinement_inputs_backward_kernel, BLOCKS["backward"], image, given,
+        (statistics, cotangent.tensor, d_log_likelihood, d_decoded, d_affine),
+        (*cotangent.strides, *likelihood_strides),
+        constants(sigma, component, colours, posterior_epsilon),
+        LOGISTIC=component == "logistic", LOG_RATIO=log_ratio, FEATURES=cotangent.unit, SUMS=width,
+    )  # fmt: skip
+    sums = d_affine.sum(0)  # the second stage
+    return d_decoded, sums[: colours + 3].clone(), sums[colours + 3 : 2 * colours + 6].clone()
+
+
+@_fused_backward.register_fake
+def _(image, decoded, statistics, *_):
+    vector = statistics.new_empty(image.shape[1] + 3)
+    return new_like(layout(decoded), decoded.dtype), vector, torch.empty_like(vector)
+
+
+def _save(ctx, inputs, output):
+    image, decoded, weight, bias, *_ = inputs
+    statistics = output[3]
+    ctx.save_for_backward(image, decoded, statistics)
+    ctx.dtypes, ctx.options = (weight.dtype, bias.dtype), inputs[5:9]
+    ctx.mark_non_differentiable(output[2], statistics)
+    ctx.set_materialize_grads(False)  # an output that nothing is asked of is not read
+
+
+def _backward_of_fused(ctx, d_packed, d_log_likelihood, *_):
+    (image, decoded, statistics), d_weight, d_bias = ctx.saved_tensors, None, None
+    if d_packed is not None:
+        d_decoded, d_weight, d_bias = _fused_backward(
+            image, decoded, statistics, d_packed, d_log_likelihood, *ctx.options
+        )
+        d_weight, d_bias = d_weight.to(ctx.dtypes[0]), d_bias.to(ctx.dtypes[1])
+    else:
+        nothing = [None] * 3
+        d_decoded = mixture_backward(image, decoded, d_log_likelihood, *nothing, *ctx.options[:3])
+    return None, d_decoded, d_weight, d_bias, *[None] * 6
+
+
+_fused.register_autograd(_backward_of_fused, setup_context=_save)
+_fused_backward.register_autograd(refuse_second_derivative)
+
+
+def _triton_refinement_inputs(
+    image, decoded, weight, bias, coordinates, sigma, component="gaussian",
+    posterior_epsilon=0.0, log_ratio=False, eps=1e-5,
+) -> RefinementInputs:  # fmt: skip
+    _refuse_bad_inputs(
+        image, decoded, weight, bias, coordinates, sigma, component, posterior_epsilon
+    )
+    outputs = _fused(
+        image.detach(), decoded, weight, bias, coordinates.detach(), sigma, component,
+        posterior_epsilon, log_ratio, eps,
+    )  # fmt: skip
+    return RefinementInputs(*outputs[:3])
+
+
+if triton is not None:
+    kernels.TRITON["refinement_inputs"] = _triton_refinement_inputs
+
+
 def refinement_inputs(
     image: Tensor,
     decoded: Tensor,
@@ -256,7 +747,9 @@ def refinement_inputs(
             image, decoded, weight, bias, coordinates, sigma, component, posterior_epsilon,
             log_ratio, eps,
         )  # fmt: skip
-    tensors = _check_inputs(image, decoded, weight, bias, coordinates, sigma, component)
+    tensors = _check_inputs(
+        image, decoded, weight, bias, coordinates, sigma, component, posterior_epsilon
+    )
     return RefinementInputs(
         *_RefinementInputs.apply(*tensors, sigma, component, posterior_epsilon, log_ratio, eps)
     )
