@@ -1,0 +1,254 @@
+"""kernels/masks.py, torch and Triton, against the softmax of the definition in float64."""
+
+import importlib
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kernels
+from kernels.launch import triton
+
+ops = importlib.import_module("kernels.masks")
+BACKENDS = ["torch"] if triton is None else ["torch", "triton"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GUARD = 256  # numbers on either side of an output
+TOLERANCE = {  # of numbers of size 1; a half of twice the last digit is a last digit truncated
+    torch.float64: 1e-14,
+    torch.float32: 1e-6,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
+}
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """What the interpreter takes is their number, whatever they have to do."""
+    monkeypatch.setattr(ops, "BLOCK", 512)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with kernels.use(request.param):
+        yield
+
+
+@pytest.fixture
+def triton_only():
+    if triton is None:
+        pytest.skip("needs the package triton")
+    with kernels.use("triton"):
+        yield
+
+
+def make_logits(*shape: int, dtype=torch.float64, scale=4.0, seed=0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+    return logits.to(DEVICE, dtype)
+
+
+def brute_force(logits: Tensor) -> Tensor:
+    """The definition, slot by slot, in float64."""
+    weights = [torch.exp(logits[:, k].double()) for k in range(logits.shape[1])]
+    return torch.stack([weight / sum(weights) for weight in weights], 1)
+
+
+def check(logits: Tensor) -> None:
+    """Masks and gradient against brute force; type, shape and place of both."""
+    logits = logits.detach().requires_grad_()
+    wide = logits.detach().double().requires_grad_()
+    masks, expected = ops.masks(logits), brute_force(wide)
+    cotangent = make_logits(*masks.shape, dtype=masks.dtype, scale=1.0, seed=1)
+    assert masks.dtype == logits.dtype and masks.shape == logits.shape
+    (gradient,) = torch.autograd.grad(masks, logits, cotangent)
+    (expected_gradient,) = torch.autograd.grad(expected, wide, cotangent.double())
+    tolerance = dict(rtol=0, atol=TOLERANCE[logits.dtype])
+    torch.testing.assert_close(masks.double(), expected, **tolerance)
+    torch.testing.assert_close(gradient.double(), expected_gradient, **tolerance)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 4, 7, 11])
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (8, 6), (35, 35)])
+def test_every_shape(backend, slots, size):
+    check(make_logits(2, slots, *size))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_every_type(backend, dtype):
+    check(make_logits(2, 5, 7, 9, dtype=dtype))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (5, 7), (16, 5)])
+def test_many_blocks_of_few_pixels(backend, size, monkeypatch):
+    monkeypatch.setattr(ops, "BLOCK", 4)
+    check(make_logits(3, 3, *size))
+
+
+LAYOUTS = {
+    "channels_last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1),
+    "a channel of many": lambda t: torch.stack([t * 0 + math.nan, t], -1)[..., 1],
+    "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "every second column": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "every second row": lambda t: t.repeat_interleave(2, -2)[..., ::2, :],
+    "expanded over slots": lambda t: t[:, :1].expand(t.shape),
+    "expanded over images": lambda t: t[:1].expand(t.shape),
+    "expanded over pixels": lambda t: t[..., :1, :1].expand(t.shape),
+    "between numbers that are none": lambda t: torch.cat(
+        [t.new_full((3,), math.nan), t.flatten(), t.new_full((3,), math.nan)]
+    )[3:-3].view(t.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(backend, layout):
+    logits = make_logits(2, 3, 5, 4)
+    check(LAYOUTS[layout](logits))
+    # Of the cotangent too: a sum's is expanded.
+    cotangent = LAYOUTS[layout](make_logits(2, 3, 5, 4, seed=1))
+    logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(ops.masks(logits), logits, cotangent)
+    (expected,) = torch.autograd.grad(brute_force(logits), logits, cotangent)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_extreme_logits(backend, dtype):
+    rows = [[1e4, -1e4, 0], [-1e4, -1e4, -1e4], [88, 89, 90], [0, -math.inf, 0]]
+    rows += [[-math.inf, -math.inf, 3], [3e38, -3e38, 1e30], [torch.finfo(dtype).min] * 3]
+    logits = torch.tensor(rows, dtype=torch.float64, device=DEVICE).to(dtype)
+    logits = logits[:, :, None, None].expand(-1, -1, 2, 3).requires_grad_()
+    masks = ops.masks(logits)
+    expected = logits.double().softmax(1)  # brute force has no number for these
+    torch.testing.assert_close(masks.double(), expected, rtol=0, atol=TOLERANCE[dtype])
+    (gradient,) = torch.autograd.grad(masks[:, 0].sum(), logits)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+@pytest.mark.parametrize("slots", [[math.nan, 0, 1], [0, 1, math.nan], [-math.inf] * 3])
+def test_what_has_no_masks_is_nan(backend, slots):
+    logits = torch.tensor(slots, device=DEVICE)[None, :, None, None]
+    assert ops.masks(logits).isnan().all()
+
+
+def test_permuting_slots_permutes_masks(backend):
+    logits = make_logits(2, 5, 3, 4)
+    order = torch.tensor([3, 0, 4, 2, 1], device=DEVICE)
+    permuted = ops.masks(logits[:, order])
+    torch.testing.assert_close(permuted, ops.masks(logits)[:, order], rtol=0, atol=1e-15)
+
+
+def test_image_alone_equals_image_in_a_batch(backend):
+    logits = make_logits(3, 5, 7, 4, dtype=torch.float32)
+    assert torch.equal(ops.masks(logits[1:2]), ops.masks(logits)[1:2])
+
+
+def test_outputs_are_written_whole_and_nothing_beside_them(triton_only, monkeypatch):
+    buffers, empty = [], torch.empty
+
+    def guarded(*arguments, **options) -> Tensor:
+        """Memory that holds NaN, between NaN."""
+        plain = empty(*arguments, **options)
+        buffers.append(plain.new_full((plain.numel() + 2 * GUARD,), math.nan))
+        return buffers[-1].as_strided(plain.shape, plain.stride(), GUARD)
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    monkeypatch.setattr(ops, "BLOCK", 16)
+    check(make_logits(2, 3, 7, 5))
+    assert len(buffers) == 2
+    for buffer in buffers:
+        assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()
+
+
+def test_gradcheck(backend):
+    torch.autograd.gradcheck(ops.masks, make_logits(1, 3, 1, 2, scale=1.0).requires_grad_())
+
+
+def test_backward_twice(backend):
+    logits = make_logits(2, 3, 5, 4).requires_grad_()
+    masks, cotangent = ops.masks(logits), make_logits(2, 3, 5, 4, seed=1)
+    (first,) = torch.autograd.grad(masks, logits, cotangent, retain_graph=True)
+    (second,) = torch.autograd.grad(masks, logits, cotangent)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("by", ["logits", "cotangent"])
+def test_second_derivative_raises(triton_only, by):
+    logits = make_logits(1, 2, 1, 3).requires_grad_()
+    masks = ops.masks(logits)
+    cotangent = torch.ones_like(masks, requires_grad=by == "cotangent")
+    (gradient,) = torch.autograd.grad(masks, logits, cotangent, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (logits.sum() + gradient.square().sum()).backward()
+
+
+def test_operators_are_well_defined(triton_only):
+    logits = make_logits(2, 3, 2, 4).transpose(2, 3).requires_grad_()
+    torch.library.opcheck(ops._masks, (logits,))
+    masks = ops.masks(logits.detach())
+    torch.library.opcheck(ops._masks_backward, (masks.transpose(2, 3).contiguous().mT, masks))
+
+
+def test_torch_compile_sees_through(backend):
+    logits = make_logits(2, 3, 5, 4).requires_grad_()
+
+    def function(logits):
+        return ops.masks(2 * logits).square()
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(logits), function(logits))
+    (gradient,) = torch.autograd.grad(compiled(logits).sum(), logits)
+    (expected,) = torch.autograd.grad(function(logits).sum(), logits)
+    torch.testing.assert_close(gradient, expected)
+
+
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    shape=st.tuples(*[st.integers(1, 3), st.integers(1, 6), st.integers(1, 9), st.integers(1, 9)]),
+    order=st.permutations(range(4)),
+    steps=st.tuples(*[st.integers(1, 3)] * 4),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    scale=st.sampled_from([0.1, 3.0, 30.0]),
+)
+def test_drawn_shapes_strides_and_values(backend, shape, order, steps, dtype, scale):
+    memory = make_logits(*[shape[i] * steps[i] for i in order], dtype=dtype, scale=scale)
+    logits = memory.permute([order.index(i) for i in range(4)])
+    logits = logits[tuple(slice(None, None, step) for step in steps)]
+    check(logits)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((3, 5, 4), "must be"), ((2, 0, 5, 4), "K > 0"), ((1, 2, 3, 5, 4), "must be")],
+)
+def test_bad_shapes_are_refused_in_one_line(shape, message):
+    with pytest.raises(ValueError, match=message) as error:
+        ops.masks(torch.zeros(shape, device=DEVICE))
+    assert "\n" not in str(error.value)
+
+
+def test_integers_are_refused():
+    with pytest.raises(ValueError, match="floating point"):
+        ops.masks(torch.zeros(2, 3, 5, 4, dtype=torch.int64))
+
+
+def test_no_images_and_no_pixels(backend):
+    assert ops.masks(torch.zeros(0, 3, 5, 4, device=DEVICE)).shape == (0, 3, 5, 4)
+    assert ops.masks(torch.zeros(2, 3, 0, 4, device=DEVICE)).shape == (2, 3, 0, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA device")
+def test_same_bits_every_time(triton_only):
+    logits = make_logits(32, 7, 128, 128, dtype=torch.float32).requires_grad_()
+    cotangent = make_logits(32, 7, 128, 128, dtype=torch.float32, seed=1)
+    masks = [ops.masks(logits) for _ in range(3)]
+    gradients = [torch.autograd.grad(m, logits, cotangent)[0] for m in masks]
+    assert all(torch.equal(m, masks[0]) for m in masks)
+    assert all(torch.equal(g, gradients[0]) for g in gradients)
