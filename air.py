@@ -68,7 +68,7 @@ class Config(options.RunConfig):
     sigma: float = 0.3  # standard deviation of a pixel
     scale_mean: float = 3.0  # p(where): an object's window is 1 / scale of the image ...
     scale_std: float = 0.2  # ... and this is the deviation of the scale; of both shifts it is 1
-    prior_ratio: float = 0.01  # p(n) / p(n - 1), n in 0 .. N
+    prior_ratio: float = 0.01  # p(n) / p(n - 1), n in 0 .. N, at the first step
     prior_ratio_final: float = 0.01  # it moves there, on a logarithmic scale, ...
     prior_hold: int = 0  # ... from this step
     prior_horizon: int = 1  # ... over this many steps
@@ -80,6 +80,8 @@ class Config(options.RunConfig):
     encoder_sizes: tuple[int, ...] = (200, 100)  # hidden layers from a glimpse to what
     decoder_sizes: tuple[int, ...] = (200,)  # hidden layers from what to a glimpse
     difference: bool = False  # DAIR: the network sees the image minus what is drawn so far
+    exploration: float = 0.0  # "one more" and "stop" keep at least half of this probability ...
+    exploration_horizon: int = 1  # ... which falls linearly to 0 over this many steps
     # gradient of the expectation over the number of objects
     estimator: Literal["enumerate", "nvil", "vimco", "concrete", "rebar"] = "enumerate"
     num_samples: int = 5  # S of vimco
@@ -97,7 +99,10 @@ class Config(options.RunConfig):
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": dict(lr=1e-3, steps=4000),
+    "quick": dict(
+        lr=1e-3, lr_final=0.3, lr_horizon=3500, steps=3500, prior_ratio=1e-9, prior_hold=500,
+        prior_ratio_final=1e-3, prior_horizon=1500, exploration=0.3, exploration_horizon=3000,
+    ),
     # Pyro's published run: 98.7 % after 200,000 steps, on its training scenes.
     "multi_mnist": dict(estimator="nvil", steps=200_000),
 }
@@ -226,8 +231,16 @@ class AIR(nn.Module):
         log_ratio = (1 - t) * math.log(c.prior_ratio) + t * math.log(c.prior_ratio_final)
         return (log_ratio * torch.arange(c.max_objects + 1, device=self.zero.device)).log_softmax(0)
 
-    def unroll(self, image: Tensor, noise: Tensor) -> Unrolled:
-        """Eq. 5, N times: image (B, C, H, W) in [0, 1], noise (B, N, 3 + D) standard normal."""
+    def exploration(self, step: int) -> Tensor:
+        """() share of q that is left to chance at a training step."""
+        c = self.config
+        return self.zero + c.exploration * max(0.0, 1 - step / c.exploration_horizon)
+
+    def unroll(self, image: Tensor, noise: Tensor, exploration: Tensor | None = None) -> Unrolled:
+        """Eq. 5, N times: image (B, C, H, W) in [0, 1], noise (B, N, 3 + D) standard normal.
+
+        With exploration e, q(one more) is e / 2 + (1 - e) times the network's: the ELBO of that q.
+        """
         c, batch, size = self.config, len(image), tuple(image.shape[-2:])
         widths = [c.lstm_size, c.lstm_size, 3, c.latent_size]
         h, cell, where, what = self.initial.expand(batch, -1).split(widths, 1)
@@ -256,6 +269,10 @@ class AIR(nn.Module):
         logits, kl, log_ratio, where, what, objects = (
             torch.stack(values, 1) for values in zip(*steps, strict=True)
         )
+        if exploration is not None:
+            chance, rest = torch.log(exploration / 2), torch.log1p(-exploration)
+            yes, no = (torch.logaddexp(chance, rest + F.logsigmoid(a)) for a in (logits, -logits))
+            logits = yes - no
         background = torch.zeros_like(image)
         if self.background is not None:
             background = self.background(h).view_as(image)  # eq. 11
@@ -288,13 +305,14 @@ class AIR(nn.Module):
         return normal, draws.uniform(key, index, (samples, c.max_objects, 2))
 
     def loss(
-        self, image: Tensor, normal: Tensor, uniform: Tensor, log_prior: Tensor
+        self, image: Tensor, normal: Tensor, uniform: Tensor, log_prior: Tensor,
+        exploration: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """`loss`: its gradient is the estimate of minus the ELBO's. Means over the batch; `elbo` is
         exact in n whatever the estimator."""
         samples = normal.shape[1]
         copies = repeat(image, "b c h w -> (b s) c h w", s=samples)
-        u = self.unroll(copies, normal.flatten(0, 1))
+        u = self.unroll(copies, normal.flatten(0, 1), exploration)
         surrogate, other = ESTIMATORS[self.config.estimator](
             self, copies, u, uniform.flatten(0, 1), log_prior
         )
@@ -612,8 +630,9 @@ def check(config: Config) -> None:
     options.check(config, EXPERIMENTS)
     options.at_least_one(config, "max_objects", "latent_size", "lstm_size", "head_sizes",
                          "encoder_sizes", "decoder_sizes", "num_samples", "prior_horizon",
-                         "lr_horizon")
-    options.at_least_zero(config, "prior_hold", "lr_warmup", "rebar_scale")
+                         "exploration_horizon", "lr_horizon")
+    options.at_least_zero(config, "prior_hold", "lr_warmup", "rebar_scale", "exploration")
+    options.require(config.exploration < 1, f"--exploration {config.exploration}: below 1")
     options.positive(config, "sigma", "scale_mean", "scale_std", "prior_ratio",
                      "prior_ratio_final", "temperature", "baseline_lr", "clip", "lr_final")
     options.require(config.glimpse_size > 1, f"--glimpse-size {config.glimpse_size}: at least 2")
@@ -701,7 +720,8 @@ def train(config: Config) -> dict[str, Any]:
             index = torch.arange(first, first + share, device=device)
             batch = scenes.scenes(index)
             parts = forward_backward(
-                batch.image, *model.noise(scenes, index), model.log_prior(step)
+                batch.image, *model.noise(scenes, index), model.log_prior(step),
+                model.exploration(step),
             )
             runs.average([p.grad for group in groups for p in group["params"]])
             norm = nn.utils.clip_grad_norm_(parameters, config.clip)
