@@ -1,4 +1,4 @@
-"""The pictures of a run: decompositions, steps of inference, traversals, curves and samples.
+"""The pictures of a run: decompositions, steps of inference, samples, curves, tables and bars.
 
 Every function takes torch tensors (on any device) or arrays, writes a PNG of 150 dots per inch to
 `path` and returns the path. The file appears whole or not at all. Images have one or three channels
@@ -11,7 +11,8 @@ number, so that its pixels stay square, and only the text is drawn on top. Lengt
 Colours: entity 0, the background, is grey; entity e and the slot that matches it (`metrics.match`)
 have PALETTE[e - 1]; slots that match nothing take the colours after those of the entities.
 
-Axes: N scenes, E entities, K slots, T refinement steps, R rows, V columns, C H W image.
+Axes: N scenes, E entities, K slots, T refinement steps, S attention steps, R rows, V columns,
+C H W image.
 """
 
 import math
@@ -26,6 +27,7 @@ from einops import rearrange, repeat
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextToPath
 from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -40,6 +42,8 @@ PALETTE = (
 )  # fmt: skip
 BACKGROUND = "#CDD0D6"
 INK, FAINT, HAIRLINE = "#1F2328", "#59636E", "#D1D5DB"  # titles; other text; frames of images
+GRID, SHADE = "#ECEEF1", "#0B4F8A"  # lines behind curves and bars; a table's cell with all its row
+LIGHTER = 0.25  # how far images below boxes go to white, so that dark colours show on black
 
 DPI = 150
 PANEL = 120  # the least width of a panel; images are enlarged by the next whole number
@@ -53,6 +57,7 @@ LINE_HEIGHT = LINE * DPI / 72  # dots per point of font size
 class Panel(NamedTuple):
     image: np.ndarray  # (H, W, 3) in [0, 1]
     frame: Any = None  # its colour; a hairline where None
+    boxes: Any = ()  # drawn on it: pairs of (top, left, height, width), in its pixels, and colour
 
 
 # -- the figures -----------------------------------------------------------------------------------
@@ -143,6 +148,38 @@ def refinement(
     return _save(_sheet(rows, title, heads, labels, columns_apart=(2,), rows_apart=(1,)), path)
 
 
+def attention(
+    path: str | Path,
+    image: Any,
+    boxes: Any,
+    canvases: Any,
+    title: str,
+    labels: Sequence[str] = (),
+) -> Path:
+    """A scene a row (AIR's Fig. 3): Input, Attention, then the canvas after every step taken.
+
+    image (N, C, H, W); boxes (N, S, 4) in pixels: top, left, height, width, all NaN from the first
+    step that was not taken; or of each scene (n, 4), n <= S. canvases (N, S, C, H, W) after each
+    step: the last one taken is the reconstruction. Step s has colour PALETTE[s - 1]: its box, which
+    is cut off at the edges of the image, and the frame of its canvas. `labels` (N) stand at the
+    left.
+    """
+    image, canvases = _images(image, "image", 4), _images(canvases, "canvases", 5)
+    _same("n h w", image[..., 0], canvases[:, 0, ..., 0])
+    if len(boxes) != len(image) or len(labels) not in (0, len(image)):
+        raise ValueError(f"boxes and labels must be of {len(image)} scenes, not {len(boxes)} and "
+                         f"{len(labels)}")  # fmt: skip
+    rows = []
+    for n in range(len(image)):
+        taken = _boxes(boxes[n], canvases.shape[1])  # (n, 4)
+        drawn = [(box, _color(s + 1)) for s, box in enumerate(taken)]
+        row = [Panel(image[n]), Panel(LIGHTER + (1 - LIGHTER) * image[n], boxes=drawn)]
+        row += [Panel(canvases[n, s], drawn[s][1], drawn[s : s + 1]) for s in range(len(drawn))]
+        rows.append(row)
+    heads = ["Input", "Attention", *(f"Step {s}" for s in range(1, max(map(len, rows)) - 1))]
+    return _save(_sheet(rows, title, heads, list(labels), columns_apart=(2,)), path)
+
+
 def traversals(
     path: str | Path, images: Any, labels: Sequence[str], values: Sequence[float], title: str
 ) -> Path:
@@ -204,15 +241,8 @@ def curves(
     num_rows = math.ceil(len(panels) / 4)
     num_columns = math.ceil(len(panels) / num_rows)
     legend = math.ceil(max(map(_text_width, labels), default=0) + 60) if len(labels) > 1 else 0
-    width = max(num_columns * 360 + 2 * MARGIN + legend, MIN_WIDTH)
-    lines = _wrap(title, width - 2 * MARGIN, TITLE, "bold")
-    figure = _figure(width, num_rows * 290 + MARGIN + len(lines) * LINE_HEIGHT * TITLE)
-    pad = MARGIN / DPI  # inches
-    figure.set_layout_engine("constrained", w_pad=pad, h_pad=pad / 2, wspace=0, hspace=0)
-    figure.suptitle("\n".join(lines), x=MARGIN / width, ha="left", parse_math=False, color=INK,
-                    font=_font(TITLE, "bold"), linespacing=LINE)  # fmt: skip
-
-    grid = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
+    width = num_columns * 360 + 2 * MARGIN + legend
+    figure, grid = _plots(title, width, num_rows * 290, num_rows, num_columns)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     every_x = [_numpy(x) for panel in panels.values() for x, _, _ in panel.values()]
@@ -230,6 +260,101 @@ def curves(
         )  # fmt: skip
         for text in box.get_texts():
             text.set_parse_math(False)
+    return _save(figure, path)
+
+
+def confusion(
+    path: str | Path,
+    matrix: Any,
+    title: str,
+    rows: str = "true count",
+    columns: str = "predicted count",
+) -> Path:
+    """A table of how often what is r was taken for v, `matrix` (R, V) of integers, 0 or more.
+
+    Below each number stands its share of the row, and so deep is the shade. The diagonal is framed.
+    `rows` and `columns` say what is 0, 1, 2, ... there. A row of zeros has no shares.
+    """
+    matrix = np.asarray(_numpy(matrix))
+    if matrix.ndim != 2 or not matrix.size or matrix.dtype.kind not in "iu" or matrix.min() < 0:
+        raise ValueError(f"matrix must be counts (R, V), not {matrix.dtype} {matrix.shape}")
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)  # (R, V)
+    cells = 1 - shares[..., None] * (1 - _rgb(SHADE))  # (R, V, 3)
+
+    num_rows, num_columns = matrix.shape
+    width = max(130, 24 + math.ceil(_text_width(f"{matrix.max():,}", TEXT + 2)))  # of a cell
+    height = 84
+    figure, (axes,) = _plots(title, num_columns * width + 110, num_rows * height + 80)
+    axes.pcolormesh(cells, edgecolors=HAIRLINE, linewidth=0.8)
+    for r, v in np.ndindex(matrix.shape):
+        color = _readable(cells[r, v]) if matrix[r, v] else FAINT
+        share = f"{shares[r, v]:.1%}" if matrix[r].any() else "–"
+        for text, y, size in ((f"{matrix[r, v]:,}", 0.36, TEXT + 2), (share, 0.7, TEXT - 0.5)):
+            axes.text(v + 0.5, r + y, text, color=color, font=_font(size), ha="center", va="center")
+        if r == v:
+            frame = dict(fill=False, edgecolor=INK, linewidth=1.5, zorder=3, clip_on=False)
+            axes.add_patch(Rectangle((v, r), 1, 1, **frame))
+    _bare(axes)
+    axes.invert_yaxis()
+    axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
+    for axis, name, number, size in (
+        (axes.xaxis, columns, num_columns, width), (axes.yaxis, rows, num_rows, height)
+    ):  # fmt: skip
+        axis.set_ticks(np.arange(number) + 0.5, [str(i) for i in range(number)])
+        axis.labelpad = 6
+        _name(axis, name, number * size)
+    return _save(figure, path)
+
+
+def bars(
+    path: str | Path,
+    values: Mapping[str, tuple[float | None, float | None]],
+    title: str,
+    ylabel: str,
+    log: bool = False,
+) -> Path:
+    """{label: (value, stderr or None)}: a horizontal bar each, its value in print, ± stderr a line.
+
+    `ylabel` says what the values are. `log`: their axis is logarithmic, and a value that is not
+    above 0 has no bar. None, NaN and infinity become a dash.
+    """
+    if not values:
+        raise ValueError("bars needs at least one value")
+    pairs = [[math.nan if v is None else float(v) for v in pair] for pair in values.values()]
+    value, stderr = np.array(pairs).T  # (R,) each
+    printed = [_number(v) if math.isfinite(v) else "–" for v in value]
+    stderr = np.where(np.isfinite(stderr), stderr, 0)
+    drawn = np.isfinite(value) & ((value > 0) | (not log))
+    start, low, high = 0.0, value - stderr, value + stderr
+    log = log and bool(drawn.any())
+    if log:  # from a power of ten that leaves the shortest bar some length
+        low = np.where(low > 0, low, value)
+        start = 10.0 ** math.floor(math.log10(low[drawn].min()) - 0.2)
+    value, low, high = (np.where(drawn, ends, start) for ends in (value, low, high))
+
+    labels = [_wrap(label, LABEL_WIDTH, TEXT) for label in values]
+    label_width = max(_text_width(line) for lines in labels for line in lines)
+    width = math.ceil(label_width + 440 + max(map(_text_width, printed)) + 2 * MARGIN)
+    height = math.ceil(max(map(len, labels)) * TEXT * LINE_HEIGHT) + 20
+    figure, (axes,) = _plots(title, width, len(labels) * height + 80)
+    y = np.arange(len(labels))
+    axes.barh(y, value - start, left=start, height=0.62, color=_color(LINES[0]))
+    axes.hlines(y, low, high, color=INK, linewidth=1.2)
+    axes.axvline(start, color=FAINT, linewidth=0.8, clip_on=False)
+    for i, text in enumerate(printed):
+        axes.annotate(
+            text, (max(high[i], start), i), xytext=(5, 0), textcoords="offset points",
+            va="center_baseline", color=INK, font=_font(TEXT), annotation_clip=False,
+        )  # fmt: skip
+    _bare(axes)
+    axes.grid(True, axis="x", color=GRID, linewidth=0.7, linestyle="-")
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_yticks(y, ["\n".join(lines) for lines in labels], parse_math=False, linespacing=LINE)
+    ends = np.array([min(low.min(), start), max(high.max(), start)])
+    axes.set_xlim(ends[0], ends[1] if np.ptp(ends) else 1)
+    _ticks(axes, "x", ends, log)
+    _name(axes.xaxis, ylabel, 440)
     return _save(figure, path)
 
 
@@ -259,6 +384,13 @@ def _colors(slots: np.ndarray, num_slots: int) -> tuple[np.ndarray, np.ndarray, 
     entity_colors = np.stack([_color(e) for e in range(len(slots))])
     slot_colors = np.stack([_color(entity_of[k]) for k in range(num_slots)])
     return entity_colors, slot_colors, sorted(entity_of, key=entity_of.__getitem__)
+
+
+def _readable(color: np.ndarray) -> str:
+    """Black or white, whichever has more contrast (WCAG 2.1) with a colour (3,)."""
+    linear = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ (0.2126, 0.7152, 0.0722)
+    return "black" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "white"
 
 
 def _paint(masks: np.ndarray, colors: Any) -> np.ndarray:
@@ -326,6 +458,8 @@ def _sheet(
                 canvas[y - rim : y + height + rim, x - rim : x + width + rim] = frame
                 big = repeat(panel.image, "h w c -> (h i) (w j) c", i=scale, j=scale)
                 canvas[y : y + height, x : x + width] = np.clip(big, 0, 1)
+                for box, color in panel.boxes:
+                    _outline(canvas[y : y + height, x : x + width], box * scale, color)
 
     figure = _figure(total_width, total_height)
     figure.figimage((canvas * 255).round().astype(np.uint8), origin="upper", resize=False)
@@ -351,6 +485,14 @@ def _sheet(
     return figure
 
 
+def _outline(dots: np.ndarray, box: np.ndarray, color: np.ndarray) -> None:
+    """Draws a box (top, left, height, width), FRAME dots thick, on what it meets of (H, W, 3)."""
+    y, x = np.ogrid[: dots.shape[0], : dots.shape[1]]
+    y, x = y + 0.5 - box[0], x + 0.5 - box[1]  # centres of dots, from the box's corner
+    depth = np.minimum(np.minimum(y, box[2] - y), np.minimum(x, box[3] - x))  # below 0 outside
+    dots[(depth > 0) & (depth < FRAME)] = color
+
+
 def _starts(first: int, number: int, size: int, apart: Sequence[int]) -> list[int]:
     """Where `number` panels of `size` begin along one side, with the wider gap before `apart`."""
     starts = [first + FRAME]
@@ -359,7 +501,7 @@ def _starts(first: int, number: int, size: int, apart: Sequence[int]) -> list[in
     return starts
 
 
-# -- text and curves -------------------------------------------------------------------------------
+# -- text and axes ---------------------------------------------------------------------------------
 
 
 def _font(size: float, weight: str = "normal") -> FontProperties:
@@ -411,12 +553,9 @@ def _dress(
     """All around the lines: title, grid, marks, few and short tick labels, one range of x."""
     above = 5 + len(marks) * TEXT * LINE  # points between plot and title, for the marks' names
     axes.set_title(name, loc="left", parse_math=False, color=INK, font=_font(TEXT + 1), pad=above)
-    axes.set_xlabel(xlabel, parse_math=False, color=FAINT, font=_font(TEXT))
-    axes.set_facecolor("white")
-    axes.grid(True, which="major", color="#ECEEF1", linewidth=0.7, linestyle="-")
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set(visible=side in ("left", "bottom"), color=HAIRLINE, linewidth=0.8)
+    _name(axes.xaxis, xlabel)
+    _bare(axes, "left", "bottom")
+    axes.grid(True, which="major", color=GRID, linewidth=0.7, linestyle="-")
 
     low, high = every_x.min(initial=math.inf), every_x.max(initial=-math.inf)
     if low < high < math.inf:
@@ -424,17 +563,8 @@ def _dress(
     whole = bool((every_x == every_x.round()).all())  # no step 2.5
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole))
     axes.xaxis.set_major_formatter(Ticks())
-    axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(Ticks())
     y = np.concatenate([np.zeros(0), *(line.get_ydata() for line in axes.lines)])
-    if log and (y > 0).any():
-        axes.set_yscale("log", nonpositive="mask")
-        subs = (1,) if np.ptp(np.log10(y[y > 0])) > 2 else (1, 2, 5)
-        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=7))
-        axes.yaxis.set_major_formatter(Ticks(log=True))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(which="both", length=0, labelsize=TEXT, labelcolor=FAINT, pad=4)
-    axes.tick_params(labelfontfamily="DejaVu Sans")
+    _ticks(axes, "y", y, log)
 
     low, high = axes.get_xlim()
     for i, (text, x) in enumerate(marks.items()):
@@ -446,6 +576,57 @@ def _dress(
             ha="left" if share < 0.3 else "right" if share > 0.7 else "center",
             font=_font(TEXT - 0.5),
         )  # fmt: skip
+
+
+def _plots(
+    title: str, width: int, height: int, num_rows: int = 1, num_columns: int = 1
+) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes, row by row; the lines of the title add to the height."""
+    width = max(width, MIN_WIDTH)
+    lines = _wrap(title, width - 2 * MARGIN, TITLE, "bold")
+    figure = _figure(width, height + MARGIN + len(lines) * LINE_HEIGHT * TITLE)
+    pad = MARGIN / DPI  # inches
+    figure.set_layout_engine("constrained", w_pad=pad, h_pad=pad / 2, wspace=0, hspace=0)
+    figure.suptitle("\n".join(lines), x=MARGIN / width, ha="left", parse_math=False, color=INK,
+                    font=_font(TITLE, "bold"), linespacing=LINE)  # fmt: skip
+    return figure, figure.subplots(num_rows, num_columns, squeeze=False).ravel()
+
+
+def _bare(axes: Any, *sides: str) -> None:
+    """White, with lines at these sides alone, and small numbers without ticks."""
+    axes.set_facecolor("white")
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set(visible=side in sides, color=HAIRLINE, linewidth=0.8)
+    axes.tick_params(which="both", length=0, labelsize=TEXT, labelcolor=FAINT, pad=4)
+    axes.tick_params(labelfontfamily="DejaVu Sans")
+
+
+def _name(axis: Any, text: str, width: float = math.inf) -> None:
+    """What an axis shows, in lines of at most `width` dots."""
+    text = "\n".join(_wrap(text, width, TEXT))
+    axis.set_label_text(text, parse_math=False, color=FAINT, font=_font(TEXT))
+
+
+def _ticks(axes: Any, name: str, values: np.ndarray, log: bool) -> None:
+    """Few and short labels along x or y; logarithmic where there are values for it."""
+    axis = getattr(axes, f"{name}axis")
+    axis.set_major_locator(MaxNLocator(5))
+    axis.set_major_formatter(Ticks())
+    if log and (values > 0).any():
+        getattr(axes, f"set_{name}scale")("log", nonpositive="mask")
+        subs = (1,) if np.ptp(np.log10(values[values > 0])) > 2 else (1, 2, 5)
+        axis.set_major_locator(LogLocator(subs=subs, numticks=7))
+        axis.set_major_formatter(Ticks(log=True))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def _number(value: float) -> str:
+    """In three digits or whole: 0.0123, 12.3, 12,345, 1.23e7."""
+    text = f"{value:,.0f}" if 1000 <= round(abs(value)) < 1e6 else f"{value:.3g}"
+    for exponent, short in (("e+0", "e"), ("e+", "e"), ("e-0", "e-")):
+        text = text.replace(exponent, short)
+    return text.replace("-", "−", text.startswith("-"))
 
 
 class Ticks(Formatter):
@@ -514,6 +695,17 @@ def _images(values: Any, name: str, ndim: int) -> np.ndarray:
     if array.shape[-1] not in (1, 3):
         raise ValueError(f"{name} must have 1 or 3 channels, not {array.shape[-1]}")
     return np.clip(np.broadcast_to(array, (*array.shape[:-1], 3)), 0, 1)
+
+
+def _boxes(values: Any, most: int) -> np.ndarray:
+    """The boxes of one scene, at most `most`, as (n, 4), without the NaN rows at their end."""
+    boxes = np.asarray(_numpy(values), dtype=float)
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or len(boxes) > most:
+        raise ValueError(f"boxes of a scene must be (n, 4), n at most {most}, not {boxes.shape}")
+    boxes = boxes[: (~np.isnan(boxes).all(1)).sum()]
+    if not (np.isfinite(boxes).all() and (boxes[:, 2:] > 0).all()):
+        raise ValueError(f"boxes must be finite, of sizes above 0, or NaN rows at the end: {boxes}")
+    return boxes
 
 
 def _same(axes: str, *arrays: np.ndarray) -> None:

@@ -42,6 +42,20 @@ def steps(**sizes):
     return image[0], true[0], reconstruction.repeat(3, 1, 1, 1), trace, means.repeat(3, 1, 1, 1, 1)
 
 
+def glances(num_steps=(0, 2, 3), size=50, channels=1):
+    """Arguments of `attention`: as many steps of each scene, of which every one fills its box."""
+    rng = np.random.default_rng(1)
+    boxes = np.full((len(num_steps), max(num_steps), 4), np.nan)
+    canvases = np.zeros((*boxes.shape[:2], channels, size, size))
+    for n, taken in enumerate(num_steps):
+        for s, (top, left) in enumerate(rng.integers(-5, size - 5, (taken, 2))):
+            boxes[n, s] = top, left, 13.3, 13
+            seen = ..., slice(max(top, 0), top + 13), slice(max(left, 0), left + 13)
+            canvases[n, s:][seen] = rng.random((channels, 1, 1))
+    image = torch.tensor(canvases[:, -1] if max(num_steps) else np.zeros((1, channels, size, size)))
+    return image, torch.tensor(boxes), torch.tensor(canvases)
+
+
 X = list(range(1, 11))
 PANELS = {
     "ari_fg": {"a": (X, [*np.linspace(0, 0.97, 9), None], [0.02] * 9 + [None]), "b": (X, X, None)},
@@ -49,6 +63,12 @@ PANELS = {
     "a $ in a title": {"b": (np.arange(0, 200_000, 200), -12_000 + np.arange(1000.0), None)},
 }
 LONG = "A long title, which says what the figure shows and which a narrow one has no room for: $x"
+COUNTS = [[981, 19, 0, 0], [12, 600, 388, 0], [0, 61, 890, 49], [0, 0, 0, 0]]
+VALUES = {
+    "enumerate": (None, None), "nvil": (3.21, 0.4), "vimco": (0.42, 0.5), "zero": (0.0, None),
+    "reinforce": (12_345.6, 250), "$x$, of which there is a lot to say: $y$": (0.0031, None),
+    "less": (-1500, 10), "awordwithoutanyspaceinitwhichisbroken": (float("nan"), 1.0),
+}  # fmt: skip
 CALLS = {
     "decomposition": lambda path: figures.decomposition(
         path, *scene(), LONG, scores=[0.5, float("nan")]
@@ -85,6 +105,34 @@ CALLS = {
     "six panels": lambda path: figures.curves(
         path, {f"metric {i}": {"": (X, [10.0**-x * i for x in X], None)} for i in range(6)},
         "step", "Six panels", logy=("metric 0", "metric 1", "metric 2"),
+    ),
+    "attention": lambda path: figures.attention(
+        path, *glances(), LONG, ["counts 0, has 0", "counts 2, has 3 of the $ that there are", "x"]
+    ),
+    "attention, many steps": lambda path: figures.attention(
+        path, *glances((12, 1), 64, 3), "Twelve steps"
+    ),
+    "attention, one step": lambda path: figures.attention(path, *glances((1,), 9), LONG, [""]),
+    "attention, no step": lambda path: figures.attention(
+        path, torch.rand(2, 1, 28, 28), [np.zeros((0, 4))] * 2, torch.rand(2, 1, 1, 28, 28), "None"
+    ),
+    "confusion": lambda path: figures.confusion(path, COUNTS, LONG),
+    "confusion, one": lambda path: figures.confusion(path, torch.tensor([[7]]), "One"),
+    "confusion, large": lambda path: figures.confusion(
+        path, np.arange(60).reshape(5, 12) ** 7, LONG, LONG, LONG + " " + LONG
+    ),
+    "confusion, tall": lambda path: figures.confusion(path, [[0], [1]] * 6, "", "$r", "$v"),
+    "bars": lambda path: figures.bars(path, VALUES, LONG, LONG),
+    "bars, logarithmic": lambda path: figures.bars(path, VALUES, "Log", "variance $ / x", log=True),
+    "bars, negative": lambda path: figures.bars(
+        path, {"a": (-120.5, 2), "second": (torch.tensor(-99.0), None)}, LONG, "elbo"
+    ),
+    "bars, close": lambda path: figures.bars(
+        path, {"a": (2e-4, 1e-4), "b": (9.9e-4, 1e-2), "": (2e-2, 0)}, "Close", "x", log=True
+    ),
+    "one bar": lambda path: figures.bars(path, {"": (1e-5, None)}, "One", "", log=True),
+    "no bar": lambda path: figures.bars(
+        path, {"a": (None, None), "b": (0, 1), "c": (float("inf"), 1)}, "None", "x", log=True
     ),
     "nothing to plot": lambda path: figures.curves(
         path, {"ari_fg": {"": (X, [None] * 10, [None] * 10)}, "none": {}}, "step", "No values"
@@ -199,7 +247,8 @@ def test_matplotlibs_state_is_left_alone(tmp_path):
     plt.close("all")
     plt.switch_backend("agg")
     before = dict(matplotlib.rcParams)
-    for call in (CALLS["one scene, one slot, grey"], CALLS["one curve"]):
+    for name in ("one scene, one slot, grey", "one curve", "attention", "confusion", "bars"):
+        call = CALLS[name]
         first = call(tmp_path / "first.png").read_bytes()
         with matplotlib.rc_context({"savefig.bbox": "tight", "savefig.dpi": 40, "figure.dpi": 40}):
             assert call(tmp_path / "second.png").read_bytes() == first  # nor does it matter
@@ -209,18 +258,24 @@ def test_matplotlibs_state_is_left_alone(tmp_path):
 # -- colours ---------------------------------------------------------------------------------------
 
 
-def panel(figure, at, size, num_rows=1, columns_apart=(), rows_apart=(), left=figures.MARGIN):
-    """The panel at (row, column) of a sheet, a value per pixel of the image (H, W, 3), and the
-    colour of its frame. `left`: where the first frame begins."""
+def dots(figure, at, size, num_rows=1, columns_apart=(), rows_apart=(), left=figures.MARGIN):
+    """The panel at (row, column) of a sheet as enlarged, and the colour of its frame. `left`: where
+    the first frame begins."""
     canvas, scale = pixels(figure), -(-figures.PANEL // size)
     side = size * scale
     x = figures._starts(left, at[1] + 1, side, columns_apart)[-1]
     rows = figures._starts(0, num_rows, side, rows_apart)  # the last one ends at the lower margin
     y = canvas.shape[0] - figures.MARGIN - figures.FRAME - side - rows[-1] + rows[at[0]]
-    block = canvas[y : y + side, x : x + side]
+    return canvas[y : y + side, x : x + side].astype(int), canvas[y, x - figures.FRAME].astype(int)
+
+
+def panel(figure, at, size, **sheet):
+    """Likewise, but a value per pixel of the image (H, W, 3)."""
+    block, frame = dots(figure, at, size, **sheet)
+    scale = len(block) // size
     pixel = block[::scale, ::scale]
     assert (block == np.kron(pixel, np.ones((scale, scale, 1)))).all()  # crisp
-    return pixel.astype(int), canvas[y, x - figures.FRAME].astype(int)
+    return pixel, frame
 
 
 @pytest.mark.parametrize(("entities", "slots"), [(4, 5), (4, 4), (5, 3), (2, 7), (12, 12), (1, 1)])
@@ -300,6 +355,119 @@ def test_the_largest_mask_of_a_sample_is_grey(drawn):
     assert (shown[8, 8] == (figures._color(0) * 255).round()).all()
 
 
+def test_a_box_is_drawn_where_it_is_in_the_colour_of_its_step(drawn):
+    size, scale = 40, 3
+    image, canvases = torch.rand(2, 1, size, size), torch.rand(2, 3, 1, size, size)
+    boxes = torch.full((2, 3, 4), float("nan"))
+    boxes[0, 0] = torch.tensor([5, 7, 20, 10])
+    boxes[0, 1] = torch.tensor([30, -4, 20, 54])  # beyond three of the edges
+    boxes[1, 0] = torch.tensor([0, 0, size, size])  # all of the image
+    figure = drawn(figures.attention, image, boxes, canvases, "t")
+    sheet = dict(size=size, num_rows=2, columns_apart=(2,))
+
+    def outlined(image, *boxes):
+        """`boxes`: first and last + 1 of rows and columns, in dots, of outside and inside."""
+        expected = np.kron(image[0, ..., None].numpy(), np.ones((scale, scale, 3))) * 255
+        for step, (outer, inner) in enumerate(boxes):
+            line = np.zeros(expected.shape[:2], bool)
+            for value, (top, bottom, left, right) in ((True, outer), (False, inner)):
+                line[top:bottom, left:right] = value
+            expected[line] = (figures._rgb(figures.PALETTE[step]) * 255).round()
+        return expected
+
+    first = (15, 75, 21, 51), (18, 72, 24, 48)
+    second = (90, 120, 0, 120), (93, 120, 0, 120)  # the upper line alone
+    whole = (0, 120, 0, 120), (3, 117, 3, 117)
+    light = 0.25 + 0.75 * image
+    absent = (0, 0, 0, 0), (0, 0, 0, 0)
+    for at, expected in {
+        (0, 0): outlined(image[0]), (0, 1): outlined(light[0], first, second),
+        (0, 2): outlined(canvases[0, 0], first), (0, 3): outlined(canvases[0, 1], absent, second),
+        (1, 0): outlined(image[1]), (1, 1): outlined(light[1], whole),
+        (1, 2): outlined(canvases[1, 0], whole), (1, 3): np.full((120, 120, 3), 255),
+    }.items():  # fmt: skip
+        shown, frame = dots(figure, at, **sheet)
+        assert abs(shown - expected).max() <= 0.51, at
+        if at[1] >= 2 and at != (1, 3):
+            assert (frame == (figures._color(at[1] - 1) * 255).round()).all()
+    heads = [text.get_text() for text in figure.texts]
+    assert heads == ["t", "Input", "Attention", "Step 1", "Step 2"]  # no scene took a third
+
+    ragged = drawn(figures.attention, image, [boxes[0, :2], boxes[1, :1].numpy()], canvases, "t")
+    assert (pixels(ragged) == pixels(figure)).all()
+
+
+def test_a_cell_is_as_dark_as_its_share_of_the_row(drawn):
+    figure = drawn(figures.confusion, torch.tensor(COUNTS)[:, :3], "t")
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    picture = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+    texts = iter(axes.texts)
+    for r, v in np.ndindex(4, 3):
+        total = sum(COUNTS[r][:3])
+        share = COUNTS[r][v] / max(total, 1)
+        x, y = axes.transData.transform((v + 0.15, r + 0.5)).round().astype(int)
+        color = picture[picture.shape[0] - y, x] / 255
+        white_to_blue = 1 - share * (1 - figures._rgb(figures.SHADE))
+        assert abs(color - white_to_blue).max() < 0.01
+        number, percent = next(texts), next(texts)
+        assert number.get_text() == str(COUNTS[r][v])
+        assert percent.get_text() == (f"{100 * share:.1f}%" if total else "–")
+        for text in (number, percent):
+            position = axes.transData.inverted().transform(text.get_window_extent().corners())
+            assert (position.min(0) > (v, r)).all() and (position.max(0) < (v + 1, r + 1)).all()
+            assert contrast(matplotlib.colors.to_rgb(text.get_color()), color) > 4.5
+    assert [patch.get_bbox().bounds for patch in axes.patches] == [(i, i, 1, 1) for i in range(3)]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["0", "1", "2", "3"]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "1", "2"]
+    assert axes.get_ylabel() == "true count" and axes.get_xlabel() == "predicted count"
+
+
+def contrast(first, second):
+    """Of two colours in sRGB, 1 to 21 (WCAG 2.1), by L* of CIE Lab."""
+    lightness = lab(np.stack([first, second]).astype(float), np.eye(3))[:, 0]
+    low, high = sorted(np.where(lightness > 8, ((lightness + 16) / 116) ** 3, lightness / 903.3))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_is_readable_on_every_shade():
+    seen = set()
+    for share in np.linspace(0, 1, 101):
+        cell = 1 - share * (1 - figures._rgb(figures.SHADE))
+        text = figures._readable(cell)
+        assert contrast(matplotlib.colors.to_rgb(text), cell) > 4.5
+        seen.add(text)
+    assert seen == {"black", "white"}
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_bar_ends_at_its_value(log, drawn):
+    figure = drawn(figures.bars, VALUES, "t", "variance", log=log)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "variance" and axes.get_xscale() == ("log" if log else "linear")
+    printed = ["–", "3.21", "0.42", "0", "12,346", "0.0031", "−1,500", "–"]
+    assert [text.get_text() for text in axes.texts] == printed
+    names = [text.get_text().replace("\n", "") for text in axes.get_yticklabels()]
+    assert [name.replace(" ", "") for name in names] == [name.replace(" ", "") for name in VALUES]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first on top
+    start = 0.001 if log else 0
+    assert axes.get_xlim()[0] == (start if log else -1510)
+    assert axes.get_xlim()[1] == pytest.approx(12_595.6)
+    (lines,) = axes.collections
+    whiskers = [segment[:, 0] for segment in lines.get_segments()]
+    for i, (bar, (value, stderr)) in enumerate(zip(axes.patches, VALUES.values(), strict=True)):
+        absent = value is None or value != value or (log and value <= 0)
+        ends = [start] * 2 if absent else [value - (stderr or 0), value + (stderr or 0)]
+        if log and ends[0] <= 0:
+            ends[0] = value
+        assert bar.get_y() + bar.get_height() / 2 == pytest.approx(i)
+        assert bar.get_x() == start
+        assert bar.get_x() + bar.get_width() == pytest.approx(start if absent else value)
+        assert whiskers[i] == pytest.approx(ends)
+        assert axes.texts[i].xy == pytest.approx((max(ends[1], start), i))  # right of all that
+
+
 def lab(rgb, vision):
     """CIE Lab (D65) of sRGB (N, 3), as seen with linear RGB multiplied by `vision`."""
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ vision.T
@@ -349,6 +517,15 @@ def test_tick_labels():
     assert log.format_ticks([1e-5, 0.002, 0.05, 1, 1e6]) == ["1e-5", "0.002", "0.05", "1", "1e6"]
 
 
+def test_numbers_in_print():
+    written = {
+        0.0: "0", 0.01234: "0.0123", 12.34: "12.3", 123.4: "123", 999.9: "1,000", 12345.6: "12,346",
+        999_999: "999,999", 999_999.9: "1e6", 1.234e6: "1.23e6", 1e12: "1e12", 1.5e-5: "1.5e-5",
+        1e-10: "1e-10", -0.5: "−0.5", -1234.0: "−1,234", -2e-5: "−2e-5",
+    }  # fmt: skip
+    assert {value: figures._number(value) for value in written} == written
+
+
 def test_traversals_name_their_values(drawn):
     def heads(values):
         figure = drawn(figures.traversals, torch.rand(1, len(values), 3, 8, 8), ["z"], values, "t")
@@ -379,7 +556,34 @@ def test_what_does_not_fit_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             figures.decomposition(path, **{**good, name: value}, title="t")
+    image, boxes, canvases = glances((1, 3))
+    good = dict(image=image, boxes=boxes, canvases=canvases, labels=["a", "b"])
+    gap, half, flat, infinite = (boxes.clone() for _ in range(4))
+    gap[1, 1], half[1, 1, 2], flat[1, 1, 3], infinite[1, 1, 0] = np.nan, np.nan, 0, np.inf
+    for name, value, message in (
+        ("image", image[:1], "differ"),
+        ("image", image[..., 1:], "differ"),
+        ("canvases", canvases[:, 0], "5 axes"),
+        ("canvases", canvases * np.nan, "canvases holds NaN"),
+        ("canvases", canvases[:, :2], "at most 2"),
+        ("boxes", boxes[:1], "2 scenes"),
+        ("boxes", boxes[..., :3], r"\(n, 4\)"),
+        ("boxes", boxes[:, 0], r"\(n, 4\)"),
+        ("boxes", gap, "NaN rows at the end"),
+        ("boxes", half, "finite"),
+        ("boxes", flat, "sizes above 0"),
+        ("boxes", infinite, "finite"),
+        ("labels", ["a"], "2 scenes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            figures.attention(path, **{**good, name: value}, title="t")
+    for matrix in ([1, 2], [[]], [[1.0]], [[True]], [[1, -1]], [["1"]]):
+        with pytest.raises(ValueError, match="counts"):
+            figures.confusion(path, matrix, "t")
+    image = scene()[0]
     for call in (
+        lambda: figures.bars(path, {}, "t", "y"),
+        lambda: figures.bars(path, {"a": (1, 2, 3)}, "t", "y"),
         lambda: figures.traversals(path, torch.rand(2, 3, 3, 8, 8), ["a"], [1, 2, 3], "t"),
         lambda: figures.traversals(path, torch.rand(1, 3, 3, 8, 8), ["a"], [1, 2], "t"),
         lambda: figures.samples(path, torch.rand(2, 3, 8, 8), "t", torch.rand(1, 4, 8, 8)),
