@@ -185,61 +185,47 @@ AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class Conv(nn.Conv2d):
-    """Size-preserving convolution (padding k // 2), in the memory layout that is faster.
+    """Size-preserving convolution (padding k // 2) and activation, in the layout that is faster.
 
     That is channels-last, but for stride 1 and k > 1 on a CPU without AVX-512 (measured on an AMD
     EPYC with AVX2, torch 2.13).
     """
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1):
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, stride: int = 1, activation: str = "none"
+    ):
         super().__init__(inputs, outputs, kernel, stride, kernel // 2)
-        self.planes = kernel > 1 and stride == 1 and not AVX512
+        self.activation, self.planes = activation, kernel > 1 and stride == 1 and not AVX512
 
-    def channels_last(self, x: Tensor) -> bool:
-        return x.device.type != "cpu" or not self.planes
+    def layout(self, x: Tensor) -> torch.memory_format:
+        planes = self.planes and x.device.type == "cpu"
+        return torch.contiguous_format if planes else torch.channels_last
 
     def forward(self, x: Tensor) -> Tensor:
-        layout = torch.channels_last if self.channels_last(x) else torch.contiguous_format
-        return super().forward(x.contiguous(memory_format=layout))
+        x = x.contiguous(memory_format=self.layout(x))
+        if self.activation == "elu":
+            return kernels.conv_elu(x, self.weight, self.bias, self.stride, self.padding)
+        x = super().forward(x)
+        return F.relu(x, inplace=True) if self.activation == "relu" else x
+
+
+class BroadcastConv(Conv):
+    """A convolution over [z at every pixel; fixed coordinates], without building that image."""
+
+    def __init__(
+        self, latent: int, coordinates: Tensor, outputs: int, kernel: int, activation: str = "none"
+    ):
+        super().__init__(latent + len(coordinates), outputs, kernel, activation=activation)
+        self.register_buffer("coordinates", coordinates, persistent=False)
+
+    def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, O, H, W)
+        return kernels.broadcast_conv(
+            z, self.weight, self.bias, self.coordinates, self.activation, self.layout(z)
+        )
 
 
 def activation(config: Config) -> nn.Module:
     return nn.ELU(inplace=True) if config.activation == "elu" else nn.ReLU(inplace=True)
-
-
-class BroadcastConv(Conv):
-    """A convolution over [z at every pixel; fixed coordinates], without building that image.
-
-    z is the same at every pixel, so its part of the output depends only on which of the k x k taps
-    fall inside the image: k^2 cases (9 for 3x3, 25 for 5x5), each a linear map of z. The part of
-    the coordinates is the same for every z. Exactly nn.Conv2d (zero padding), at the cost of one
-    matrix product; tests/test_iodine.py proves both in float64.
-    """
-
-    def __init__(self, latent: int, coordinates: Tensor, outputs: int, kernel: int):
-        super().__init__(latent + len(coordinates), outputs, kernel)
-        if min(coordinates.shape[1:]) < kernel - 1:  # then some border cases would be missing
-            raise ValueError(f"kernel {kernel} is too large for {tuple(coordinates.shape[1:])}")
-        # Case r of k is row r of an image of k rows: the border rows, and half-way all the others.
-        case, tap, half = torch.arange(kernel)[:, None], torch.arange(kernel), kernel // 2
-        inside = (tap >= half - case) & (tap <= kernel - 1 - case + half)
-        self.register_buffer("inside", inside.float(), persistent=False)  # (case, tap)
-        self.register_buffer("coordinates", coordinates, persistent=False)
-
-    def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, O, H, W)
-        (_, height, width), half = self.coordinates.shape, self.padding[0]
-        w_z, w_xy = self.weight.split([z.shape[1], len(self.coordinates)], dim=1)
-        # The sum of the taps (i, j) that are inside, for case r of the row and s of the column.
-        order, row = ("drso", 1) if self.channels_last(z) else ("dors", 2)
-        w = torch.einsum(f"odij, ri, sj -> {order}", w_z, self.inside, self.inside)
-        out = (z @ w.flatten(1)).unflatten(1, w.shape[1:])  # (N, k, k, O) or (N, O, k, k)
-        for dim, size in ((row, height), (row + 1, width)):
-            top, middle, bottom = out.split([half, 1, half], dim)
-            shape = list(middle.shape)
-            shape[dim] = size - 2 * half
-            out = torch.cat([top, middle.expand(shape), bottom], dim)
-        out = rearrange(out, "n h w o -> n o h w") if row == 1 else out
-        return out + F.conv2d(self.coordinates[None], w_xy, self.bias, padding=half)
 
 
 class BroadcastDecoder(nn.Module):
@@ -250,11 +236,9 @@ class BroadcastDecoder(nn.Module):
         sizes, k = config.decoder_channels, config.decoder_kernel
         coordinates = config.coordinate_gain * linear_coordinates(height, width)
         latent = config.latent_size + config.constants
-        first = BroadcastConv(latent, coordinates, sizes[0], k)
-        self.first = nn.Sequential(first, activation(config))
-        self.hidden = nn.Sequential()
-        for i, o in pairwise(sizes):
-            self.hidden += nn.Sequential(Conv(i, o, k), activation(config))
+        self.first = BroadcastConv(latent, coordinates, sizes[0], k, config.activation)
+        hidden = (Conv(i, o, k, activation=config.activation) for i, o in pairwise(sizes))
+        self.hidden = nn.Sequential(*hidden)
         self.last = Conv(sizes[-1], channels + 1, k)
 
     def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
@@ -276,7 +260,7 @@ class DeconvDecoder(nn.Module):
         for i in range(doublings):
             up = nn.ConvTranspose2d(64 if i else 8, 64, 5, stride=2, padding=2, output_padding=1)
             self.hidden += nn.Sequential(up, activation(config))
-        self.hidden += nn.Sequential(Conv(64 if doublings else 8, 64, 5), activation(config))
+        self.hidden.append(Conv(64 if doublings else 8, 64, 5, activation=config.activation))
         self.last = Conv(64, channels + 1, 5)
 
     def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
@@ -331,8 +315,8 @@ class RefinementNetwork(nn.Module):
         self.norm_grad = nn.LayerNorm(2 * latent)  # over means and raw scales together
         self.convs, size = nn.Sequential(), len(keep)
         for out in c.refinement_channels:
-            conv = Conv(size, out, c.refinement_kernel, c.refinement_stride)
-            self.convs += nn.Sequential(conv, activation(c))
+            conv = Conv(size, out, c.refinement_kernel, c.refinement_stride, c.activation)
+            self.convs.append(conv)
             size = out
         self.pooling, self.mlp = c.pooling, nn.Sequential()
         for out in c.mlp_sizes:

@@ -362,14 +362,12 @@ class PortStyle(iodine.IODINE):
 
     def __init__(self, config: iodine.Config, image: Tensor, changes: int):
         super().__init__(config, *image.shape[1:])
-        self.closed_form, first = changes >= 2, self.decoder.first[0]
-        convolve = iodine.BroadcastConv.forward if changes >= 3 else convolve_image
-        first.forward = lambda z: convolve(first, z)
+        self.closed_form, first = changes >= 2, self.decoder.first
         for module in self.modules():
-            if isinstance(module, nn.ELU):
-                module.inplace = changes >= OURS
-            elif isinstance(module, iodine.Conv) and module is not first and changes < 4:
-                module.forward = partial(convolve_planes, module)
+            if isinstance(module, iodine.Conv) and module is not first:
+                module.forward = partial(convolve, module, planes=changes < 4)
+        if changes < 3:
+            first.forward = lambda z: convolve_image(first, z)
 
     def infer(self, image: Tensor, noise: Tensor) -> Iterator[iodine.Step]:
         eager = dict(refinement_inputs=eager_refinement_inputs,
@@ -378,16 +376,18 @@ class PortStyle(iodine.IODINE):
             yield from super().infer(image, noise)
 
 
-def convolve_planes(layer: iodine.Conv, x: Tensor) -> Tensor:
-    """Channels first, whatever layer it is: as a port that never thought about layout."""
-    return nn.Conv2d.forward(layer, x.contiguous())
+def convolve(layer: iodine.Conv, x: Tensor, planes: bool) -> Tensor:
+    """The layer with an ELU that is not in place; planes: without a thought of memory layout."""
+    x = x.contiguous(memory_format=torch.contiguous_format if planes else layer.layout(x))
+    x = nn.Conv2d.forward(layer, x)
+    return F.elu(x) if layer.activation == "elu" else x
 
 
 def convolve_image(layer: iodine.BroadcastConv, z: Tensor) -> Tensor:
     """What BroadcastConv computes, as nn.Conv2d over an image of z and coordinates."""
     coordinates = layer.coordinates.expand(len(z), -1, -1, -1)  # (N, 2, H, W)
     image = z[:, :, None, None].expand(-1, -1, *coordinates.shape[2:])  # (N, D, H, W)
-    return nn.Conv2d.forward(layer, torch.cat([image, coordinates], 1))  # (N, O, H, W)
+    return convolve(layer, torch.cat([image, coordinates], 1), planes=True)  # (N, O, H, W)
 
 
 class TrainingStep:

@@ -345,7 +345,7 @@ def read_slot(
     channels = load_channels(
         slot, channel_stride, pixel_stride, pixels, COLOURS + 1, UNIT, BLOCK, dtype
     )
-    logit = channels[COLOURS] * 1.4426950408889634
+    logit = channels[COLOURS] * 1.4426950408889634  # log2 e
     return channels, tl.where(logit < -1e30, -1e30, logit)  # without inf - inf
 
 
@@ -433,6 +433,11 @@ def quotient(joint, prior):
 
 
 @jit
+def nats(log2):
+    return log2 * 0.6931471805599453  # ln 2
+
+
+@jit
 def to_blocks(precision, slope, log_norm, BLOCK: tl.constexpr, dtype: tl.constexpr):
     """The constants of `explain`, which arrive in float64, at the precision of the arithmetic."""
     return (
@@ -477,7 +482,7 @@ def mixture_kernel(
         density_sum = add_term(density_sum, density)
 
     lanes, inside = pixels
-    likelihood = quotient(joint, prior) * 0.6931471805599453
+    likelihood = nats(quotient(joint, prior))
     tl.store(log_likelihood + batch * num_pixels + start + lanes, likelihood, mask=inside)
     for k in range(K):
         slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
@@ -486,8 +491,7 @@ def mixture_kernel(
         responsibility, mask = joint_term / joint[1], prior_term / prior[1]
         left_out = likelihood
         if K > 1:
-            left_out = quotient_of_others(joint, prior, joint_term, prior_term, k)
-            left_out *= 0.6931471805599453
+            left_out = nats(quotient_of_others(joint, prior, joint_term, prior_term, k))
         posterior_mask = tl.exp2(density - density_sum[0]) / density_sum[1]
         plane = (batch * K + k) * num_pixels + start
         tl.store(masks + plane + lanes, mask, mask=inside)
@@ -532,7 +536,7 @@ def log_likelihood_kernel(
         density, _ = explain(x, slot, constants, COLOURS, LOGISTIC)
         joint, prior = add_term(joint, logit + density), add_term(prior, logit)
     lanes, inside = pixels
-    likelihood = quotient(joint, prior) * 0.6931471805599453
+    likelihood = nats(quotient(joint, prior))
     tl.store(log_likelihood + batch * num_pixels + start + lanes, likelihood, mask=inside)
 
 

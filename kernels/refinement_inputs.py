@@ -62,6 +62,7 @@ from kernels.mixture import (
     logsumexp_of_others,
     mixture_backward,
     mixture_reference,
+    nats,
     new_like,
     planes,
     posterior,
@@ -298,8 +299,7 @@ def stopped_inputs(
     mask, responsibility = prior_term / prior[1], joint_term / joint[1]
     left_out = likelihood
     if K > 1:
-        left_out = quotient_of_others(joint, prior, joint_term, prior_term, k)
-        left_out *= 0.6931471805599453
+        left_out = nats(quotient_of_others(joint, prior, joint_term, prior_term, k))
     if LOG_RATIO:
         left_out = likelihood - left_out
     gradient = ()
@@ -338,7 +338,7 @@ def statistics_kernel(
         prior = add_contender(prior, logit, k)
 
     lanes, inside = pixels
-    likelihood = quotient(joint, prior) * 0.6931471805599453
+    likelihood = nats(quotient(joint, prior))
     tl.store(log_likelihood + batch * num_pixels + start + lanes, likelihood, mask=inside)
     tiles = tl.cdiv(num_pixels, BLOCK)
     count = tl.minimum(num_pixels - start, BLOCK).to(dtype)
@@ -393,21 +393,17 @@ def combine_kernel(
 
 
 @jit
-def load_statistic(statistics, number):
-    return tl.load(statistics + number * 2), tl.load(statistics + number * 2 + 1)
-
-
-@jit
-def normalise(statistics, gradient, left_out, k, COLOURS: tl.constexpr):
-    """grad_means, grad_mask and leave_one_out of slot k, with mean 0 and variance 1."""
-    mean, scale = load_statistic(statistics, 3 * k + 1)
+def normalise(statistics, values, k, COLOURS: tl.constexpr):
+    """grad_means (C), grad_mask, log_likelihood and leave_one_out of slot k, mean 0, variance 1."""
     normalised = ()
-    for c in tl.static_range(COLOURS):
-        normalised = normalised + ((gradient[c] - mean) * scale,)
-    mean, scale = load_statistic(statistics, 3 * k + 2)
-    normalised = normalised + ((gradient[COLOURS] - mean) * scale,)
-    mean, scale = load_statistic(statistics, 3 * k + 3)
-    return normalised, (left_out - mean) * scale
+    for c in tl.static_range(COLOURS + 3):
+        if c == COLOURS + 1:
+            statistic = statistics
+        else:
+            number = 1 if c < COLOURS else (2 if c == COLOURS else 3)
+            statistic = statistics + (3 * k + number) * 2
+        normalised = normalised + ((values[c] - tl.load(statistic)) * tl.load(statistic + 1),)
+    return normalised
 
 
 @jit
@@ -458,13 +454,7 @@ def pack_kernel(
         prior = add_contender(prior, logit, k)
         density_sum = add_term(density_sum, density)
 
-    likelihood = quotient(joint, prior) * 0.6931471805599453
-    mean, scale = load_statistic(statistics, 0)
-    gains, shifts = (), ()
-    for c in tl.static_range(COLOURS + 3):
-        gains = gains + (tl.load(weight + c).to(dtype),)
-        shifts = shifts + (tl.load(bias + c).to(dtype),)
-    normal_likelihood = (likelihood - mean) * scale * gains[COLOURS + 1] + shifts[COLOURS + 1]
+    likelihood = nats(quotient(joint, prior))
     for k in range(K):
         slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
         density, scores = explain(x, slot, constants, COLOURS, LOGISTIC)
@@ -472,16 +462,15 @@ def pack_kernel(
             joint, prior, likelihood, logit, density, scores, k, K, COLOURS, LOG_RATIO
         )
         posterior_mask = tl.exp2(density - density_sum[0]) / density_sum[1]
-        normalised, left_out = normalise(statistics, gradient, left_out, k, COLOURS)
-        means = ()
-        affine = ()
+        normalised = normalise(statistics, gradient + (likelihood, left_out), k, COLOURS)
+        channels = x
         for c in tl.static_range(COLOURS):
-            means = means + (slot[c],)
-        for c in tl.static_range(COLOURS + 1):
-            affine = affine + (normalised[c] * gains[c] + shifts[c],)
-        left_out = left_out * gains[COLOURS + 2] + shifts[COLOURS + 2]
-        channels = x + means + (mask, slot[COLOURS], posterior_mask)
-        channels = channels + affine + (normal_likelihood, left_out) + first
+            channels = channels + (slot[c],)
+        channels = channels + (mask, slot[COLOURS], posterior_mask)
+        for c in tl.static_range(COLOURS + 3):
+            gain, shift = tl.load(weight + c).to(dtype), tl.load(bias + c).to(dtype)
+            channels = channels + (normalised[c] * gain + shift,)
+        channels = channels + first
         store_channels(
             packed, batch * K + k, start, num_pixels, pixels, channels,
             COMPUTED + FIRST, FEATURES, BLOCK,
@@ -541,7 +530,7 @@ def refinement_inputs_backward_kernel(
         density_sum = add_term(density_sum, density)
 
     prior_mean, density_mean = prior_mean / prior[1], density_mean / density_sum[1]
-    likelihood = quotient(joint, prior) * 0.6931471805599453
+    likelihood = nats(quotient(joint, prior))
     gains, shifts = (), ()  # sums over slots, of every pixel
     for _ in tl.static_range(COLOURS + 3):
         gains = gains + (zero,)
@@ -553,7 +542,7 @@ def refinement_inputs_backward_kernel(
             joint, prior, likelihood, logit, density, scores, k, K, COLOURS, LOG_RATIO
         )
         posterior_mask = tl.exp2(density - density_sum[0]) / density_sum[1]
-        normalised, left_out = normalise(statistics, gradient, left_out, k, COLOURS)
+        normalised = normalise(statistics, gradient + (likelihood, left_out), k, COLOURS)
         d_channels = load_channels(
             d_packed + tl.cast(k, tl.int64) * packed_slot * STEP,
             packed_channel, packed_pixel, pixels, 2 * COLOURS + 6, FEATURES, BLOCK, dtype,
@@ -569,8 +558,6 @@ def refinement_inputs_backward_kernel(
             d_decoded, batch * K + k, start, num_pixels, pixels, d_slot + (d_logit,),
             COLOURS + 1, UNIT, BLOCK,
         )  # fmt: skip
-        # The likelihood, the same for every slot, is multiplied after the loop.
-        normalised = normalised + (zero, left_out)
         more_gains, more_shifts = (), ()
         for c in tl.static_range(COLOURS + 3):
             d_normalised = d_channels[COLOURS + 3 + c]
@@ -578,11 +565,7 @@ def refinement_inputs_backward_kernel(
             more_shifts = more_shifts + (shifts[c] + d_normalised,)
         gains, shifts = more_gains, more_shifts
 
-    mean, scale = load_statistic(statistics, 0)
-    sums = ()
-    for c in tl.static_range(COLOURS + 3):
-        sums = sums + (shifts[c] * (likelihood - mean) * scale if c == COLOURS + 1 else gains[c],)
-    tile = join_columns(sums + shifts, 2 * COLOURS + 6, BLOCK, SUMS)
+    tile = join_columns(gains + shifts, 2 * COLOURS + 6, BLOCK, SUMS)
     row = d_affine + tl.program_id(0).to(tl.int64) * SUMS
     tl.store(row + tl.arange(0, SUMS), tl.sum(tile, 0))
 
@@ -664,6 +647,7 @@ def _fused_backward(
         (*cotangent.strides, *likelihood_strides),
         constants(sigma, component, colours, posterior_epsilon),
         LOGISTIC=component == "logistic", LOG_RATIO=log_ratio, FEATURES=cotangent.unit, SUMS=width,
+        maxnreg=128,  # or the compiler takes 150 now and then, and fewer programs run at a time
     )  # fmt: skip
     sums = d_affine.sum(0)  # the second stage
     return d_decoded, sums[: colours + 3].clone(), sums[colours + 3 : 2 * colours + 6].clone()

@@ -876,9 +876,10 @@ MUTANTS: dict[str, tuple[str, str, dict]] = {  # name: (text of iodine.py, its m
         'torch.stack(torch.meshgrid(rows, cols, indexing="ij"))',
         'torch.stack(torch.meshgrid(rows, cols, indexing="ij")[::-1])', {}),
     "no coordinates in the decoder": (
-        "out + F.conv2d(self.coordinates[None], w_xy, self.bias, padding=half)",
-        "out + self.bias[:, None, None]", {}),
-    "no border cases": ("inside.float()", "torch.ones(kernel, kernel)", {}),
+        "self.bias, self.coordinates, self.activation",
+        "self.bias, 0 * self.coordinates, self.activation", {}),
+    "no activation in the first layer": (
+        "self.coordinates, self.activation, self", 'self.coordinates, "none", self', {}),
     "gain left out": ("config.coordinate_gain * linear", "linear", dict(coordinate_gain=3.0)),
     "slots mixed with images": ("unflatten(0, z.shape[:2])",
                                 "unflatten(0, z.shape[:2][::-1]).transpose(0, 1)", {}),
