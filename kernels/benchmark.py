@@ -19,8 +19,10 @@ Operations. "eager autograd" is how ports of the models write it: torch.distribu
 autograd.grad for the gradients, a loop over slots for leave-one-out, layer_norm and cat;
 "reference" is the shortest torch, which for mixture_log_likelihood computes all of `mixture`;
 "torch" and "triton" are the public operation (the torch path of `mixture` is its reference: these
-two show the noise). forward is without a graph, as in evaluation. "eager x" is eager's time over
-this row's: above 1 this row is faster. GB/s counts inputs, cotangents, outputs and gradients once
+two show the noise; of the last three operations eager and reference are the same). forward is
+without gradients, as in evaluation. Columns eager, ref., comp. and torch hold their time over this
+row's: above 1 this row is faster. graph: milliseconds within a CUDA graph, for calls so short that
+launching them is most of the time. GB/s counts inputs, cotangents, outputs and gradients once
 each, what a perfect kernel would move; "copy" is its share of what copying a large tensor reached
 in this process. MB: the peak of what the call allocates.
 
@@ -67,17 +69,21 @@ import iodine
 import kernels
 from data import figures, runs
 from data.options import UserError, require
+from kernels.bias_elu import bias_elu_reference
+from kernels.broadcast_conv import broadcast_conv_reference
+from kernels.masks import masks_reference
 from kernels.mixture import Mixture, mixture_reference
 from kernels.refinement_inputs import RefinementInputs, refinement_inputs_reference
 
-SIZES = {  # name: B on CUDA, B on a CPU, K, H = W
-    "tetrominoes": (32, 32, 4, 35),
-    "tetrominoes_256": (256, 64, 4, 35),
-    "dsprites": (32, 8, 6, 64),
-    "clevr6": (32, 2, 7, 128),
-    "slots_11": (32, 1, 11, 128),
+SIZES = {  # name: B on CUDA, B on a CPU, K, H = W; D, O and kernel of the decoder's first layer
+    "tetrominoes": (32, 32, 4, 35, 32, 32, 5),
+    "tetrominoes_256": (256, 64, 4, 35, 32, 32, 5),
+    "dsprites": (32, 8, 6, 64, 16, 32, 5),
+    "clevr6": (32, 2, 7, 128, 64, 64, 3),
+    "slots_11": (32, 1, 11, 128, 64, 64, 3),
 }
 SIGMA = 0.1
+LAUNCH_BOUND = 1.0  # milliseconds: faster calls on CUDA are timed once more, in a CUDA graph
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # bfloat16: gradients are rounded to it
 STEP_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}  # bfloat16: only nonsense is refused
 MODELS = {"iodine": iodine}  # with PRESETS, make_config, build, and a model with noise and loss
@@ -241,12 +247,23 @@ def log_likelihood_reference(*arguments: Any) -> Tensor:
     return mixture_reference(*arguments).log_likelihood
 
 
-OPS = {  # name: as ports write it, reference, public
-    "mixture_log_likelihood":
-        (eager_log_likelihood, log_likelihood_reference, kernels.mixture_log_likelihood),
-    "mixture": (eager_mixture, mixture_reference, kernels.mixture),
-    "refinement_inputs":
-        (eager_refinement_inputs, refinement_inputs_reference, kernels.refinement_inputs),
+class Op(NamedTuple):
+    eager: Callable  # as ports write it
+    reference: Callable
+    public: Callable
+    leaves: slice  # which inputs have a gradient
+
+
+OPS = {
+    "mixture_log_likelihood": Op(eager_log_likelihood, log_likelihood_reference,
+                                 kernels.mixture_log_likelihood, slice(1, 2)),
+    "mixture": Op(eager_mixture, mixture_reference, kernels.mixture, slice(1, 2)),
+    "refinement_inputs": Op(eager_refinement_inputs, refinement_inputs_reference,
+                            kernels.refinement_inputs, slice(1, 4)),
+    "masks": Op(masks_reference, masks_reference, kernels.masks, slice(0, 1)),
+    "broadcast_conv": Op(broadcast_conv_reference, broadcast_conv_reference,
+                         kernels.broadcast_conv, slice(0, 3)),
+    "bias_elu": Op(bias_elu_reference, bias_elu_reference, kernels.bias_elu, slice(0, 2)),
 }  # fmt: skip
 
 
@@ -260,28 +277,45 @@ def backends(device: torch.device, op: str | None = None) -> list[str]:
     return ["torch", "triton"][: 1 + (with_backend("auto", kernels.backend, device, op) != "torch")]
 
 
-def make_inputs(op: str, batch: int, slots: int, side: int, dtype: str) -> list[Tensor]:
-    """image, decoded (channels-last memory, as decoders give it) and what else the op takes."""
+def make_inputs(op: str, size: str, batch: int, dtype: str) -> list[Any]:
+    """What the op takes; images of slots in channels-last memory, as decoders give them."""
+    _, _, slots, side, latent, outputs, kernel = SIZES[size]
     draw = torch.Generator().manual_seed(0)
+    if op in ("broadcast_conv", "bias_elu"):
+        shapes = [(batch * slots, latent), (outputs, latent + 2, kernel, kernel), (outputs,)]
+        if op == "bias_elu":
+            shapes = [(batch * slots, outputs, side, side), (outputs,)]
+        made = [torch.randn(shape, generator=draw).to(getattr(torch, dtype)) for shape in shapes]
+        if op == "bias_elu":
+            return [made[0].contiguous(memory_format=torch.channels_last), made[1]]
+        return [made[0], made[1] / math.sqrt(made[1][0].numel()), made[2],
+                iodine.linear_coordinates(side, side).to(made[0])]
     image = torch.rand(batch, 3, side, side, generator=draw)
     decoded = torch.randn(batch * slots, 4, side, side, generator=draw)  # (B*K, C+1, H, W)
     decoded[:, :3].mul_(0.25).add_(0.5)
     decoded = decoded.to(getattr(torch, dtype)).contiguous(memory_format=torch.channels_last)
     inputs = [image, decoded.unflatten(0, (batch, slots))]
+    if op == "masks":
+        return [inputs[1][:, :, -1]]
     if op == "refinement_inputs":
         inputs += [1 + 0.1 * torch.randn(6, generator=draw), 0.1 * torch.randn(6, generator=draw)]
         inputs += [iodine.linear_coordinates(side, side)]
-    return inputs
+    return [*inputs, SIGMA]
 
 
-def make_call(function: Callable, inputs: list[Tensor], backward: bool) -> Callable:
+def double(inputs: list[Any]) -> list[Any]:
+    return [value.double() if isinstance(value, Tensor) else value for value in inputs]
+
+
+def make_call(op: Op, function: Callable, inputs: list[Any], backward: bool) -> Callable:
     """A call that gives the outputs and, with `backward`, their cotangents and the gradients."""
-    leaves = [tensor.clone().requires_grad_(backward) for tensor in inputs[1:4]]  # decoded, affine
-    cotangents: list[Tensor] = []
+    arguments, cotangents = list(inputs), []
+    leaves = [tensor.clone().requires_grad_(backward) for tensor in inputs[op.leaves]]
+    arguments[op.leaves] = leaves
 
     def call() -> list[Tensor]:
         with torch.set_grad_enabled(backward):
-            outputs = function(inputs[0], *leaves, *inputs[4:], SIGMA)
+            outputs = function(*arguments)
         outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         gradients: Sequence[Tensor] = []
         if backward:
@@ -298,25 +332,45 @@ def make_call(function: Callable, inputs: list[Tensor], backward: bool) -> Calla
 
 
 def time_op(
-    op: str, inputs: list[Tensor], dtype: str, backward: bool, session: Session
+    name: str, inputs: list[Any], dtype: str, backward: bool, session: Session
 ) -> dict[str, dict[str, Any]]:
     """The row of every implementation."""
-    (eager, reference, public), (options, device, _) = OPS[op], session
-    functions = {"eager autograd": eager, "reference": reference}
+    op, (options, device, _) = OPS[name], session
+    functions = {"eager autograd": op.eager, "reference": op.reference}
     if options.torch_compile:
         torch.compiler.reset()  # else it gives up after a few shapes
-        functions["torch.compile"] = torch.compile(reference, dynamic=False)
-    functions |= {name: partial(with_backend, name, public) for name in backends(device, op)}
-    calls = {name: make_call(f, inputs, backward) for name, f in functions.items()}
-    truth = make_call(reference, [tensor.double() for tensor in inputs], backward)()
+        functions["torch.compile"] = torch.compile(op.reference, dynamic=False)
+    functions |= {name: partial(with_backend, name, op.public) for name in backends(device, name)}
+    calls = {name: make_call(op, f, inputs, backward) for name, f in functions.items()}
+    truth = make_call(op, op.reference, double(inputs), backward)()
     rows = {name: check(call, truth, TOLERANCE[dtype]) for name, call in calls.items()}
     timed = time_right(rows, calls, options.repeats or 30, device)
     for name, row in timed.items():
         row |= {f"vs {other}": timed[other]["ms"] / row["ms"] for other in timed}
-        traffic = num_bytes(inputs) * (2 if backward else 1) + num_bytes(calls[name]())
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        traffic = num_bytes(tensors) * (2 if backward else 1) + num_bytes(calls[name]())
         row["gb_per_s"] = traffic / row["ms"] / 1e6
         row["peak_mb"] = peak_allocated(calls[name], device)
+        if device.type == "cuda" and row["ms"] < LAUNCH_BOUND:
+            copies = range(max(2, min(32, math.ceil(2e8 / traffic))))  # more than the cache holds
+            several = [make_call(op, functions[name], inputs, backward) for _ in copies]
+            row["graph_ms"] = graph_milliseconds(several, options.repeats or 30)
     return rows
+
+
+def graph_milliseconds(calls: list[Callable], repeats: int) -> float:
+    """Of one call, without its launches: all of them, on buffers of their own, in a CUDA graph."""
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # lazy initialisations must not be captured
+        for call in [*calls, *calls]:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    replayed = interleave({"graph": graph.replay}, repeats, torch.device("cuda"))["graph"]["ms"]
+    return replayed / len(calls)
 
 
 def benchmark_ops(session: Session) -> bool:
@@ -326,12 +380,13 @@ def benchmark_ops(session: Session) -> bool:
     report = Report("ops", OP_COLUMNS, {**info, "copy_gb_per_s": round(bandwidth, 1)})
     dtypes = options.dtypes or ("float32", "bfloat16")[: 1 + on_gpu]
     for op, size, dtype, backward in product(OPS, options.sizes, dtypes, (False, True)):
-        *batches, slots, side = SIZES[size]
+        *batches, slots, side, _, _, _ = SIZES[size]
         batch = options.batch or batches[not on_gpu]
         direction = "forward+backward" if backward else "forward"
         print(f"{op}, {size}: B {batch}, K {slots}, {side} x {side}, {dtype}, {direction}")
         group = dict(op=op, size=size, batch=batch, slots=slots, side=side, dtype=dtype)
-        inputs = [tensor.to(device) for tensor in make_inputs(op, batch, slots, side, dtype)]
+        inputs = [value.to(device) if isinstance(value, Tensor) else value
+                  for value in make_inputs(op, size, batch, dtype)]
         for name, row in time_op(op, inputs, dtype, backward, session).items():
             if "ms" in row:
                 row["copy_share"] = row["gb_per_s"] / bandwidth
@@ -570,9 +625,10 @@ class Column(NamedTuple):
 
 TIMES = [Column("ms", "ms", 7), Column("p20", "p20", 8), Column("p80", "p80", 8)]
 OP_COLUMNS = [
-    Column("implementation", "", 14), *TIMES, Column("vs eager autograd", "eager x", 8, ".2f"),
-    Column("vs reference", "ref. x", 8, ".2f"), Column("vs torch.compile", "comp. x", 8, ".2f"),
-    Column("vs torch", "torch x", 8, ".2f"), Column("gb_per_s", "GB/s", 7, ".1f"),
+    Column("implementation", "", 14), *TIMES, Column("graph_ms", "graph", 8),
+    Column("vs eager autograd", "eager", 6, ".3g"), Column("vs reference", "ref.", 6, ".3g"),
+    Column("vs torch.compile", "comp.", 6, ".3g"), Column("vs torch", "torch", 6, ".3g"),
+    Column("gb_per_s", "GB/s", 7, ".1f"),
     Column("copy_share", "copy", 6, ".0%"), Column("peak_mb", "MB", 8, ".1f"),
     Column("error", "error", 7, ".0e"),
 ]  # fmt: skip

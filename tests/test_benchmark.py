@@ -62,7 +62,7 @@ def test_operations(tmp_path, capsys):
     content = read(tmp_path / "new" / "folder", "ops")
     assert content["command"].startswith("python -m kernels.benchmark --sizes tetrominoes")
     rows = content["rows"]
-    assert len(rows) == 3 * 2 * 3  # operations, directions, implementations
+    assert len(rows) == 6 * 2 * 3  # operations, directions, implementations
     for row in rows:
         assert row["error"] < 1e-5
         assert 0 < row["p20"] <= row["ms"] <= row["p80"]
@@ -76,9 +76,13 @@ def test_operations(tmp_path, capsys):
         num["mixture"] = 3 + 12 * slots + 1, 3 + 4 * slots + 1 + 3 * slots + 4 * slots
         num["refinement_inputs"] = 3 + 4 * slots + 2 + 17 * slots + 1 + 4 * slots, (
             3 + 4 * slots + 2 + 17 * slots + 1 + 4 * slots)
+        num["masks"] = 2 * slots, 3 * slots
+        num["bias_elu"] = 2 * 32 * slots, 3 * 32 * slots
+        # In and out: the convolution's weights are few, 34 x 32 x 25 to a thousand pixels.
+        num["broadcast_conv"] = 2 + 32 * slots + 22.2, 2 + 32 * slots + 44.4
         forward, backward = num[row["op"]]
         count = pixels * (forward + backward * (row["direction"] != "forward"))
-        assert row["gb_per_s"] * row["ms"] * 1e6 == pytest.approx(4 * count, abs=4 * 40)
+        assert row["gb_per_s"] * row["ms"] * 1e6 == pytest.approx(4 * count, rel=1e-2)
         share = row["gb_per_s"] / content["copy_gb_per_s"]
         assert row["copy_share"] == pytest.approx(share, rel=0.1)
         assert 4 * pixels / 1e6 < row["peak_mb"] < 100
@@ -95,7 +99,7 @@ def broken(*arguments):
 
 @pytest.mark.parametrize("wrong, reason", [(shifted, "error 1e-02"), (broken, "not here")])
 def test_a_wrong_implementation_gets_no_number(tmp_path, capsys, monkeypatch, wrong, reason):
-    ops = {"mixture": (benchmark.eager_mixture, mixture_reference, wrong)}
+    ops = {"mixture": benchmark.OPS["mixture"]._replace(public=wrong)}
     monkeypatch.setattr(benchmark, "OPS", ops)
     assert run(tmp_path, *TINY) == 1
     printed = capsys.readouterr().out
@@ -117,22 +121,23 @@ def test_nan_is_wrong():
 
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-12), ("bfloat16", 1e-2)])
 @pytest.mark.parametrize("op", benchmark.OPS)
-def test_eager_operations_are_right(op, dtype, tolerance):
-    inputs = benchmark.make_inputs(op, 2, 3, 6, dtype)
+def test_eager_operations_are_right(op, dtype, tolerance, monkeypatch):
+    monkeypatch.setitem(benchmark.SIZES, "tiny", (1, 1, 3, 6, 4, 5, 3))
+    inputs = benchmark.make_inputs(op, "tiny", 2, dtype)
     if dtype == "float64":
-        inputs = [tensor.double() for tensor in inputs]
-    eager, reference, public = benchmark.OPS[op]
+        inputs = benchmark.double(inputs)
+    op = benchmark.OPS[op]
     for backward in (False, True):
-        truth = benchmark.make_call(reference, [tensor.double() for tensor in inputs], backward)()
-        for function in (eager, public):
-            values = benchmark.make_call(function, inputs, backward)
+        truth = benchmark.make_call(op, op.reference, benchmark.double(inputs), backward)()
+        for function in (op.eager, op.public):
+            values = benchmark.make_call(op, function, inputs, backward)
             assert "wrong" not in benchmark.check(values, truth, tolerance)
 
 
 @pytest.mark.slow
 def test_torch_compile(tmp_path):
     assert run(tmp_path, *TINY, "--torch-compile") == 0
-    assert len(read(tmp_path, "ops")["rows"]) == 3 * 2 * 4
+    assert len(read(tmp_path, "ops")["rows"]) == 6 * 2 * 4
 
 
 @pytest.mark.gpu
