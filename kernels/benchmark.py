@@ -29,8 +29,9 @@ in this process. MB: the peak of what the call allocates.
 Training steps. `step` starts from IODINE as ports write it and makes one change per row, on a CPU
 each in a process of its own; "above x" is the gain over the row above (of bfloat16's first row:
 over float32's). "MB first" and "MB peak" are the resident memory of that process, before its first
-step and at most (CUDA: what one step allocates). `presets` sets a preset's
-step against the drawing of its scenes and noise, whose share of their sum should stay below 10 %.
+step and at most (CUDA: what one step allocates). `presets` sets a preset's step against the drawing
+of its scenes and noise, whose share of their sum should stay below 10 %; "ops" is the share of the
+step that the mixture and the refinement inputs take, by torch's profiler.
 
 Axes: B batch, K slots, T refinement steps, D latent, C H W image, F input channels of refinement.
 """
@@ -602,10 +603,24 @@ def benchmark_presets(session: Session) -> bool:
             row = times["step"] | {f"data_{k}": value for k, value in times["data"].items()}
             share = row["data_ms"] / (row["data_ms"] + row["ms"])
             report.add(dict(model=name, preset=preset, kernels=backend, batch=config.batch_size,
-                            **row, data_share=share))
+                            **row, data_share=share, ops_share=ops_share(step, device)))
             for series, t in (f"step, {backend} kernels", times["step"]), ("data", times["data"]):
                 report.bar("", f"{name} {preset}\nbatch {config.batch_size}", series, *t.values())
     return report.write(options.out, "A training step of every preset", MILLISECONDS)
+
+
+def ops_share(step: Callable, device: torch.device) -> float:
+    """The share of a training step that the mixture and the refinement inputs take (profiled)."""
+    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    with profile(activities={ProfilerActivity.CPU, activity}) as record:
+        step()
+    kind = "device" if device.type == "cuda" else "cpu"
+    events, ours = record.key_averages(), 0.0
+    for event in events:
+        if re.fullmatch(r"_(RefinementInputs|LogLikelihood)(Backward)?|"
+                        r"slot_kernels::(refinement_inputs|mixture)\w*", event.key):
+            ours += getattr(event, f"{kind}_time_total")
+    return ours / sum(getattr(event, f"self_{kind}_time_total") for event in events)
 
 
 # -- tables and charts -----------------------------------------------------------------------------
@@ -641,7 +656,7 @@ STEP_COLUMNS = [
 PRESET_COLUMNS = [
     Column("model", "", 8), Column("preset", "", 25), Column("kernels", "", 7), *TIMES,
     Column("batch", "batch", 7), Column("data_ms", "data ms", 9),
-    Column("data_share", "share", 8, ".1%"),
+    Column("data_share", "share", 7, ".1%"), Column("ops_share", "ops", 7, ".1%"),
 ]  # fmt: skip
 MILLISECONDS = "milliseconds (thin line: 20th to 80th percentile)"
 
@@ -687,11 +702,15 @@ class Report:
         names = dict.fromkeys(s for g in self.panels.values() for bars in g.values() for s in bars)
         colors = dict(zip(names, figures.PALETTE, strict=False))
         lines = max(sum(len(b) + 1 for b in groups.values()) for groups in self.panels.values())
-        size = max(7, 4.5 * len(self.panels)), 1.6 + 0.17 * lines
+        columns = min(3, len(self.panels))
+        rows = math.ceil(len(self.panels) / columns)
+        size = max(7, 4.5 * columns), 1.2 + (0.4 + 0.17 * lines) * rows
         figure = Figure(size, dpi=150, layout="constrained")
         figure.suptitle(title, fontsize=11)
-        grid = figure.subplots(1, len(self.panels), squeeze=False)[0]
-        for axes, (panel, groups) in zip(grid, self.panels.items(), strict=True):
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes in grid[len(self.panels) :]:
+            axes.set_axis_off()
+        for axes, (panel, groups) in zip(grid, self.panels.items(), strict=False):
             middles, y = [], 0.0
             for bars in groups.values():
                 middles.append(y + (len(bars) - 1) / 2)
