@@ -10,6 +10,7 @@
 #     "tyro>=1.0",
 #     "scipy>=1.13",
 #     "scikit-learn>=1.5",
+#     "mlxtend>=0.23",
 # ]
 # ///
 """IODINE: Multi-Object Representation Learning with Iterative Variational Inference.
