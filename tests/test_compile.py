@@ -105,10 +105,9 @@ def cases(target: int, full: bool) -> list[Case]:
 # -- what the operations are called with -----------------------------------------------------------
 
 
-def images(case: Case, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for (*shape, size, size), the last but two being channels. It is never touched."""
-    *rest, channels = shape
-    dtype = dtype or getattr(torch, case.dtype)
+def images(case: Case, *shape: int) -> Tensor:
+    """Memory for (*shape, size, size), shape ending in the channels. Hardly any is ever touched."""
+    (*rest, channels), dtype = shape, getattr(torch, case.dtype)
     if case.layout == "first":
         return torch.empty(*shape, case.size, case.size, dtype=dtype)
     return torch.empty(*rest, case.size, case.size, channels, dtype=dtype).movedim(-1, -3)
@@ -158,8 +157,7 @@ CALLS: dict[str, Callable[[Case, Callable], Any]] = {
 
 def call(name: str, case: Case) -> None:
     """The operation, then its gradients, with a cotangent for every output that may have one."""
-    [operation] = {vars(module)[name] for module in modules() if callable(vars(module).get(name))}
-    outputs = CALLS[name](case, operation)
+    outputs = CALLS[name](case, getattr(kernels, name))
     outputs = [outputs] if isinstance(outputs, Tensor) else outputs
     outputs = [output for output in outputs if output.requires_grad]
     torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
@@ -234,7 +232,6 @@ def compile_all(target: int, full: bool) -> list[Compiled]:
         found.setdefault(id(compiled), (name, case, kernel, compiled))  # the same if cached
 
     triton.JITFunction.run = compile_instead
-    modules()
     kernels._triton_obstacle = lambda *_: None  # whatever hinders Triton from running here
     with kernels.use("triton"):
         for case, name in itertools.product(cases(target, full), kernels.TRITON):
@@ -320,7 +317,9 @@ def compile_in_children(full: bool) -> list[Compiled]:
     options = ["--full"] if full else []
 
     def child(target: int) -> list[Compiled]:
-        command = [sys.executable, __file__, "--json", str(target), *options]
+        # Triton warns where a launch leaves it open whether multiply-adds are fused.
+        command = [sys.executable, "-W", "error:TRITON_DEFAULT_FP_FUSION", __file__]
+        command += ["--json", str(target), *options]
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         return [
@@ -359,14 +358,14 @@ def shipped(entries: list[Compiled]) -> list[Compiled]:
     return [entry for entry in entries if entry.operation != "none"]
 
 
-# Registers of a thread, at most. With 64, a multiprocessor of 65,536 holds half of the threads that
-# it could; with 128 a quarter, which still hides the latency of memory where a thread has several
-# loads on the way.
+# Registers of a thread for channels-last tensors, at most. With 64, a multiprocessor of 65,536 has
+# half of the threads that it could; with 128 a quarter, which still hides the latency of memory
+# where a thread has several loads on the way. Planes are the layout of CPUs: they may not spill.
 REGISTERS = {
     "bias_elu._forward_kernel": 64,
-    "bias_elu._backward_kernel": 64,
+    "bias_elu._backward_kernel": 96,
     "broadcast_conv._forward_kernel": 96,
-    "broadcast_conv._backward_kernel": 80,
+    "broadcast_conv._backward_kernel": 96,
     "broadcast_conv._classes_kernel": 64,
     "masks._forward_kernel": 64,
     "masks._backward_kernel": 64,
@@ -381,20 +380,19 @@ REGISTERS = {
 
 
 def check(entries: list[Compiled]) -> None:
-    """Nothing spills, no kernel takes more registers than it may, pixels are accessed whole."""
+    """Nothing spills; channels-last, few registers, and all channels of a pixel in one access."""
     failures = [f"{entry.spilled} bytes spilled: {entry}" for entry in entries if entry.spilled]
     for entry in entries:
-        limit = REGISTERS[entry.kernel]
-        if entry.registers > limit:
-            failures.append(f"{entry.registers} registers, more than {limit}: {entry}")
-        failures += narrow_accesses(entry)
+        if entry.case.layout == "last":
+            failures += narrow_accesses(entry)
+            limit = REGISTERS[entry.kernel]
+            if entry.registers > limit:
+                failures.append(f"{entry.registers} registers, more than {limit}: {entry}")
     assert not failures, "\n".join(["", *failures])
 
 
 def narrow_accesses(entry: Compiled) -> list[str]:
     """Where a thread does not take all channels of a channels-last decoder output at once."""
-    if entry.case.layout == "first":
-        return []
     return [
         f"{sorted(set(sizes))} bytes at a time, not {wanted}, by `{text}`: {entry}"
         for name, wanted in pixel_bytes(entry).items()
@@ -418,10 +416,11 @@ def test_every_operation_and_every_kernel_is_compiled(compiled):
     launched = {function.fn for function in functions if function.fn.__name__ not in called}
     names = {f"{function.__module__}.{function.__name__}" for function in launched}
     assert {f"kernels.{entry.kernel}" for entry in shipped(compiled)} == names
+    assert {entry.kernel for entry in shipped(compiled)} == set(REGISTERS)
     assert {entry.target for entry in compiled} == set(TARGETS)
 
 
-def test_nothing_spills_and_pixels_are_read_whole(compiled):
+def test_registers_and_accesses(compiled):
     check(shipped(compiled))
 
 
