@@ -67,16 +67,18 @@ def _tile(
     BLOCK_P: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """Channels, places in memory and existence of the numbers of a tile, (BLOCK_P, BLOCK_O)."""
-    pixel = tile.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    """Of a tile (BLOCK_P, BLOCK_O): first place in memory, 64 bits, and from there the numbers'
+    places; their channels; which of them exist."""
+    start = tile.to(tl.int64) * BLOCK_P
+    pixel = tl.arange(0, BLOCK_P)[:, None]
     channel = tl.arange(0, BLOCK_O)[None, :]
-    inside = (pixel < num_pixels) & (channel < NUM_CHANNELS)
+    left = tl.minimum(num_pixels - start, BLOCK_P).to(tl.int32)
+    inside = (pixel < left) & (channel < NUM_CHANNELS)
     if CHANNELS_LAST:  # one plane: all pixels of all images, with their channels
-        where = pixel * NUM_CHANNELS + channel
-    else:  # a plane is one channel of one image
-        channel += (plane % NUM_CHANNELS).to(tl.int32)
-        where = plane * num_pixels + pixel
-    return channel, where, inside
+        return start * NUM_CHANNELS, pixel * NUM_CHANNELS + channel, channel, inside
+    else:  # a plane is one channel of one image, and BLOCK_O is 1
+        first = plane * num_pixels + start
+        return first, pixel, channel + (plane % NUM_CHANNELS).to(tl.int32), inside
 
 
 @jit
@@ -93,12 +95,12 @@ def _forward_kernel(
     BLOCK_O: tl.constexpr,
 ):
     plane, tile = tl.program_id(0).to(tl.int64) // num_tiles, tl.program_id(0) % num_tiles
-    channel, where, inside = _tile(
+    start, place, channel, inside = _tile(
         plane, tile, num_pixels, NUM_CHANNELS, CHANNELS_LAST, BLOCK_P, BLOCK_O
     )
     shift = tl.load(bias + channel, mask=channel < NUM_CHANNELS, other=0).to(FLOAT)
-    value = tl.load(x + where, mask=inside, other=0).to(FLOAT)
-    tl.store(out + where, activate(value + shift, "elu"), mask=inside)
+    value = tl.load(x + start + place, mask=inside, other=0).to(FLOAT)
+    tl.store(out + start + place, activate(value + shift, "elu"), mask=inside)
 
 
 @jit
@@ -119,15 +121,15 @@ def _backward_kernel(
     plane, group = tl.program_id(0).to(tl.int64) // num_groups, tl.program_id(0) % num_groups
     total = tl.zeros([BLOCK_P, BLOCK_O], FLOAT)
     for i in range(TILES):
-        _channel, where, inside = _tile(
+        start, place, _channel, inside = _tile(
             plane, group * TILES + i, num_pixels, NUM_CHANNELS, CHANNELS_LAST, BLOCK_P, BLOCK_O
         )
-        cotangent = tl.load(gradient + where, mask=inside, other=0).to(FLOAT)
-        value = tl.load(out + where, mask=inside, other=0).to(FLOAT)
+        cotangent = tl.load(gradient + start + place, mask=inside, other=0).to(FLOAT)
+        value = tl.load(out + start + place, mask=inside, other=0).to(FLOAT)
         cotangent = through_activation(cotangent, value, "elu")
-        tl.store(d_x + where, cotangent, mask=inside)
+        tl.store(d_x + start + place, cotangent, mask=inside)
         total += cotangent
-    channel, _where, _inside = _tile(
+    _start, _place, channel, _inside = _tile(
         plane, group, num_pixels, NUM_CHANNELS, CHANNELS_LAST, BLOCK_P, BLOCK_O
     )
     row = plane // NUM_CHANNELS * num_groups + group
@@ -193,7 +195,7 @@ def _bias_elu_backward(gradient: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     d_x = _empty(out)
     launch(
         _backward_kernel, (planes * groups,), gradient, out, d_x, parts, pixels, groups,
-        TILES=in_a_group, **constants,
+        TILES=in_a_group, num_warps=8, **constants,
     )  # fmt: skip
     return d_x, parts.sum(0)
 

@@ -255,13 +255,14 @@ def _classes_kernel(
 def _constants(out: Tensor, kernel: int, activation: str, channels_last: bool) -> dict:
     """What all three kernels take by keyword."""
     block_o = triton.next_power_of_2(out.shape[1])
+    numbers = NUMBERS if channels_last else NUMBERS // 2  # more addresses, more registers
     return dict(
         K=kernel,
         ACTIVATION=activation,
         FLOAT=tl.float64 if out.dtype == torch.float64 else tl.float32,
         NUM_CHANNELS=out.shape[1],
         CHANNELS_LAST=channels_last,
-        BLOCK_P=max(1, NUMBERS // block_o),
+        BLOCK_P=max(1, numbers // block_o),
         BLOCK_O=block_o,
     )
 
@@ -312,12 +313,12 @@ def _broadcast_conv_backward(
     d_classes = torch.empty(images, kernel, kernel, channels, dtype=out.dtype, device=out.device)
     launch(
         _backward_kernel, (tiles * groups,), gradient, out, responses, middles,
-        images, height, width, tiles, IMAGES=images_each, **constants,
+        images, height, width, tiles, IMAGES=images_each, num_warps=8, **constants,
     )  # fmt: skip
     launch(
         _classes_kernel, (images * kernel**2,), gradient, out, middles, d_classes,
         height, width, tiles, MIDDLE_ROUNDS=triton.cdiv(tiles, block),
-        BORDER_ROUNDS=triton.cdiv(max(height, width), block), **constants,
+        BORDER_ROUNDS=triton.cdiv(max(height, width), block), num_warps=8, **constants,
     )  # fmt: skip
     d_response = responses.sum(0)
     return d_classes, d_response.permute(2, 0, 1) if channels_last else d_response

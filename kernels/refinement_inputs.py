@@ -26,8 +26,21 @@ Backward, from the cotangents dμ dm da dP of the unstopped channels and dL of t
     logit:  da + m_k (dm_k − Σ_j m_j dm_j) + dL (r_k − m_k)
     means:  dμ_c + s_kc (dL r_k + P_k (dP_k − Σ_j P_j dP_j))        (for any ε in P_k)
 
-Bytes, in numbers per pixel for C = 3: two fused kernels (statistics, then normalise and pack) move
-6 + 29K forward and 3 + 25K backward; eager torch with automatic differentiation 5 to 8 times that.
+Bytes, in numbers per pixel for C = 3, N = 2. Eager torch is counted by operation, its inputs and
+outputs, with automatic differentiation | in closed form:
+
+                         fused reads    writes     eager moves               at K = 7
+    statistics           3 + 4K         1 + 4K
+    normalise and pack   5 + 4K         17K
+    forward, together    8 + 8K         1 + 21K    334K − 55 | 188K − 21     11 | 6 times as much
+    backward             4 + 21K        4K         172K + 4  | 155K + 9      7 | 6 times
+
+The rows of `packed` are 17 numbers, which 16-byte stores do not fit. Rows padded to 20 would allow
+them, but a view of those is not contiguous in channels-last, and torch would copy it in front of
+the convolution: 34K more, where the whole of forward is 9 + 29K. So the rows have no gaps. A tile
+of 16 channels is turned around in shared memory and stored by half warps, 64 bytes of a row at a
+time, and the parts of a sector meet in the cache. Where F is a multiple of 4 (N = 9: 24), the same
+code stores 16 bytes a thread.
 
 Axes: B batch, K slots, C colours (1 or 3), F = 3C + 6 + N channels, H W image.
 """
@@ -543,24 +556,29 @@ def refinement_inputs_backward_kernel(
         )
         posterior_mask = tl.exp2(density - density_sum[0]) / density_sum[1]
         normalised = normalise(statistics, gradient + (likelihood, left_out), k, COLOURS)
+        # Two tiles, one after the other, as sixteen addresses at a time need many registers.
+        d_slot = d_packed + tl.cast(k, tl.int64) * packed_slot * STEP
         d_channels = load_channels(
-            d_packed + tl.cast(k, tl.int64) * packed_slot * STEP,
-            packed_channel, packed_pixel, pixels, 2 * COLOURS + 6, FEATURES, BLOCK, dtype,
-        )  # fmt: skip
+            d_slot, packed_channel, packed_pixel, pixels, COLOURS + 3, FEATURES, BLOCK, dtype
+        )
         d_mask, d_logit = d_channels[COLOURS], d_channels[COLOURS + 1]
         d_posterior = d_channels[COLOURS + 2]
         d_density = responsibility * d_likelihood + posterior_mask * (d_posterior - density_mean)
         d_logit += mask * (d_mask - prior_mean) + d_likelihood * (responsibility - mask)
-        d_slot = ()
+        d_out = ()
         for c in tl.static_range(COLOURS):
-            d_slot = d_slot + (d_channels[c] + d_density * scores[c],)
+            d_out = d_out + (d_channels[c] + d_density * scores[c],)
         store_channels(
-            d_decoded, batch * K + k, start, num_pixels, pixels, d_slot + (d_logit,),
+            d_decoded, batch * K + k, start, num_pixels, pixels, d_out + (d_logit,),
             COLOURS + 1, UNIT, BLOCK,
+        )  # fmt: skip
+        d_channels = load_channels(
+            d_slot + (COLOURS + 3) * packed_channel,
+            packed_channel, packed_pixel, pixels, COLOURS + 3, FEATURES, BLOCK, dtype,
         )  # fmt: skip
         more_gains, more_shifts = (), ()
         for c in tl.static_range(COLOURS + 3):
-            d_normalised = d_channels[COLOURS + 3 + c]
+            d_normalised = d_channels[c]
             more_gains = more_gains + (gains[c] + d_normalised * normalised[c],)
             more_shifts = more_shifts + (shifts[c] + d_normalised,)
         gains, shifts = more_gains, more_shifts
@@ -647,7 +665,6 @@ def _fused_backward(
         (*cotangent.strides, *likelihood_strides),
         constants(sigma, component, colours, posterior_epsilon),
         LOGISTIC=component == "logistic", LOG_RATIO=log_ratio, FEATURES=cotangent.unit, SUMS=width,
-        maxnreg=128,  # or the compiler takes 150 now and then, and fewer programs run at a time
     )  # fmt: skip
     sums = d_affine.sum(0)  # the second stage
     return d_decoded, sums[: colours + 3].clone(), sums[colours + 3 : 2 * colours + 6].clone()

@@ -13,9 +13,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributions as D
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels
+from kernels.launch import triton
 
 ops = importlib.import_module("kernels.mixture")
 SIZES = [(1, 1), (1, 7), (5, 4), (7, 7)]
@@ -285,14 +288,11 @@ def extreme_inputs() -> dict[str, tuple[Tensor, Tensor]]:
     return cases
 
 
-@pytest.mark.parametrize("epsilon", [0.0, 1e-6])
-@pytest.mark.parametrize("component", ["gaussian", "logistic"])
-@pytest.mark.parametrize("case", extreme_inputs())
-def test_float32_survives_extremes(case, component, epsilon):
-    image, decoded = extreme_inputs()[case]
+def check_extremes(image, decoded, component, epsilon):
+    """float32 against the reference in float64."""
     decoded = decoded.clone().requires_grad_()
     actual = ops.mixture(image, decoded, 0.03, component, epsilon)
-    expected = ops.mixture(image.double(), decoded.double(), 0.03, component, epsilon)
+    expected = ops.mixture_reference(image.double(), decoded.double(), 0.03, component, epsilon)
     # log N reaches 2e3 here (2e7 with means far away), and float32 has 6e-8 of that.
     for name in ("log_likelihood", "leave_one_out"):
         torch.testing.assert_close(
@@ -310,6 +310,13 @@ def test_float32_survives_extremes(case, component, epsilon):
     likelihood = ops.mixture_log_likelihood(image, decoded, 0.03, component)
     (gradient,) = torch.autograd.grad(likelihood.sum(), decoded)
     torch.testing.assert_close(gradient, -actual.grad_decoded, rtol=1e-5, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-6])
+@pytest.mark.parametrize("component", ["gaussian", "logistic"])
+@pytest.mark.parametrize("case", extreme_inputs())
+def test_float32_survives_extremes(case, component, epsilon):
+    check_extremes(*extreme_inputs()[case], component, epsilon)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -381,6 +388,327 @@ def test_integers_and_a_negative_epsilon_are_refused():
         ops.mixture((image * 255).byte(), decoded, 0.1)
     with pytest.raises(ValueError, match="posterior_epsilon"):
         ops.mixture(image, decoded, 0.1, posterior_epsilon=-1e-6)
+
+
+# The Triton kernels, against the reference in float64.
+
+# On a GPU they run there; elsewhere they are interpreted on the CPU.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(
+    params=[pytest.param("cuda", marks=pytest.mark.gpu)] if DEVICE == "cuda" else ["cpu"]
+)
+def triton_backend(request, monkeypatch):
+    """Memory that a kernel leaves unwritten is NaN; the interpreter gets few, large programs."""
+    if triton is None:
+        pytest.skip("needs the package triton")
+    if request.param == "cpu":
+        monkeypatch.setattr(ops, "BLOCKS", dict.fromkeys(ops.BLOCKS, (4096, 1)))
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3, device=request.param).isnan().all()
+    with kernels.use("triton"):
+        yield request.param
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+# Largest error, in units of the largest number of an output. A gradient in half precision is
+# rounded on a GPU and truncated by the interpreter: one unit in the last place.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+LAST_PLACE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def assert_near(actual: Tensor, expected: Tensor, name: str = ""):
+    """Within TOLERANCE or LAST_PLACE of the type of `actual`, and finite."""
+    tolerance = (TOLERANCE | LAST_PLACE)[actual.dtype]
+    error = (actual.double() - expected).abs().max().item() if actual.numel() else 0.0
+    largest = max(1.0, expected.abs().max().item()) if actual.numel() else 1.0
+    assert error <= tolerance * largest, f"{name}: error {error:.1e} of {largest:.1e}"
+
+
+def check_kernels(image, decoded, component="gaussian", epsilon=0.5, sigma=0.3):
+    """Every output and its gradient, together and alone, types and memory layouts."""
+    decoded = decoded.detach().requires_grad_()
+    wide = decoded.detach().double().requires_grad_()
+    actual = ops.mixture(image, decoded, sigma, component, epsilon)
+    expected = ops.mixture_reference(image.double(), wide, sigma, component, epsilon)
+    dtype = ops.wide_dtype(image, decoded)
+    for name, one, other in zip(ops.Mixture._fields, actual, expected, strict=True):
+        assert one.dtype == dtype and one.shape == other.shape
+        assert_near(one, other, name)
+    generator = torch.Generator().manual_seed(3)
+    cotangents = [
+        torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
+        for output in expected[:4]
+    ]
+    narrow = [cotangent.to(dtype) for cotangent in cotangents]
+    cotangents = [cotangent.double() for cotangent in narrow]
+    (gradient,) = torch.autograd.grad(actual[:4], decoded, narrow)
+    (other,) = torch.autograd.grad(expected[:4], wide, cotangents, retain_graph=True)
+    assert gradient.dtype == decoded.dtype
+    assert_near(gradient, other, "gradient of all")
+    likelihood = ops.mixture_log_likelihood(image, decoded, sigma, component)
+    assert likelihood.dtype == dtype
+    assert_near(likelihood, expected.log_likelihood, "likelihood alone")
+    (gradient,) = torch.autograd.grad(likelihood, decoded, narrow[0])
+    (other,) = torch.autograd.grad(expected.log_likelihood, wide, cotangents[0])
+    assert_near(gradient, other, "gradient of the likelihood alone")
+
+
+def on(device, *tensors, dtype=torch.float64):
+    return [tensor.to(device, dtype) for tensor in tensors]
+
+
+KERNEL_CASES = [  # batch, slots, colours, height, width, component
+    (2, 1, 3, 1, 1, "gaussian"),
+    (1, 1, 1, 7, 7, "logistic"),
+    (2, 2, 3, 7, 7, "logistic"),
+    (1, 3, 1, 5, 9, "gaussian"),
+    (1, 4, 3, 35, 35, "gaussian"),
+    (1, 5, 3, 64, 64, "gaussian"),
+    (1, 7, 3, 16, 3, "logistic"),
+    (1, 11, 1, 1, 65, "gaussian"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
+def test_kernels_equal_the_reference(case, dtype, triton_backend):
+    *sizes, component = case
+    image, decoded = on(triton_backend, *make_inputs(*sizes), dtype=dtype)
+    if dtype == torch.float32:
+        decoded = LAYOUTS["channels_last"](decoded)
+    check_kernels(image, decoded, component, 0.5 if sizes[1] % 2 else 0.0)
+
+
+@pytest.mark.parametrize("layout", ["planes", "channels_last"])
+@pytest.mark.parametrize("size", [(1, 33), (7, 7), (8, 8)])
+def test_kernels_with_several_blocks(size, layout, triton_backend, monkeypatch):
+    monkeypatch.setattr(ops, "BLOCKS", dict.fromkeys(ops.BLOCKS, (32, 1)))
+    image, decoded = on(triton_backend, *make_inputs(2, 2, 3, *size))
+    if layout == "channels_last":
+        decoded = LAYOUTS["channels_last"](decoded)
+    check_kernels(image, decoded)
+
+
+@pytest.mark.parametrize(
+    "image_dtype, dtype",
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float16),
+    ],
+)
+def test_kernels_compute_wide_and_give_the_gradient_of_the_input(
+    image_dtype, dtype, triton_backend
+):
+    image, decoded = on(triton_backend, *make_inputs(slots=2))
+    decoded = LAYOUTS["channels_last"](decoded)
+    check_kernels(image.to(image_dtype), decoded.to(dtype))
+
+
+KERNEL_LAYOUTS = LAYOUTS | {
+    "cropped": lambda t: torch.cat([t, t], -1).movedim(2, -1).contiguous().movedim(-1, 2)[
+        ..., : t.shape[-1]
+    ],
+    "expanded_slots": lambda t: t[:, :1].expand(t.shape),
+    "expanded_pixels": lambda t: t[..., :1, :1].expand(t.shape),
+    "slots_inside_pixels": lambda t: t.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2),
+    "offset_channels_last": lambda t: torch.cat(
+        [t.new_full((1,), math.nan), t.movedim(2, -1).flatten()]
+    )[1:].view(t.movedim(2, -1).shape).movedim(-1, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", KERNEL_LAYOUTS)
+def test_kernels_take_any_strides(layout, triton_backend):
+    image, decoded = on(triton_backend, *make_inputs(slots=2))
+    check_kernels(image, KERNEL_LAYOUTS[layout](decoded))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "expanded_pixels", "cropped"])
+def test_kernels_take_images_of_any_strides(layout, triton_backend):
+    image, decoded = on(triton_backend, *make_inputs(slots=2))
+    image = KERNEL_LAYOUTS[layout](image[:, None])[:, 0]
+    check_kernels(image, decoded)
+
+
+def test_kernels_read_memory_where_it_lies(triton_backend, monkeypatch):
+    """No copy is made where pixels lie at one stride, and gradients come in decoded's layout."""
+    image, decoded = on(triton_backend, *make_inputs())
+    for name in ("channels_last", "planes", "slots_first", "expanded_slots", "offset"):
+        value = KERNEL_LAYOUTS.get(name, Tensor.clone)(decoded)
+        layout = ops.layout(value)
+        assert layout.tensor is value and layout.unit == 4 * (name == "channels_last")
+        value.requires_grad_()
+        terms = ops.mixture(image, value, 0.3)
+        (gradient,) = torch.autograd.grad(terms.log_likelihood.sum(), value)
+        for result in (gradient, terms.grad_decoded):
+            lies = result.movedim(2, -1) if layout.unit else result
+            assert lies.is_contiguous(), name
+    assert ops.layout(KERNEL_LAYOUTS["cropped"](decoded)).unit == 4
+
+
+@pytest.mark.parametrize("component", ["gaussian", "logistic"])
+@pytest.mark.parametrize("case", extreme_inputs())
+def test_kernels_survive_extremes(case, component, triton_backend):
+    image, decoded = on(triton_backend, *extreme_inputs()[case], dtype=torch.float32)
+    check_extremes(image, decoded, component, 1e-6)
+
+
+def test_kernels_with_a_slot_switched_off(triton_backend):
+    image, decoded = on(triton_backend, *make_inputs())
+    decoded[:, 0, 3] = -math.inf
+    decoded.requires_grad_()
+    actual = ops.mixture(image, decoded, 0.3)
+    assert_same(actual, ops.mixture_reference(image, decoded, 0.3))
+    (gradient,) = torch.autograd.grad(actual.log_likelihood.sum(), decoded)
+    torch.testing.assert_close(gradient, -actual.grad_decoded)
+    assert not actual.masks[:, 0].any() and not gradient[:, 0].any()
+
+
+def test_kernels_keep_a_nan_in_its_pixel(triton_backend):
+    image, decoded = on(triton_backend, *make_inputs(), dtype=torch.float32)
+    decoded[0, 1, 2, 3, 1] = math.nan
+    for name, field in ops.mixture(image, decoded, 0.3)._asdict().items():
+        bad = field.isnan()
+        assert bad[0, ..., 3, 1].any() or name == "masks"
+        bad[0, ..., 3, 1] = False
+        assert not bad.any()
+
+
+@pytest.mark.parametrize("component", ["gaussian", "logistic"])
+def test_gradcheck_of_the_kernels(component, triton_backend):
+    image, decoded = on(triton_backend, *make_inputs(1, 2, 1, 1, 2))
+    decoded = LAYOUTS["channels_last"](decoded).requires_grad_()
+
+    torch.autograd.gradcheck(
+        lambda d: ops.mixture(image, d, 0.3, component, 0.5)[:4], decoded, fast_mode=True
+    )
+
+
+def test_kernels_are_well_behaved_operators(triton_backend):
+    image, decoded = on(triton_backend, *make_inputs(1, 2, 1, 2, 3))
+    for value in (decoded, LAYOUTS["channels_last"](decoded)):
+        value.requires_grad_()
+        torch.library.opcheck(ops._mixture, (image, value, 0.3, "gaussian", 0.5))
+        torch.library.opcheck(ops._mixture_log_likelihood, (image, value, 0.3, "logistic"))
+        arguments = image, value.detach(), image[:, 0], None, value.detach()[:, :, 0], None
+        torch.library.opcheck(ops.mixture_backward, (*arguments, 0.3, "gaussian", 0.5))
+
+
+def test_kernels_in_a_compiled_graph(triton_backend):
+    def loss(image, decoded):
+        terms = ops.mixture(image, decoded * 1.0, 0.3, "logistic", 0.5)
+        alone = ops.mixture_log_likelihood(image, decoded, 0.3)
+        return (terms.log_likelihood + terms.masks.square().sum(1) + alone).sum()
+
+    image, decoded = on(triton_backend, *make_inputs())
+    decoded = LAYOUTS["channels_last"](decoded).requires_grad_()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    (gradient,) = torch.autograd.grad(compiled(image, decoded), decoded)
+    (expected,) = torch.autograd.grad(loss(image, decoded), decoded)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_kernels_backward_twice_but_no_second_derivative(triton_backend):
+    image, decoded = on(triton_backend, *make_inputs(1, 2))
+    decoded.requires_grad_()
+    for total in (
+        ops.mixture_log_likelihood(image, decoded, 0.3).sum(),
+        ops.mixture(image, decoded, 0.3).responsibilities.square().sum(),
+    ):
+        (first,) = torch.autograd.grad(total, decoded, retain_graph=True)
+        (second,) = torch.autograd.grad(total, decoded, create_graph=True)
+        assert torch.equal(first, second)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            (decoded.sum() + second.square().sum()).backward()
+
+
+def test_kernels_take_expanded_cotangents_and_none(triton_backend):
+    image, decoded = on(triton_backend, *make_inputs())
+    decoded.requires_grad_()
+    terms = ops.mixture(image, decoded, 0.3)
+    reference = ops.mixture_reference(image, decoded, 0.3)
+    for i in range(4):  # alone: the others have no cotangent; of a sum: it is expanded
+        (gradient,) = torch.autograd.grad(terms[i].sum(), decoded, retain_graph=True)
+        (expected,) = torch.autograd.grad(reference[i].sum(), decoded, retain_graph=True)
+        assert_near(gradient, expected, ops.Mixture._fields[i])
+    weights = torch.rand(2, 1, 1, dtype=torch.float64, device=decoded.device)
+    likelihood = ops.mixture_log_likelihood(image, decoded, 0.3)
+    for cotangent in (weights.expand(2, 5, 4), weights.new_ones(4, 5, 2).transpose(0, 2)):
+        (gradient,) = torch.autograd.grad(likelihood, decoded, cotangent, retain_graph=True)
+        assert_near(gradient, -terms.grad_decoded * cotangent[:, None, None])
+
+
+def test_kernels_leave_inputs_alone_and_repeat_themselves(triton_backend):
+    image, decoded = on(triton_backend, *make_inputs(), dtype=torch.float32)
+    before = image.clone(), decoded.clone()
+    first = ops.mixture(image, decoded.requires_grad_(), 0.3)
+    with torch.no_grad():
+        second = ops.mixture(image, decoded, 0.3)
+    assert all(map(torch.equal, first, second))
+    assert not first.leave_one_out.requires_grad and not first.grad_decoded.requires_grad
+    first.log_likelihood.sum().backward()
+    assert torch.equal(image, before[0]) and torch.equal(decoded, before[1])
+
+
+@pytest.mark.parametrize("message", BAD_INPUTS)
+def test_kernels_refuse_bad_inputs(message, triton_backend):
+    test_bad_inputs_are_refused_in_one_line(message)
+
+
+@st.composite
+def drawn_inputs(draw):
+    """image, decoded in memory of any order and density, and the options."""
+    sizes = [draw(st.integers(1, most)) for most in (2, 4, 6, 6)]
+    batch, slots, height, width = sizes
+    colours = draw(st.sampled_from([1, 3]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    shape = batch, slots, colours + 1, height, width
+    order = draw(st.permutations(range(5)))
+    steps = draw(st.lists(st.integers(1, 2), min_size=5, max_size=5))
+    memory = [shape[axis] * steps[axis] for axis in order]
+    decoded = torch.randn(memory, generator=generator, dtype=torch.float64)
+    decoded = decoded.permute([order.index(axis) for axis in range(5)])
+    decoded = decoded[tuple(slice(None, None, step) for step in steps)]
+    decoded = decoded * draw(st.sampled_from([1e-3, 1.0, 30.0]))
+    image = torch.rand((batch, colours, height, width), generator=generator, dtype=torch.float64)
+    options = (
+        draw(st.sampled_from(["gaussian", "logistic"])),
+        draw(st.sampled_from([0.0, 1e-6, 1.0])),
+        draw(st.sampled_from([0.1, 1.0])),
+    )
+    return image, decoded, options
+
+
+@settings(
+    max_examples=8, deadline=None, derandomize=True, database=None,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+@given(drawn=drawn_inputs())
+def test_kernels_on_drawn_inputs(triton_backend, drawn):
+    image, decoded, options = drawn
+    assert decoded.shape[3:] == image.shape[2:]
+    check_kernels(image.to(triton_backend), decoded.to(triton_backend), *options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA device")
+def test_kernels_are_deterministic_bit_for_bit():
+    image, decoded = on("cuda", *make_inputs(8, 7, 3, 128, 128), dtype=torch.float32)
+    decoded.requires_grad_()
+    results = []
+    for _ in range(3):
+        terms = kernels.TRITON["mixture"](image, decoded, 0.1)
+        results.append((*terms, *torch.autograd.grad(terms.log_likelihood.sum(), decoded)))
+    assert all(map(torch.equal, results[0], results[1]))
+    assert all(map(torch.equal, results[0], results[2]))
 
 
 # Mutants: a changed formula has to fail one of the checks above.

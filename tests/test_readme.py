@@ -292,7 +292,8 @@ def test_requirements_are_what_is_imported():
 
 NUMBER = re.compile(
     r"(?P<number>[-−]?\d[\d,]*\.?\d*)(?P<unit>%?)[^\d<|]{0,16}?"
-    r"<!--\s*(?:(?P<function>[a-z]+(?:[<>][\d.]+)?)\s+)?(?P<files>\S+\.json)\s+(?P<field>[^\s>]+(?: [^\s>]+)*)\s*-->"
+    r"<!--\s*(?:(?P<function>[a-z]+(?:[<>][\d.]+)?)\s+)?(?P<files>\S+\.json)\s+"
+    r"(?P<field>[^\s>]+(?: [^\s>]+)*)\s*-->"
 )
 FUNCTIONS = dict(
     mean=statistics.fmean, std=statistics.stdev, median=statistics.median, min=min, max=max,

@@ -1,28 +1,38 @@
 """kernels/refinement_inputs.py against the table of app. C, written out channel by channel."""
 
 import importlib
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_mixture import (
+    DEVICE,
+    KERNEL_LAYOUTS,
     LAYOUTS,
     SIZES,
     SLOTS,
+    assert_near,
     assert_same,
     brute_densities,
     brute_force,
     brute_likelihood,
     brute_masks,
+    drawn_inputs,
     extreme_inputs,
     load_mutant,
     make_inputs,
+    on,
+    triton_backend,
 )
 from torch import Tensor
 
 import kernels
 
 ops = importlib.import_module("kernels.refinement_inputs")
+__all__ = ["triton_backend"]  # a fixture
 STOPPED = ("grad_means", "grad_mask", "log_likelihood", "leave_one_out")
 
 
@@ -307,13 +317,12 @@ def test_gain_of_zero_and_inputs_left_alone():
     assert all(map(torch.equal, arguments, before))
 
 
-@pytest.mark.parametrize("component", ["gaussian", "logistic"])
-@pytest.mark.parametrize("case", extreme_inputs())
-def test_float32_survives_extremes(case, component):
-    image, decoded = extreme_inputs()[case]
+def check_extremes(image, decoded, component):
+    """float32 against the reference in float64."""
     decoded = decoded.clone().requires_grad_()
     wide = decoded.detach().double().requires_grad_()
-    rest = torch.ones(6), torch.zeros(6), torch.zeros(2, 7, 7)
+    rest = [torch.ones(6), torch.zeros(6), torch.zeros(2, 7, 7)]
+    rest = [value.to(image) for value in rest]
     options = (0.03, component, 1e-6, True)
     actual = ops.refinement_inputs(image, decoded, *rest, *options)
     expected = ops.refinement_inputs_reference(
@@ -333,6 +342,12 @@ def test_float32_survives_extremes(case, component):
     torch.testing.assert_close(
         gradient.double(), other, rtol=0, atol=1e-3 * other.abs().max().item()
     )
+
+
+@pytest.mark.parametrize("component", ["gaussian", "logistic"])
+@pytest.mark.parametrize("case", extreme_inputs())
+def test_float32_survives_extremes(case, component):
+    check_extremes(*extreme_inputs()[case], component)
 
 
 def test_half_precision_is_computed_in_float32():
@@ -372,6 +387,280 @@ def test_dispatch_hands_over_every_argument(monkeypatch):
     monkeypatch.setattr(kernels, "backend", lambda where, op: "triton")
     given = ops.refinement_inputs(*arguments, 0.3, "logistic", 0.5, True, 1e-3)
     assert given == (*arguments, 0.3, "logistic", 0.5, True, 1e-3)
+
+
+# The Triton kernels, against the reference in float64.
+
+
+@pytest.fixture
+def fused(triton_backend, monkeypatch):
+    """The device; the interpreter gets few, large programs."""
+    if triton_backend == "cpu":
+        blocks = dict.fromkeys(ops.BLOCKS, (4096, 1)) | {"combine": ops.BLOCKS["combine"]}
+        monkeypatch.setattr(ops, "BLOCKS", blocks)
+    return triton_backend
+
+
+def check_kernels(arguments, component="gaussian", epsilon=0.5, log_ratio=False, sigma=0.3):
+    """Every output, and the gradients of both differentiable ones, together and alone."""
+    image, decoded, weight, bias, coordinates = (value.detach() for value in arguments)
+    sources = [value.requires_grad_() for value in (decoded, weight, bias)]
+    wide = [value.detach().double().requires_grad_() for value in sources]
+    options = sigma, component, epsilon, log_ratio
+    actual = ops.refinement_inputs(image, *sources, coordinates, *options)
+    expected = ops.refinement_inputs_reference(
+        image.double(), *wide, coordinates.double(), *options
+    )
+    images = actual.packed.flatten(0, 1)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    dtype = torch.promote_types(torch.promote_types(image.dtype, decoded.dtype), torch.float32)
+    for name, one, other in zip(ops.RefinementInputs._fields, actual, expected, strict=True):
+        assert one.dtype == dtype and one.shape == other.shape
+        assert_near(one, other, name)
+    generator = torch.Generator().manual_seed(3)
+    cotangents = [
+        torch.randn(output.shape, generator=generator).to(image.device, dtype)
+        for output in expected[:2]
+    ]
+    cotangents[0] = ops.to_channels_last(cotangents[0])  # as a convolution gives it back
+    found = torch.autograd.grad(actual[:2], sources, cotangents)
+    others = torch.autograd.grad(expected[:2], wide, [c.double() for c in cotangents])
+    for name, one, other in zip(("decoded", "weight", "bias"), found, others, strict=True):
+        assert_near(one, other, f"gradient of {name}")
+
+
+KERNEL_CASES = [  # batch, slots, colours, height, width, coordinates, component, log_ratio
+    (2, 1, 3, 1, 1, 2, "gaussian", False),
+    (1, 1, 1, 7, 7, 0, "logistic", True),
+    (2, 2, 3, 7, 7, 9, "logistic", True),
+    (1, 3, 1, 5, 9, 2, "gaussian", False),
+    (1, 4, 3, 35, 35, 2, "gaussian", True),
+    (1, 5, 3, 64, 64, 0, "gaussian", False),
+    (1, 7, 3, 16, 3, 1, "logistic", False),
+    (1, 11, 1, 1, 65, 9, "gaussian", True),
+]
+
+
+def inputs_on(device, *sizes, dtype=torch.float64, channels_last=True):
+    arguments = (value.detach() for value in make_arguments(*sizes))
+    arguments = on(device, *arguments, dtype=dtype)
+    if channels_last:
+        arguments[1] = LAYOUTS["channels_last"](arguments[1])
+    return arguments
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
+def test_kernels_equal_the_reference(case, dtype, fused):
+    *sizes, component, log_ratio = case
+    arguments = inputs_on(fused, *sizes, dtype=dtype, channels_last=dtype == torch.float32)
+    check_kernels(arguments, component, 0.5 if sizes[1] % 2 else 0.0, log_ratio)
+
+
+@pytest.mark.parametrize("size", [(1, 33), (7, 7), (8, 12)])
+def test_kernels_combine_several_tiles(size, fused, monkeypatch):
+    monkeypatch.setattr(ops, "BLOCKS", dict.fromkeys(ops.BLOCKS, (32, 1)))
+    check_kernels(inputs_on(fused, 2, 2, 3, *size))
+
+
+def test_kernels_combine_more_tiles_than_one_block_holds(fused, monkeypatch):
+    monkeypatch.setattr(ops, "BLOCKS", ops.BLOCKS | {"statistics": (4, 1), "combine": (2, 1)})
+    check_kernels(inputs_on(fused, 1, 1, 1, 3, 7, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_compute_wide_and_give_the_gradient_of_the_input(dtype, fused):
+    arguments = inputs_on(fused, 1, 2, dtype=torch.float32)
+    arguments[1] = arguments[1].to(dtype)
+    check_kernels(arguments)
+    check_kernels([arguments[0].to(dtype), *arguments[1:]])
+
+
+@pytest.mark.parametrize("layout", KERNEL_LAYOUTS)
+def test_kernels_take_any_strides(layout, fused):
+    arguments = inputs_on(fused, 2, 2, channels_last=False)
+    arguments[1] = KERNEL_LAYOUTS[layout](arguments[1])
+    arguments[4] = arguments[4].mT.contiguous().mT
+    check_kernels(arguments)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "planes", "expanded", "cropped"])
+def test_kernels_take_cotangents_of_any_strides(layout, fused):
+    arguments = inputs_on(fused, 2, 2)
+    for value in arguments[1:4]:
+        value.requires_grad_()
+    outputs = ops.refinement_inputs(*arguments, 0.3)
+    expected = ops.refinement_inputs_reference(*arguments, 0.3)
+    cotangent = torch.randn_like(expected.packed)  # channels-last
+    if layout == "planes":
+        cotangent = cotangent.contiguous()
+    elif layout == "expanded":
+        cotangent = cotangent[:, :, :, :1, :1].expand_as(cotangent)
+    elif layout == "cropped":
+        cotangent = KERNEL_LAYOUTS["cropped"](cotangent)
+    for output, other in (outputs[:1], expected[:1]), (outputs[:2], expected[:2]):
+        weights = cotangent, torch.rand(2, 1, 1).to(cotangent).expand(2, 5, 4)
+        weights = weights[: len(output)]
+        found = torch.autograd.grad(output, arguments[1:4], weights, retain_graph=True)
+        wanted = torch.autograd.grad(other, arguments[1:4], weights, retain_graph=True)
+        for one, two in zip(found, wanted, strict=True):
+            assert_near(one, two)
+    (gradient,) = torch.autograd.grad(outputs.log_likelihood.sum(), arguments[1])
+    assert_near(gradient, -expected.grad_decoded)
+
+
+@pytest.mark.parametrize(
+    "case, component", zip(extreme_inputs(), itertools.cycle(["gaussian", "logistic"]))
+)
+def test_kernels_survive_extremes(case, component, fused):
+    check_extremes(*on(fused, *extreme_inputs()[case], dtype=torch.float32), component)
+
+
+def test_kernels_normalise_what_hardly_varies(fused):
+    """A likelihood of -1e3 that varies by 1e-2: E[x²] - E[x]² would be rounding error alone."""
+    image, decoded, *rest = inputs_on(fused, 1, 2, 3, 8, 8, dtype=torch.float32)
+    decoded[:, :, :3] = image[:, None] + 4.5
+    decoded[:, :, 3] = 0
+    decoded[:, :, :3] += 1e-4 * torch.rand(8, 8).to(decoded)
+    options = 0.1, "gaussian", 0.0, False, 1e-12
+    actual = ops.refinement_inputs(image, decoded, *rest, *options).packed
+    wide = [value.double() for value in (image, decoded, *rest)]
+    expected = ops.refinement_inputs_reference(*wide, *options).packed
+    where = ops.CHANNELS["log_likelihood"]
+    likelihood, other = actual[:, :, where].double(), expected[:, :, where]
+    # log p = -3000 is known to some 1e-3, and its standard deviation is 0.04. (From E[x²] - E[x]²,
+    # numbers of 1e7, nothing of it would be left.)
+    torch.testing.assert_close(likelihood, other, rtol=0, atol=0.2 * rest[0][4].abs().item())
+
+
+@pytest.mark.parametrize("log_ratio", [False, True])
+def test_gradcheck_of_the_kernels(log_ratio, fused):
+    image, decoded, weight, bias, coordinates = inputs_on(fused, 1, 2, 1, 1, 2, 1)
+    decoded.requires_grad_()
+
+    def of_decoded(value):
+        outputs = ops.refinement_inputs(
+            image, value, weight, bias, coordinates, 0.3, "logistic", 0.5, log_ratio
+        )
+        return outputs.packed[:, :, :5], outputs.log_likelihood
+
+    torch.autograd.gradcheck(of_decoded, decoded, fast_mode=True)
+
+    def of_affine(gain, shift):
+        return ops.refinement_inputs(
+            image, decoded, gain, shift, coordinates, 0.3, "gaussian", 0.0, log_ratio
+        ).packed
+
+    affine = weight.requires_grad_(), bias.requires_grad_()
+    torch.autograd.gradcheck(of_affine, affine, fast_mode=True)
+
+
+def test_kernels_are_well_behaved_operators(fused):
+    image, decoded, weight, bias, coordinates = inputs_on(fused, 1, 2, 1, 2, 3, 1)
+    for value in (decoded, weight, bias):
+        value.requires_grad_()
+    given = image, decoded, weight, bias, coordinates
+    torch.library.opcheck(ops._fused, (*given, 0.3, "gaussian", 0.5, True, 1e-5))
+    outputs = ops._fused(*(value.detach() for value in given), 0.3, "gaussian", 0.5, True, 1e-5)
+    torch.library.opcheck(
+        ops._fused_backward,
+        (image, decoded.detach(), outputs[3], outputs[0], None, 0.3, "gaussian", 0.5, True),
+    )
+
+
+def test_kernels_in_a_compiled_graph(fused):
+    arguments = inputs_on(fused, 1, 2)
+    for value in arguments[1:4]:
+        value.requires_grad_()
+
+    def loss(*given):
+        outputs = ops.refinement_inputs(*given, 0.3, log_ratio=True)
+        return outputs.packed.square().mean() + outputs.log_likelihood.sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(compiled(*arguments), arguments[1:4])
+    expected = torch.autograd.grad(loss(*arguments), arguments[1:4])
+    torch.testing.assert_close(found, expected)
+
+
+def test_kernels_backward_twice_but_no_second_derivative(fused):
+    arguments = inputs_on(fused, 1, 2)
+    for value in arguments[1:4]:
+        value.requires_grad_()
+    outputs = ops.refinement_inputs(*arguments, 0.3)
+    total = outputs.packed.square().sum() + outputs.log_likelihood.sum()
+    first = torch.autograd.grad(total, arguments[1:4], retain_graph=True)
+    second = torch.autograd.grad(total, arguments[1:4], create_graph=True)
+    assert all(map(torch.equal, first, second))
+    for gradient in second:
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            (arguments[1].sum() + gradient.square().sum()).backward(retain_graph=True)
+
+
+def test_kernels_leave_inputs_alone_and_repeat_themselves(fused):
+    arguments = inputs_on(fused, dtype=torch.float32)
+    before = [value.clone() for value in arguments]
+    for value in arguments[1:4]:
+        value.requires_grad_()
+    first = ops.refinement_inputs(*arguments, 0.3)
+    with torch.no_grad():
+        second = ops.refinement_inputs(*arguments, 0.3)
+    assert all(map(torch.equal, first, second))
+    assert not first.grad_decoded.requires_grad and not second.packed.requires_grad
+    first.packed.sum().backward()
+    assert all(map(torch.equal, arguments, before))
+
+
+def test_kernels_stop_gradients_where_the_paper_says(fused):
+    arguments = inputs_on(fused, 1, 2)
+    arguments[0].requires_grad_(), arguments[4].requires_grad_()
+    arguments[1].requires_grad_()
+    outputs = ops.refinement_inputs(*arguments, 0.3)
+    for name, where in ops.CHANNELS.items():
+        cotangent = torch.zeros_like(outputs.packed)
+        cotangent[:, :, where] = torch.randn_like(cotangent[:, :, where])
+        found = torch.autograd.grad(
+            outputs.packed, (arguments[0], arguments[1], arguments[4]), cotangent,
+            retain_graph=True, allow_unused=True,
+        )  # fmt: skip
+        reached = [gradient is not None and bool(gradient.any()) for gradient in found]
+        assert reached == [False, name in ("means", "mask", "mask_logits", "mask_posterior"), False]
+
+
+def test_kernels_refuse_bad_inputs(fused):
+    image, decoded, weight, bias, coordinates = inputs_on(fused)
+    with pytest.raises(ValueError, match=r"weight and bias must be \(6,\)"):
+        ops.refinement_inputs(image, decoded, weight[:5], bias, coordinates, 0.1)
+    with pytest.raises(ValueError, match=r"coordinates must be \(N, 5, 4\)"):
+        ops.refinement_inputs(image, decoded, weight, bias, coordinates[0], 0.1)
+    with pytest.raises(ValueError, match="posterior_epsilon must be 0 or more"):
+        ops.refinement_inputs(image, decoded, weight, bias, coordinates, 0.1, "gaussian", -1.0)
+
+
+@settings(
+    max_examples=6, deadline=None, derandomize=True, database=None,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+@given(drawn=drawn_inputs(), coordinates=st.integers(0, 10), log_ratio=st.booleans())
+def test_kernels_on_drawn_inputs(fused, drawn, coordinates, log_ratio):
+    image, decoded, (component, epsilon, sigma) = drawn
+    _, colours, height, width = image.shape
+    rest = make_arguments(1, 1, colours, height, width, coordinates)[2:]
+    check_kernels(on(fused, image, decoded, *rest), component, epsilon, log_ratio, sigma)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA device")
+def test_kernels_are_deterministic_bit_for_bit():
+    arguments = inputs_on("cuda", 8, 7, 3, 128, 128, dtype=torch.float32)
+    for value in arguments[1:4]:
+        value.requires_grad_()
+    results = []
+    for _ in range(3):
+        outputs = kernels.TRITON["refinement_inputs"](*arguments, 0.1)
+        results.append((*outputs, *gradients(outputs, arguments[1:4])))
+    assert all(map(torch.equal, results[0], results[1]))
+    assert all(map(torch.equal, results[0], results[2]))
 
 
 # Mutants: a changed formula has to fail check_against_brute_force.
