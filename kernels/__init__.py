@@ -56,12 +56,10 @@ def backend(where: Tensor | torch.device | str = "cpu", op: str | None = None) -
 def _triton_obstacle(device: torch.device | None = None, op: str | None = None) -> str | None:
     """The first reason why Triton cannot run, in one line; None if it can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not TRITON:
-        return "no op of this repository has a Triton kernel yet; choose torch or auto"
-    if op is not None and op not in TRITON:
-        return f"{op} has no Triton kernel; choose torch or auto"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install triton, Linux only)"
+    if op is not None and op not in TRITON:
+        return f"{op} has no Triton kernel; choose torch or auto"
     if not interpreted and not torch.cuda.is_available():
         return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
     if not interpreted and device is not None and device.type != "cuda":

@@ -510,7 +510,7 @@ def test_kernels_take_cotangents_of_any_strides(layout, fused):
 
 
 @pytest.mark.parametrize(
-    "case, component", zip(extreme_inputs(), itertools.cycle(["gaussian", "logistic"]))
+    "case, component", list(zip(extreme_inputs(), itertools.cycle(["gaussian", "logistic"])))
 )
 def test_kernels_survive_extremes(case, component, fused):
     check_extremes(*on(fused, *extreme_inputs()[case], dtype=torch.float32), component)

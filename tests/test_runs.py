@@ -370,7 +370,7 @@ def test_ctrl_c_outside_of_the_training_loop(tmp_path, context):
     child = Child(context, tmp_path / "a", endless_step, tiny(tmp_path / "run"), "evaluate")
     wait_for(lambda: child.printed.exists() and "asleep" in child.printed.read_text())
     child.signal(signal.SIGINT)
-    status, printed = child.wait(5)
+    status, printed = child.wait(20)
     assert status == 130
     assert "Traceback" not in printed
     assert checkpoint(tmp_path / "run")["step"] == 6
