@@ -276,18 +276,23 @@ def read(operation: str, case: Case, kernel, compiled, target: int) -> Compiled:
 def accesses(ptx: str) -> tuple[dict, dict]:
     """Loads and stores of global memory: statement of the kernel -> bytes of each access."""
     files = dict(re.findall(r'^\s*\.file\s+(\d+) "(.*)"$', ptx, re.M))
+    numbers = {Path(path).name: number for number, path in files.items()}
     place = r"(\d+) (\d+) (\d+)"
     location = re.compile(rf"\s*\.loc\s+{place}(?:, function_name \S+, inlined_at {place})?")
+    outermost = re.compile(r".*@\[ (\S+):(\d+):(\d+)")
     access = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[a-z]+(\d+)\b")
     found: tuple[dict, dict] = {}, {}
     callers: dict[tuple, tuple] = {}
     for line in ptx.splitlines():
         if match := location.match(line):
+            # The line in the kernel, not in what it calls. Triton 3.6 has it in a comment.
             here, caller = match.groups()[:3], match.groups()[3:]
             if caller[0] is not None:
                 callers[here] = caller
-            while here in callers:  # the line in the kernel, not in what it calls
+            while here in callers:
                 here = callers[here]
+            if match := outermost.match(line):
+                here = numbers[match[1]], match[2], match[3]
         elif match := access.search(line):
             kind, count, bits = match.groups()
             text = statement(files[here[0]], int(here[1]))
@@ -446,20 +451,23 @@ def test_spills_would_be_seen(compiled):
 
 
 def test_accesses_are_read_from_ptx():
-    """Of this file: line numbers are those of the statements below."""
+    """The line numbers are those of a statement of this file."""
     place = statement.__wrapped__.__code__.co_firstlineno + 3
+    here = f"{Path(__file__).name}:{place}:8"
     ptx = f"""
-        .loc 1 {place} 8
+        .loc 1 {place} 8 // {here}
         @%p1 ld.global.v4.b32 {{ %r1, %r2, %r3, %r4 }}, [ %rd1 + 0 ];
         @%p1 ld.global.L1::evict_last.b16 {{ %rs1 }}, [ %rd1 + 0 ];
         ld.param.b64 %rd1, [kernel_param_0];
-        .loc 1 1 8, function_name $L__info_string0, inlined_at 1 {place} 3
+        .loc 1 1 8, function_name $L__info_string0, inlined_at 1 {place} 3 // other.py:1:8
         st.global.v2.b64 [ %rd2 + 0 ], {{ %rd1, %rd3 }};
+        .loc 1 2 9 // other.py:2:9 @[ other.py:7:3 @[ {here} ] ]
+        st.global.b32 [ %rd2 + 0 ], {{ %rd1 }};
         .file 1 "{__file__}"
     """
     loads, stores = accesses(ptx)
     text = statement(__file__, place)
-    assert text.startswith("tree =") and loads == {text: [16, 2]} and stores == {text: [16]}
+    assert text.startswith("tree =") and loads == {text: [16, 2]} and stores == {text: [16, 4]}
 
 
 if __name__ == "__main__":

@@ -270,7 +270,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {  # name: file, what is replaced, by
     "elu' has its kink at 1": ("bias_elu", "tl.where(out > 0,", "tl.where(out > 1,"),
     "the bias sums the last tile only": ("bias_elu", "total += cotangent", "total = cotangent"),
     "channels of padding are stored": (
-        "bias_elu", "(pixel < num_pixels) & (channel < NUM_CHANNELS)\n", "pixel < num_pixels\n",
+        "bias_elu", " & (channel < NUM_CHANNELS)\n    if", "\n    if",
     ),
     "border cases are off by one row": (
         "broadcast_conv", "index - size + half + 1,", "index - size + half,",
