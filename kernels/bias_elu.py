@@ -24,8 +24,9 @@ from kernels.launch import jit, launch, tl, triton
 from kernels.masks import exp
 from kernels.mixture import refuse_second_derivative
 
-NUMBERS = 2048  # of a program at a time: 16 for each thread. Tests raise it.
-PROGRAMS = 512  # at least, where programs take several tiles: 4 for each of 132 processors
+NUMBERS = 2048  # of a tile: 16 for each thread, in backward 8. Tests raise it.
+TILES = 16  # of a program in backward, at most: fewer partial sums
+PROGRAMS = 512  # at least, before programs get several tiles: 4 for each of 132 processors
 
 
 def bias_elu_reference(x: Tensor, bias: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def activate(x, ACTIVATION: tl.constexpr):
     """elu, relu or none."""
     if ACTIVATION == "elu":
         below = exp(x) - 1
-        if x.dtype != tl.float64:  # all digits cancel near 0: five terms of the series are exact
+        if x.dtype != tl.float64:  # near 0 all digits cancel, and five terms of the series do
             series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120)))))
             below = tl.where(x > -0.125, series, below)
         x = tl.where(x > 0, x, below)
@@ -67,8 +68,7 @@ def _tile(
     BLOCK_P: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """Of a tile (BLOCK_P, BLOCK_O): first place in memory, 64 bits, and from there the numbers'
-    places; their channels; which of them exist."""
+    """Where a tile starts in memory; of its (BLOCK_P, BLOCK_O) numbers: place, channel, mask."""
     start = tile.to(tl.int64) * BLOCK_P
     pixel = tl.arange(0, BLOCK_P)[:, None]
     channel = tl.arange(0, BLOCK_O)[None, :]
@@ -137,8 +137,8 @@ def _backward_kernel(
     tl.store(parts + row * NUM_CHANNELS + channel, total, mask=channel < NUM_CHANNELS)
 
 
-def in_turn(num_tiles: int, most: int = 16) -> int:
-    """How many tiles a program should take, one after the other: a power of two, up to `most`."""
+def in_turn(num_tiles: int, most: int) -> int:
+    """How many tiles a program should take, one after the other: a power of two, `most` or less."""
     tiles = 1
     while 2 * tiles <= most and triton.cdiv(num_tiles, 2 * tiles) >= PROGRAMS:
         tiles *= 2
@@ -170,6 +170,7 @@ def _plan(x: Tensor) -> tuple[int, int, dict]:
 
 
 def _launch_forward(x: Tensor, bias: Tensor, out: Tensor) -> None:
+    """out may be x."""
     planes, pixels, constants = _plan(out)
     tiles = triton.cdiv(pixels, constants["BLOCK_P"])
     launch(_forward_kernel, (planes * tiles,), x, bias, out, pixels, tiles, **constants)
@@ -187,7 +188,7 @@ def _bias_elu_backward(gradient: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     gradient = gradient.contiguous(memory_format=_layout(out))
     planes, pixels, constants = _plan(out)
     tiles = triton.cdiv(pixels, constants["BLOCK_P"])
-    in_a_group = min(in_turn(planes * tiles), tiles)
+    in_a_group = in_turn(planes * tiles, min(TILES, tiles))
     groups = triton.cdiv(tiles, in_a_group)
     rows = groups if constants["CHANNELS_LAST"] else groups * out.shape[0]
     wide = torch.promote_types(out.dtype, torch.float32)
@@ -254,11 +255,10 @@ if triton is not None:
 def bias_elu(x: Tensor, bias: Tensor, overwrite: bool = False) -> Tensor:
     """elu(x + bias) of x (N, O, H, W) and bias (O,), of the same shape and type as x.
 
-    Channels-last stays channels-last, and planes stay planes (any other layout is copied to
-    channels-last). bfloat16 and float16 are computed in float32 under Triton. Differentiable;
-    under Triton, once. overwrite: the result may take the memory of x, which nobody else needs,
-    as a convolution's output; the bytes above assume it. Raises ValueError for other shapes and
-    for integers.
+    Channels-last stays channels-last and planes stay planes; any other layout is copied to the
+    former. bfloat16 and float16 are computed in float32. Differentiable; under Triton, once.
+    overwrite: the result may take the memory of x, which nobody else needs (a convolution's output,
+    say). Raises ValueError for shapes that do not fit and for integers.
     """
     if x.ndim != 4 or x.shape[1] == 0:
         raise ValueError(f"x must be (N, O, H, W) with O > 0, not {tuple(x.shape)}")

@@ -2,10 +2,11 @@
 
 The layer is a k x k convolution, zero-padded to keep the size, over [z at every pixel; fixed
 coordinates], then an activation f. As z is the same at every pixel, its part of the output depends
-only on which taps fall inside the image. For that there are k cases of rows, the h = k // 2 rows
-at either edge and all rows between them, and k cases of columns. S_r: the taps inside in case r.
+only on which taps fall inside the image. For that there are k cases of rows, the k // 2 rows at
+either edge and one for all rows between them, and k cases of columns. With S_r the taps that are
+inside in case r, and exactly:
 
-    out[n, :, i, j] = f(classes[n, r(i), s(j)] + response[:, i, j])                         exactly
+    out[n, :, i, j] = f(classes[n, r(i), s(j)] + response[:, i, j])
     classes[n, r, s] = Σ_{a ∈ S_r} Σ_{b ∈ S_s} W_z[:, :, a, b] z_n    one sum pooling, one product
     response = convolution of the coordinates alone, + bias           the same for every image
 
@@ -14,16 +15,18 @@ Backward, with g = ∂L/∂out f', and f' from the output (ELU: 1 where out > 0,
     d_classes[n, r, s] = Σ g[n, :, i, j] over the pixels of the case      d_response = Σ_n g[n]
 
 From these two small tensors torch goes on to z, W and bias. Only `out` is kept. Sums are taken in
-two stages and in a fixed order: a program adds up a tile of pixels over several images, which gives
-parts of d_response, and the pixels of the tile away from the border, which gives parts of the one
-case that is large; a second kernel adds these up and visits the border pixels of the other cases.
+two stages and in a fixed order. A program adds up a tile of pixels over several images, which gives
+parts of d_response, and for each image the pixels of the tile away from the border, which gives
+parts of the one case that is large. A second kernel adds the latter up, and visits the border
+pixels again for the other cases; torch adds up the former.
 
 Bytes, in numbers per element of out: eager torch stretches classes over the image (1), adds (2) and
 activates (2), and goes back in a pass (3) and two sums (2). The kernels write out (1) and go back
-with one read of out and of its cotangent (2, and a tenth more for the parts): 3 instead of 10. The
-convolution would multiply k² (D + 2) times for each of them, a quarter of a decoder's arithmetic.
+with one read of out and its cotangent (2, and a tenth to a half more for border and parts): 3 to
+3.5 instead of 10. The convolution itself, which neither does, would be k² (D + C) products for each
+element, a quarter or more of a decoder's.
 
-Axes: N images, D latent, O channels, H W image, P = H·W pixels.
+Axes: N images, D latent, C coordinates, O channels, H W image, P = H·W pixels.
 """
 
 import torch
@@ -36,8 +39,8 @@ from kernels.launch import jit, launch, tl, triton
 from kernels.mixture import refuse_second_derivative
 
 ACTIVATIONS = {"elu": F.elu, "relu": F.relu, "none": lambda x, inplace=False: x}
-NUMBERS = 2048  # of a program at a time: 16 for each thread. Tests raise it.
-IMAGES = 16  # at most, of a program one after the other: fewer parts of d_response
+NUMBERS = 2048  # of a tile: 16 for each thread, in backward 8. Tests raise it.
+IMAGES = 16  # whose tile a program takes, at most: fewer reads of response, parts of its cotangent
 
 
 def broadcast_conv_reference(
@@ -55,7 +58,7 @@ def classes_and_response(
     """The part of z in every case of rows and columns (N, k, k, O), and all the rest (O, H, W)."""
     kernel = weight.shape[-1]
     w_z, w_xy = weight.split([z.shape[1], len(coordinates)], 1)
-    # Shifted down by one row, the window sees one tap less at the top: row case k-1 comes first.
+    # The taps that are inside in case r lie k // 2 or less from tap k - 1 - r: hence the flip.
     w = F.avg_pool2d(w_z, kernel, 1, kernel // 2, divisor_override=1).flip(2, 3)  # (O, D, k, k)
     w = w.permute(1, 2, 3, 0)  # (D, k, k, O)
     classes = (z @ w.flatten(1)).unflatten(1, w.shape[1:])  # (N, k, k, O)
@@ -277,7 +280,7 @@ def _broadcast_conv(
         response = response.permute(1, 2, 0)
     constants = _constants(out, classes.shape[1], activation, channels_last)
     tiles = triton.cdiv(height * width, constants["BLOCK_P"])
-    images_each = in_turn(tiles * images, IMAGES)
+    images_each = in_turn(tiles * images, min(IMAGES, images))
     launch(
         _forward_kernel, (tiles * triton.cdiv(images, images_each),), classes.contiguous(),
         response.contiguous(), out, images, height, width, tiles, IMAGES=images_each, **constants,
@@ -304,7 +307,7 @@ def _broadcast_conv_backward(
     constants = _constants(out, kernel, activation, channels_last)
     block = constants["BLOCK_P"]
     tiles = triton.cdiv(height * width, block)
-    images_each = in_turn(tiles * images, IMAGES)
+    images_each = in_turn(tiles * images, min(IMAGES, images))
     groups = triton.cdiv(images, images_each)
     wide = dict(dtype=torch.promote_types(out.dtype, torch.float32), device=out.device)
     shape = (height, width, channels) if channels_last else (channels, height, width)
@@ -383,6 +386,7 @@ def broadcast_conv(
 
 
 def _check(z, weight, bias, coordinates, activation, memory_format) -> None:
+    """Refuse what has no meaning."""
     if z.ndim != 2 or coordinates.ndim != 3:
         raise ValueError(
             f"z must be (N, D) and coordinates (C, H, W), "

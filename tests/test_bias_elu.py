@@ -121,8 +121,8 @@ def test_many_tiles(triton_only, layout, numbers, programs, monkeypatch):
 
 def test_as_many_tiles_in_turn_as_leave_enough_programs(triton_only, monkeypatch):
     monkeypatch.setattr(ops, "PROGRAMS", 100)
-    assert [ops.in_turn(n) for n in (1, 198, 199, 200, 400, 10**6)] == [1, 1, 2, 2, 4, 16]
-    assert ops.in_turn(10**6, most=8) == 8
+    assert [ops.in_turn(n, 16) for n in (1, 198, 199, 200, 400, 10**6)] == [1, 1, 2, 2, 4, 16]
+    assert [ops.in_turn(10**6, most) for most in (0, 1, 3, 8)] == [1, 1, 2, 8]
 
 
 STRIDES = {
