@@ -379,3 +379,50 @@ def test_cuda_scores_the_same():
         there = score(true.cuda(), predicted.cuda())
         assert there.is_cuda
         torch.testing.assert_close(there.cpu(), score(true, predicted), rtol=0, atol=1e-14)
+
+
+# -- boxes -----------------------------------------------------------------------------------------
+
+
+def box_score(true, boxes):
+    """The best mean IoU over all one-to-one assignments, pixel by pixel on a fine grid."""
+    grid = (torch.arange(0, 12, 0.25) + 0.125).double()
+
+    def paint(box):
+        top, left, height, width = box.tolist()
+        rows = (grid > top) & (grid < top + height)
+        cols = (grid > left) & (grid < left + width)
+        return rows[:, None] & cols
+
+    best = 0.0
+    for chosen in itertools.permutations([*range(len(boxes)), *[None] * len(true)], len(true)):
+        total = 0.0
+        for box, k in zip(true, chosen, strict=True):
+            if k is not None:
+                a, b = paint(box), paint(boxes[k])
+                total += ((a & b).sum() / (a | b).sum()).item()
+        best = max(best, total / len(true))
+    return best
+
+
+def test_box_iou_is_the_best_assignment():
+    draw = torch.Generator().manual_seed(0)
+    for present, used in ((1, 1), (2, 1), (2, 3), (3, 2)):
+        true = torch.randint(0, 16, (3, 4), generator=draw) / 4 + torch.tensor([0, 0, 1.0, 1.0])
+        boxes = torch.randint(0, 16, (3, 4), generator=draw) / 4 + torch.tensor([0, 0, 1.0, 1.0])
+        there, taken = torch.arange(3) < present, torch.arange(3) < used
+        value = metrics.box_iou(true[None], there[None], boxes[None], taken[None])
+        assert value.item() == pytest.approx(box_score(true[:present], boxes[:used]), abs=1e-6)
+
+
+def test_box_iou_conventions():
+    box, yes = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]), torch.tensor([[True]])
+    no = ~yes
+    assert metrics.box_iou(box, yes, box, yes).item() == 1
+    assert metrics.box_iou(box, yes, box, no).item() == 0
+    assert metrics.box_iou(box, no, box, yes).isnan().all()  # no objects: no score
+    for bad in (box[..., :3], box[0]):
+        with pytest.raises(ValueError, match="boxes must be"):
+            metrics.box_iou(bad, yes, box, yes)
+    with pytest.raises(ValueError, match="present must be"):
+        metrics.box_iou(box, yes.expand(1, 2), box, yes)
