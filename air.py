@@ -169,9 +169,9 @@ def attend(image: Tensor, where: Tensor, size: int) -> Tensor:
 def boxes(where: Tensor, size: tuple[int, int]) -> Tensor:
     """The windows (..., 3) in pixels: top, left, height, width (..., 4)."""
     scale, col, row = where.unbind(-1)
-    height, width = size[0] / scale, size[1] / scale
-    top = (size[0] - row * height - height) / 2
-    left = (size[1] - col * width - width) / 2
+    height, width = size[0] / scale.abs(), size[1] / scale.abs()  # below 0: a mirrored window
+    top = (size[0] * (1 - row / scale) - height) / 2
+    left = (size[1] * (1 - col / scale) - width) / 2
     return torch.stack([top, left, height, width], -1)
 
 
@@ -338,6 +338,14 @@ class Baseline(nn.Module):
         before = F.pad(before, (0, 0, 1, -1))  # step i has seen objects 1 .. i - 1
         image = repeat(image, "b c h w -> b n (c h w)", n=before.shape[1])
         return self.head(self.lstm(torch.cat([image, before], -1))[0]).squeeze(-1)
+
+    def normalise(self, error: Tensor, asked: Tensor) -> Tensor:
+        """(B, N) minus its running mean, over its running deviation if that is above 1."""
+        count = asked.sum()
+        self.mean.lerp_(error.sum() / count, 0.2)
+        self.square.lerp_(error.square().sum() / count, 0.2)
+        deviation = (self.square - self.mean.square()).clamp(min=1).sqrt()
+        return (error - self.mean) / deviation
 
 
 # -- the number of objects -------------------------------------------------------------------------
@@ -640,9 +648,11 @@ def check(config: Config) -> None:
                     "--estimator vimco needs --num-samples 2 or more")
     options.require(config.kernels == "auto", "--kernels: AIR uses none; leave it away")
     try:
-        data.make(config.dataset)
+        factors = data.make(config.dataset).batch(0, 1).factors
     except ValueError as error:
         raise options.UserError(error) from None
+    options.require("box" in factors, f"--dataset {config.dataset}: its objects have no boxes; "
+                    "choose one of the multi_mnist data sets")
 
 
 def build(config: Config, scenes: data.Scenes) -> AIR:
