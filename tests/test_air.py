@@ -1,5 +1,3 @@
-# ruff: noqa: E501, F401
-# Not collected yet: some of these checks fail, and air.py is to be put right first.
 """air.py against an own AIR, written from the paper, and its estimators against exact sums.
 
 The own AIR gets the same weights and noise in float64, takes its steps once for every number of
