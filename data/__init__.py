@@ -92,6 +92,7 @@ def _factory(module: str, maker: str, **options) -> Callable[..., Scenes]:
 _mini = partial(_factory, "mini_sprites", "MiniSprites")
 _tetrominoes = partial(_factory, "tetrominoes", "Tetrominoes")
 _dsprites = partial(_factory, "multi_dsprites", "MultiDSprites")
+_sprites = partial(_factory, "blended_sprites", "BlendedSprites")
 _digits = partial(_factory, "digits", "MultiMNIST")
 
 # name -> constructor(name, split, seed, device, **options)
@@ -105,6 +106,10 @@ DATASETS: dict[str, Callable[..., Scenes]] = {
     "multi_dsprites_binarized": _dsprites(colors="binarized"),
     "multi_dsprites_colored_on_grayscale": _dsprites(colors="colored_on_grayscale"),
     "multi_dsprites_colored_on_colored": _dsprites(colors="colored_on_colored"),
+    "sprites_3": _sprites(size=64, max_objects=3),
+    "sprites_8": _sprites(size=64, max_objects=8),
+    "sprites_3_32": _sprites(size=32, max_objects=3),
+    "sprites_8_32": _sprites(size=32, max_objects=8),
     "multi_mnist": _digits(),
     "multi_mnist_3": _digits(min_objects=3, max_objects=3),
     "multi_mnist_small": _digits(shrink=2.0, shrink_std=0.15),

@@ -41,9 +41,9 @@ SPRITES = {  # colors: (channels, fewest, most sprites)
     "colored_on_colored": (3, 1, 4),
 }
 SIZE = 64
-MARGIN = 16.0  # of the centres
+MARGIN = 16.0  # of the centres, in an image of SIZE pixels
 ANGLES = 4096
-# The outlines below are in units of these lengths, in pixels at scale 1.
+# The outlines are in units of these lengths, in pixels at scale 1 in an image of SIZE pixels.
 UNITS = (11.0, 15.0, 11.4)  # half a side, the longer semi-axis, the curve's own unit
 HEART_RISE = 0.118  # from the middle of the heart's bounding box down to the curve's own origin
 
@@ -67,30 +67,20 @@ class MultiDSprites(Scenes):
         self.colors = colors
         self.num_channels, self.min_objects, self.max_objects = SPRITES[colors]
         self.max_entities = self.max_objects + 1
-        angles = [math.tau * k / ANGLES for k in range(ANGLES)]
-        rows = [angles, [math.cos(a) for a in angles], [math.sin(a) for a in angles]]
-        self.angles = torch.tensor(rows, dtype=torch.float32, device=self.device)  # (3, ANGLES)
-        self.units = torch.tensor(UNITS, device=self.device)
-        self.centres = torch.arange(SIZE, device=self.device) + 0.5  # of the pixels
+        self.geometry = Geometry(SIZE, self.device)
 
     def scenes(self, index: Tensor) -> Batch:
         u = draws.uniform(self.key, index, (10, self.max_objects))
-        u_number, u_ground, u_shape, u_scale, u_angle, u_row, u_col, *u_color = u.unbind(1)
-        number = self.min_objects + draws.pick(
-            u_number[:, :1], self.max_objects - self.min_objects + 1
-        )
+        u_number, u_ground, u_color = u[:, 0, :1], u[:, 1], u[:, 7:].mT
+        number = self.min_objects + draws.pick(u_number, self.max_objects - self.min_objects + 1)
         exists = torch.arange(self.max_objects, device=self.device) < number  # (B, N)
-        shape = draws.pick(u_shape, len(SHAPES))
-        scale = u_scale * 0.5 + 0.5
-        orientation, cos, sin = self.angles[:, draws.pick(u_angle, ANGLES)]
-        row = u_row * (SIZE - 2 * MARGIN) + MARGIN
-        col = u_col * (SIZE - 2 * MARGIN) + MARGIN
-        ground, color = self.paint(u_ground, torch.stack(u_color, -1))  # (B, 1, C), (B, N, C)
+        shape, scale, orientation, cos, sin, row, col = self.geometry.pose(u[:, 2:7])
+        ground, color = self.paint(u_ground, u_color)  # (B, 1, C), (B, N, C)
 
         owner = torch.zeros(len(index), SIZE, SIZE, dtype=torch.uint8, device=self.device)
         for k in range(self.max_objects):  # one by one stays in the cache: twice as fast
             sprite = (value[:, k] for value in (shape, scale, cos, sin, row, col))
-            owner.masked_fill_(self.outline(*sprite) & exists[:, k, None, None], k + 1)
+            owner.masked_fill_(self.geometry.outline(*sprite) & exists[:, k, None, None], k + 1)
         entities = torch.arange(self.max_entities, dtype=torch.uint8, device=self.device)
         masks = owner[:, None] == entities[:, None, None]  # (B, E, H, W)
         present = masks.flatten(2).any(2)  # (B, E)
@@ -110,6 +100,36 @@ class MultiDSprites(Scenes):
         }
         return Batch(image, masks, present, {k: add_background(v) for k, v in factors.items()})
 
+    def paint(self, u_ground: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Colours of background (B, 1, C) and sprites (B, N, C) from draws (B, N), (B, N, 3)."""
+        if self.colors == "binarized":
+            return torch.zeros_like(u[:, :1, :1]), torch.ones_like(u[..., :1])
+        if self.colors == "colored_on_colored":
+            return u_ground[:, None, :3], u  # N is 4 here: three draws for three channels
+        return u_ground[:, :1, None].expand(-1, -1, 3), pure_hue(u[..., 0])
+
+
+class Geometry:
+    """Poses and outlines of sprites in images of size x size; every length is in proportion."""
+
+    def __init__(self, size: int, device: torch.device):
+        angles = [math.tau * k / ANGLES for k in range(ANGLES)]
+        rows = [angles, [math.cos(a) for a in angles], [math.sin(a) for a in angles]]
+        self.angles = torch.tensor(rows, dtype=torch.float32, device=device)  # (3, ANGLES)
+        self.units = torch.tensor(UNITS, device=device) * (size / SIZE)
+        self.centres = torch.arange(size, device=device) + 0.5  # of the pixels
+        self.size, self.margin = size, MARGIN * (size / SIZE)
+
+    def pose(self, u: Tensor) -> tuple[Tensor, ...]:
+        """Shape, scale, orientation, its cosine and sine, row, col (B, N) from draws (B, 5, N)."""
+        u_shape, u_scale, u_angle, u_row, u_col = u.unbind(1)
+        shape = draws.pick(u_shape, len(SHAPES))
+        scale = u_scale * 0.5 + 0.5
+        orientation, cos, sin = self.angles[:, draws.pick(u_angle, ANGLES)]
+        row = u_row * (self.size - 2 * self.margin) + self.margin
+        col = u_col * (self.size - 2 * self.margin) + self.margin
+        return shape, scale, orientation, cos, sin, row, col
+
     def outline(
         self, shape: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, row: Tensor, col: Tensor
     ) -> Tensor:
@@ -125,23 +145,17 @@ class MultiDSprites(Scenes):
         y_up = cos[..., None] * up + (is_heart * HEART_RISE)[..., None]  # (..., H)
         y = y_up[..., None] - (sin[..., None] * right)[..., None, :]  # (..., H, W)
         xx, yy = x * x, y * y
-        square = torch.maximum(xx, yy) <= 1
-        ellipse = xx + yy * 2.25 <= 1
         ring = xx + yy - 1
-        heart = ring * ring * ring <= xx * yy * y
         is_square = (shape == SHAPES.index("square"))[..., None, None]
-        is_heart = is_heart[..., None, None]
-        return torch.where(is_heart, heart, torch.where(is_square, square, ellipse))
+        convex = torch.where(is_square, torch.maximum(xx, yy), xx + yy * 2.25) - 1
+        heart = ring * ring * ring - xx * yy * y
+        return torch.where(is_heart[..., None, None], heart, convex) <= 0
 
-    def paint(self, u_ground: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Colours of background (B, 1, C) and sprites (B, N, C) from draws (B, N), (B, N, 3)."""
-        if self.colors == "binarized":
-            return torch.zeros_like(u[:, :1, :1]), torch.ones_like(u[..., :1])
-        if self.colors == "colored_on_colored":
-            return u_ground[:, None, :3], u  # N is 4 here: three draws for three channels
-        hue = u[..., 0] * 6
-        red = (hue - 3).abs() - 1
-        green = 2 - (hue - 2).abs()
-        blue = 2 - (hue - 4).abs()
-        rgb = torch.stack([red, green, blue], -1).clamp_(0, 1)  # (B, N, 3)
-        return u_ground[:, :1, None].expand(-1, -1, 3), rgb
+
+def pure_hue(u: Tensor) -> Tensor:
+    """The colour of saturation and value 1 whose hue is u in [0, 1): (...) -> RGB (..., 3)."""
+    hue = u * 6
+    red = (hue - 3).abs() - 1
+    green = 2 - (hue - 2).abs()
+    blue = 2 - (hue - 4).abs()
+    return torch.stack([red, green, blue], -1).clamp_(0, 1)

@@ -1,0 +1,98 @@
+"""Blended sprites: up to three or eight, each there or not, colours add where they overlap, 64 x 64.
+
+Specified by Nash et al. 2017 (section 4, appendix A): 64 x 64 images of dSprites' shapes with
+random colours, orientations and places; sprites are independent, including whether they exist, up
+to a fixed number, three or eight; where sprites overlap, their RGB values are summed and clipped at
+one; training data never repeats. By dSprites: square, ellipse, heart; scales 0.5 to 1; binary
+sprites.
+
+Assumed:
+- A sprite exists with probability 1/2, so the number is binomial and one scene of three sprites in
+  eight is empty. The background is black, which adds nothing to a sum.
+- Colour: hue uniform, saturation and value 1. Uniform RGB would hold sprites too dark to count.
+  Every pure hue is equally bright and lacks one primary, so that a pixel with all three is covered
+  twice. Of two hues of the same brightest primary the sum is clipped, and which they were is lost
+  there; the pixels that only one of them covers still show it.
+- Shape, scale, orientation and centre: uniform, as in data/multi_dsprites.py, whose outlines these
+  are. Centres keep a quarter of the image from its edge, so that each sprite is inside the image.
+
+`sprites_3_32` and `sprites_8_32` are ours: 32 x 32, all lengths halved.
+
+Sprites are entities 1 .. N by their place in the list of draws, so `present` has gaps by design,
+and it means exists: also of a sprite that others cover. `coverage` is 1 where the sprite is, the
+pixel's centre inside its outline, whatever else is there; of the background it is 1 where no sprite
+is. So image = min(1, sum over e of coverage_e color_e), and coverages sum to the number of sprites
+there, or to 1. `masks` are exclusive: the largest entity has the pixel, and a sprite under others
+can have none.
+Factors: shape (int64; 0 square, 1 ellipse, 2 heart), color (B, E, 3), scale, orientation (radians,
+counter-clockwise as seen; a square is the same after a quarter turn, an ellipse after half a turn),
+row, col of the centre in pixels, where pixel i covers [i, i + 1].
+
+Axes: B scenes, E entities, N = E - 1 sprites, H W image.
+"""
+
+import torch
+from torch import Tensor
+
+from data import Batch, Scenes, add_background, draws
+from data.multi_dsprites import Geometry, pure_hue
+
+SIZES = (32, 64)
+
+
+class BlendedSprites(Scenes):
+    """At most `max_objects` sprites in size x size pixels, `size` one of SIZES."""
+
+    num_channels = 3
+
+    def __init__(
+        self,
+        name: str = "sprites_3",
+        split: str = "train",
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        size: int = 64,
+        max_objects: int = 3,
+    ):
+        super().__init__(name, split, seed, device)
+        if size not in SIZES:
+            raise ValueError(f"no sprites of {size} px; choose from {SIZES}")
+        if max_objects < 1:
+            raise ValueError(f"max_objects must be at least 1, not {max_objects}")
+        self.height = self.width = size
+        self.max_objects, self.max_entities = max_objects, max_objects + 1
+        self.geometry = Geometry(size, self.device)
+
+    def scenes(self, index: Tensor) -> Batch:
+        u = draws.uniform(self.key, index, (7, self.max_objects))
+        exists = u[:, 0] < 0.5  # (B, N)
+        color = pure_hue(u[:, 1])  # (B, N, 3)
+        shape, scale, orientation, cos, sin, row, col = self.geometry.pose(u[:, 2:])
+
+        image = u.new_zeros(len(u), 3, self.height, self.width)
+        coverage = u.new_zeros(len(u), self.max_entities, self.height, self.width)
+        masks = torch.zeros_like(coverage, dtype=torch.bool)
+        free = torch.ones_like(masks[:, 0])  # (B, H, W), no sprite so far
+        for k in reversed(range(self.max_objects)):  # from the top
+            sprite = (value[:, k] for value in (shape, scale, cos, sin, row, col))
+            inside = self.geometry.outline(*sprite) & exists[:, k, None, None]  # (B, H, W)
+            coverage[:, k + 1] = inside
+            masks[:, k + 1] = inside & free
+            free &= ~inside
+            # A product with 0 or 1 is exact and the order is fixed: the same bits on every device.
+            image.addcmul_(coverage[:, k + 1, None], color[:, k, :, None, None])
+        coverage[:, 0] = masks[:, 0] = free
+        image.clamp_(max=1)
+
+        present = add_background(exists)
+        present[:, 0] = True
+        factors = {
+            "shape": shape * exists,
+            "color": color * exists[..., None],
+            "scale": scale * exists,
+            "orientation": orientation * exists,
+            "row": row * exists,
+            "col": col * exists,
+        }
+        factors = {name: add_background(value) for name, value in factors.items()}
+        return Batch(image, masks, present, factors, coverage)
