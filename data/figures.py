@@ -180,21 +180,40 @@ def attention(
     return _save(_sheet(rows, title, heads, list(labels), columns_apart=(2,)), path)
 
 
+def grid(
+    path: str | Path,
+    images: Any,
+    title: str,
+    heads: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    apart: Sequence[int] = (),
+) -> Path:
+    """Images (R, V, C, H, W) in rows and columns, with `heads` (V) above and `labels` (R) beside.
+
+    Before the columns that `apart` names, the gap is wide.
+    """
+    images = _images(images, "images", 5)
+    for texts, number in ((heads, images.shape[1]), (labels, images.shape[0])):
+        if len(texts) not in (0, number):
+            raise ValueError(f"images are {images.shape[:2]}: not {number} of {list(texts)}")
+    rows = [[Panel(image) for image in row] for row in images]
+    return _save(_sheet(rows, title, heads, labels, columns_apart=apart), path)
+
+
 def traversals(
     path: str | Path, images: Any, labels: Sequence[str], values: Sequence[float], title: str
 ) -> Path:
     """Images (R, V, C, H, W) in a grid (IODINE's Fig. 6): a row per latent, named by `labels` (R),
     a column per value that it is set to, `values` (V)."""
-    images = _images(images, "images", 5)
+    shape = _images(images, "images", 5).shape[:2]
     values = np.asarray(_numpy(values), dtype=float)
-    if (len(labels), *values.shape) != images.shape[:2]:
-        raise ValueError(f"labels and values must be {images.shape[:2]} for these images, "
+    if (len(labels), *values.shape) != shape:
+        raise ValueError(f"labels and values must be {shape} for these images, "
                          f"not {(len(labels), *values.shape)}")  # fmt: skip
     step = np.ptp(values) / max(len(values) - 1, 1)  # the fewest digits that keep columns apart
     digits = next((d for d in range(4) if (abs(values - values.round(d)) <= step / 9).all()), 3)
     heads = [f"{v:.{digits}f}".replace("-", "−") for v in values.round(digits) + 0.0]  # no -0
-    rows = [[Panel(image) for image in row] for row in images]
-    return _save(_sheet(rows, title, heads, list(labels)), path)
+    return grid(path, images, title, heads, labels)
 
 
 def samples(path: str | Path, images: Any, title: str, masks: Any = None) -> Path:

@@ -14,7 +14,7 @@ import tyro
 
 # On resume only these may differ from the checkpoint: they say where and how long, not what.
 RUN_CONTROL = {"steps", "minutes", "out", "device", "kernels", "compile", "cuda_graph", "log_every",
-               "checkpoint_seconds", "resume", "eval_only", "experiment"}
+               "checkpoint_seconds", "resume", "eval_only", "experiment", "compare"}
 
 
 class UserError(Exception):

@@ -160,15 +160,17 @@ def checkpoint_file(path: str | Path) -> Path:
     return Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
 
 
-def save_checkpoint(folder: Path, model_name: str, config: Any, **state: Any) -> None:
-    """checkpoint.pt: {format, model_name, config, rng, **state}, written through another file."""
+def save_checkpoint(
+    folder: Path, model_name: str, config: Any, name: str = "checkpoint.pt", **state: Any
+) -> None:
+    """{format, model_name, config, rng, **state} in `name`, written through another file."""
     content = dict(format=FORMAT, model_name=model_name, config=dataclasses.asdict(config))
-    temporary = folder / "checkpoint.pt.tmp"
+    temporary = folder / f"{name}.tmp"
     try:
         torch.save({**content, "rng": torch.get_rng_state(), **state}, temporary)
     except RuntimeError as error:  # what torch makes of a full disk
         raise UserError(f"cannot write {temporary} ({str(error).splitlines()[0]})") from None
-    temporary.replace(folder / "checkpoint.pt")
+    temporary.replace(folder / name)
 
 
 def load_checkpoint(path: str | Path, model_name: str) -> dict[str, Any]:
