@@ -115,13 +115,15 @@ def refinement(
     masks: Any,
     means: Any,
     title: str,
+    labels: Sequence[str] = (),
 ) -> Path:
     """Iterative inference on one scene, a step a row (IODINE's Fig. 7), below what it should find.
 
     image (C, H, W); true_masks (E, H, W); reconstructions (T, C, H, W); masks (T, K, H, W); means
     (T, K, C, H, W). The first row is the truth: the input, the true masks and, above the slots that
     match them at the last step, the entities cut out of the input. Order and colours of the slots
-    are those of the last step throughout, so that one colour follows one slot.
+    are those of the last step throughout, so that one colour follows one slot. `labels` (T) stand
+    at the left; step 1, step 2, ... where there are none.
     """
     image, true_masks = _images(image, "image", 3), _bools(true_masks, "true_masks", 3)
     reconstructions = _images(reconstructions, "reconstructions", 4)
@@ -144,7 +146,10 @@ def refinement(
         row += [Panel(_on_white(means[t, k], masks[t, k]), slot_colors[k]) for k in order]
         rows.append(row)
     heads = ["Reconstruction", "Masks", *_slot_heads(masks.shape[1])]
-    labels = ["truth", *(f"step {t}" for t in range(1, len(masks) + 1))]
+    labels = labels or [f"step {t}" for t in range(1, len(masks) + 1)]
+    if len(labels) != len(masks):
+        raise ValueError(f"labels must be {len(masks)}, not {list(labels)}")
+    labels = ["truth", *labels]
     return _save(_sheet(rows, title, heads, labels, columns_apart=(2,), rows_apart=(1,)), path)
 
 

@@ -16,12 +16,15 @@ Axes: B scenes, E entities (0 is the background), K slots, C H W image.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
 from scipy.optimize import linear_sum_assignment
+from scipy.special import entr
+from sklearn.ensemble import GradientBoostingClassifier, GradientBoostingRegressor
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -92,12 +95,13 @@ def miou(true_masks: Tensor, present: Tensor, predicted: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def match(true_masks: Tensor, predicted: Tensor) -> Tensor:
+def match(true_masks: Tensor, predicted: Tensor, least_iou: float = 0.0) -> Tensor:
     """The slot that each entity, the background included, is matched with: (B, E) int64.
 
     The one-to-one matching that maximises the total IoU; -1 for an entity without a slot: it is
-    empty, shares no pixel with the slot that would be left for it, or there are more entities than
-    slots. For colours and probes, which want to know what each slot stands for; `miou` has its own.
+    empty, its IoU with the slot that would be left for it is not above `least_iou` (0: they share
+    no pixel), or there are more entities than slots. For colours and probes, which want to know
+    what each slot stands for; `miou` has its own.
 
     true_masks, predicted: as for `ari`.
     """
@@ -106,7 +110,7 @@ def match(true_masks: Tensor, predicted: Tensor) -> Tensor:
     slots = np.full(iou.shape[:2], -1)
     for row, table in zip(slots, iou.cpu().numpy(), strict=True):
         entity, slot = linear_sum_assignment(table, maximize=True)
-        row[entity] = np.where(table[entity, slot] > 0, slot, -1)
+        row[entity] = np.where(table[entity, slot] > least_iou, slot, -1)
     return torch.from_numpy(slots).to(true_masks.device)
 
 
@@ -156,6 +160,49 @@ def mse(image: Tensor, reconstruction: Tensor) -> Tensor:
     return (image.double() - reconstruction.double()).square().mean((1, 2, 3))
 
 
+def dci(
+    codes: np.ndarray, factors: Mapping[str, np.ndarray], train: int
+) -> dict[str, float | dict[str, float]]:
+    """Disentanglement, completeness, informativeness of codes (Eastwood & Williams 2018), 1 best.
+
+    Gradient-boosted trees predict each factor j from all codes d; R_dj is how much they use d.
+
+        disentanglement = Σ_d w_d (1 - H(R_d. / Σ_j R_dj) / log J),   w_d = Σ_j R_dj / Σ R
+        completeness    = mean over j of 1 - H(R_.j / Σ_d R_dj) / log D
+        accuracy, r2    = informativeness: the mean score of the factors that are classes, numbers
+
+    codes (N, D), D > 1; factors: J > 1 arrays (N,), integers for classes, floats for numbers. The
+    first `train` rows fit the trees, the others score them (`informativeness`, by factor). (The
+    authors of EfficientMORL count exact hits for both kinds: never one for a number.) NaN for the
+    mean of a kind that is not there.
+    """
+    codes = np.asarray(codes, dtype=np.float64)
+    if codes.ndim != 2 or codes.shape[1] < 2 or len(factors) < 2 or not 0 < train < len(codes):
+        raise ValueError(f"dci needs codes (N, D > 1), two factors and 0 < train < N, not codes "
+                         f"{codes.shape}, {len(factors)} factors and train {train}")  # fmt: skip
+    importance, scores = [], {}
+    for name, values in factors.items():
+        if len(values) != len(codes):
+            raise ValueError(f"factor {name} must be ({len(codes)},), not {np.shape(values)}")
+        numbers = values.dtype.kind == "f"
+        probe = GradientBoostingRegressor if numbers else GradientBoostingClassifier
+        trees = probe(random_state=0).fit(codes[:train], values[:train])
+        importance.append(trees.feature_importances_)
+        scores[name] = float(trees.score(codes[train:], values[train:]))
+    importance = np.stack(importance, 1)  # (D, J)
+    kinds = {"accuracy": "iub", "r2": "f"}
+    informativeness = {
+        kind: [scores[name] for name, v in factors.items() if v.dtype.kind in letters]
+        for kind, letters in kinds.items()
+    }
+    return dict(
+        disentanglement=float(_concentration(importance) @ importance.sum(1) / importance.sum()),
+        completeness=float(_concentration(importance.T).mean()),
+        **{kind: float(np.mean(s)) if s else math.nan for kind, s in informativeness.items()},
+        informativeness=scores,
+    )
+
+
 def mean_stderr(values: Any) -> dict[str, float | int | None]:
     """`{mean, stderr, n, left_out}` of a tensor, array or list of scores, ready for JSON.
 
@@ -180,6 +227,13 @@ def mean_stderr(values: Any) -> dict[str, float | int | None]:
 
 
 # -- pieces ----------------------------------------------------------------------------------------
+
+
+def _concentration(weights: np.ndarray) -> np.ndarray:
+    """1 - entropy of a row over that of the uniform one: (R, V) >= 0 -> (R,), 0 for zeros."""
+    share = weights / np.maximum(weights.sum(1, keepdims=True), np.finfo(float).tiny)
+    entropy = entr(share).sum(1) / math.log(weights.shape[1])
+    return np.where(weights.any(1), 1 - entropy, 0.0)
 
 
 def _check_masks(masks: Tensor, name: str = "true_masks", axes: str = "(B, E, H, W)") -> None:
