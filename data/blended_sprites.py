@@ -1,29 +1,28 @@
-"""Blended sprites: up to three or eight, each there or not, colours add where they overlap, 64 x 64.
+"""Blended sprites: up to three or eight, on black, whose colours add where they overlap, 64 x 64.
 
 Specified by Nash et al. 2017 (section 4, appendix A): 64 x 64 images of dSprites' shapes with
 random colours, orientations and places; sprites are independent, including whether they exist, up
-to a fixed number, three or eight; where sprites overlap, their RGB values are summed and clipped at
-one; training data never repeats. By dSprites: square, ellipse, heart; scales 0.5 to 1; binary
+to a fixed number, three or eight; where they overlap, their RGB values are summed and clipped at
+one; training data is always new. By dSprites: square, ellipse, heart; scales 0.5 to 1; binary
 sprites.
 
 Assumed:
-- A sprite exists with probability 1/2, so the number is binomial and one scene of three sprites in
-  eight is empty. The background is black, which adds nothing to a sum.
-- Colour: hue uniform, saturation and value 1. Uniform RGB would hold sprites too dark to count.
-  Every pure hue is equally bright and lacks one primary, so that a pixel with all three is covered
-  twice. Of two hues of the same brightest primary the sum is clipped, and which they were is lost
-  there; the pixels that only one of them covers still show it.
+- A sprite exists with probability 1/2. So the number is binomial, and of scenes of up to three one
+  in eight is empty. The background is black: it adds nothing.
+- Colour: hue uniform, saturation and value 1. Uniform RGB would hold sprites too dark to count. And
+  since a pure hue lacks a primary, a pixel with all three is covered twice, which no colour tells
+  if all are allowed.
 - Shape, scale, orientation and centre: uniform, as in data/multi_dsprites.py, whose outlines these
   are. Centres keep a quarter of the image from its edge, so that each sprite is inside the image.
 
 `sprites_3_32` and `sprites_8_32` are ours: 32 x 32, all lengths halved.
 
-Sprites are entities 1 .. N by their place in the list of draws, so `present` has gaps by design,
-and it means exists: also of a sprite that others cover. `coverage` is 1 where the sprite is, the
-pixel's centre inside its outline, whatever else is there; of the background it is 1 where no sprite
-is. So image = min(1, sum over e of coverage_e color_e), and coverages sum to the number of sprites
-there, or to 1. `masks` are exclusive: the largest entity has the pixel, and a sprite under others
-can have none.
+Sprites are entities 1 .. N, each of which exists or not, so `present` has gaps by design.
+`present` means exists, also of a sprite that others cover. `coverage` is 0 or 1: 1 where the
+pixel's centre is inside the sprite's outline, whatever else is there; of the background, where no
+sprite is. So image = min(1, sum over e of coverage_e color_e), and a pixel's coverages sum to the
+number of sprites there, or to 1 where there is none. In the exclusive `masks` the largest entity
+has the pixel, so the mask of a sprite that exists can be empty (of eight, one sprite in a hundred).
 Factors: shape (int64; 0 square, 1 ellipse, 2 heart), color (B, E, 3), scale, orientation (radians,
 counter-clockwise as seen; a square is the same after a quarter turn, an ellipse after half a turn),
 row, col of the centre in pixels, where pixel i covers [i, i + 1].

@@ -1,0 +1,262 @@
+"""Blended sprites: statistics, coverage and masks, scenes painted a second time.
+
+That a scene is the same everywhere is tested with all datasets, in test_data.py. Seeds are fixed,
+so a statistical bound that holds once always holds.
+"""
+
+import colorsys
+import functools
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from test_data import BLENDED, UNSURE, is_uniform, paint_dsprite
+
+import data
+from data.blended_sprites import BlendedSprites
+
+SIZES = {  # H = W, most sprites
+    "sprites_3": (64, 3),
+    "sprites_8": (64, 8),
+    "sprites_3_32": (32, 3),
+    "sprites_8_32": (32, 8),
+}
+CONTINUOUS = ("scale", "orientation", "row", "col")
+
+
+@functools.cache
+def sample(name: str) -> data.Batch:
+    """The first 256 scenes, shared by the tests, which only read them."""
+    return data.make(name).batch(0, 256)
+
+
+@functools.cache
+def facts(name: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Of 2048 scenes without the background: present (n, N) and factors, hue in [0, 1) added."""
+    scenes, present, factors = data.make(name), [], []
+    for start in range(0, 2048, 128):
+        batch = scenes.batch(start, 128)
+        present.append(batch.present[:, 1:])
+        factors.append({key: value[:, 1:] for key, value in batch.factors.items()})
+    factors = {key: torch.cat([f[key] for f in factors]) for key in factors[0]}
+    hsv = [colorsys.rgb_to_hsv(*rgb) for rgb in factors["color"].double().flatten(0, 1).tolist()]
+    hue, saturation, value = torch.tensor(hsv).unflatten(0, factors["shape"].shape).unbind(-1)
+    present = torch.cat(present)
+    assert (saturation[present] == 1).all() and (value[present] == 1).all()
+    return present, {**factors, "hue": hue}
+
+
+def blend(batch: data.Batch) -> torch.Tensor:
+    """The sum of the colours that cover each pixel, not clipped: float64 (B, 3, H, W)."""
+    coverage, color = batch.coverage.double(), batch.factors["color"].double()
+    return torch.einsum("behw,bec->bchw", coverage, color)
+
+
+# ------------------------------------------------------------------------------ coverage and masks
+
+
+def test_every_dataset_is_listed():
+    assert set(BLENDED) == set(SIZES)
+
+
+@pytest.mark.parametrize("name", BLENDED)
+def test_contract(name):
+    size, most = SIZES[name]
+    scenes, batch = data.make(name), sample(name)
+    assert (scenes.name, scenes.split, scenes.seed) == (name, "train", 0)
+    assert (scenes.num_channels, scenes.height, scenes.width) == (3, size, size)
+    assert scenes.max_entities == most + 1
+    assert batch.image.shape == (256, 3, size, size)
+    assert batch.masks.shape == batch.coverage.shape == (256, most + 1, size, size)
+    assert batch.present.shape == (256, most + 1)
+    assert batch.image.dtype == batch.coverage.dtype == torch.float32
+    assert batch.masks.dtype == batch.present.dtype == torch.bool
+    assert batch.factors.keys() == {"shape", "color", *CONTINUOUS}
+    for key, value in batch.factors.items():
+        assert value.shape == (256, most + 1) + (3,) * (key == "color"), key
+        assert value.dtype == (torch.int64 if key == "shape" else torch.float32), key
+        assert not value[:, 0].any() and not value[~batch.present].any(), key
+
+
+@pytest.mark.parametrize("name", BLENDED)
+def test_coverage_masks_and_image_agree(name):
+    batch = sample(name)
+    sprites = batch.coverage[:, 1:]
+    assert batch.coverage.unique().tolist() == [0, 1]
+    assert torch.equal(batch.coverage[:, 0] == 1, (sprites == 0).all(1))
+    assert batch.present[:, 0].all()
+    assert torch.equal(batch.present[:, 1:], sprites.flatten(2).any(2))
+    # The largest entity that covers a pixel has it.
+    number = torch.arange(batch.masks.shape[1])[:, None, None]
+    owner = (batch.coverage * number).amax(1, keepdim=True)
+    assert torch.equal(batch.masks, owner == number)
+    assert (blend(batch).clamp(max=1) - batch.image).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", BLENDED)
+def test_sums_are_clipped_and_only_then(name):
+    batch = sample(name)
+    total = blend(batch)
+    several = (batch.coverage[:, 1:].sum(1) > 1)[:, None].expand_as(total)
+    clipped = total > 1.001
+    assert (batch.image[clipped] == 1).all() and not (clipped & ~several).any()
+    assert clipped.any(1).sum() > 0.8 * several[:, 0].sum()  # of two pure hues, most sums
+    # All three primaries: at least two sprites.
+    assert not ((batch.image > 0).all(1) & ~several[:, 0]).any()
+    # Elsewhere they add: brighter than each sprite alone.
+    parts = batch.coverage[:, 1:, None] * batch.factors["color"][:, 1:, :, None, None]
+    mixed = ((parts > 0).sum(1) > 1) & (total < 0.999)
+    assert mixed.any() and (batch.image > parts.amax(1))[mixed].all()
+
+
+@pytest.mark.parametrize("name", BLENDED)
+def test_repainted(name):
+    """Sprite by sprite, in float64."""
+    size, _ = SIZES[name]
+    batch = sample(name)
+    f = {key: value.double().numpy() for key, value in batch.factors.items()}
+    differing = 0
+    for b in range(96):
+        image, owner = np.zeros((size, size, 3)), np.zeros((size, size), int)
+        for e in np.flatnonzero(batch.present[b].numpy())[1:]:
+            inside = paint_dsprite(f, b, e, size)
+            differing += (inside != batch.coverage[b, e].numpy()).sum()
+            image[inside] += f["color"][b, e]
+            owner[inside] = e
+        error = abs(np.minimum(image, 1) - batch.image[b].permute(1, 2, 0).numpy()).max(-1)
+        differing += (error > 1e-6).sum()
+        differing += (owner != batch.masks[b].int().argmax(0).numpy()).sum()
+    assert differing <= 3  # one pixel's centre that float32 puts across an outline
+
+
+@pytest.mark.parametrize("name", BLENDED)
+def test_sprites_are_whole(name):
+    """Nothing is cut off: all of a sprite lies around its centre, and its area is its scale's."""
+    size, _ = SIZES[name]
+    batch = sample(name)
+    b, e = batch.present[:, 1:].nonzero().T
+    f = {key: value[b, e + 1] for key, value in batch.factors.items()}
+    coverage = batch.coverage[b, e + 1]
+    centres = torch.arange(size) + 0.5
+    far_rows = (centres - f["row"][:, None]).abs() > size / 4
+    far_cols = (centres - f["col"][:, None]).abs() > size / 4
+    assert not (coverage * (far_rows[:, :, None] | far_cols[:, None])).any()
+    area = coverage.sum((1, 2)) / (475 * (f["scale"] * size / 64) ** 2)
+    for shape in range(3):
+        assert abs(area[f["shape"] == shape].mean() - 1) < 0.03
+    assert (area - 1).abs().max() < 9 / size
+
+
+@pytest.mark.parametrize("name", ["sprites_8", "sprites_8_32"])
+def test_hidden_sprites_stay(name):
+    """One in a hundred has no pixel in the masks; it exists nonetheless, with all its factors."""
+    batch = sample(name)
+    hidden = batch.present & ~batch.masks.flatten(2).any(2)
+    hidden[:, 0] = False
+    assert 0.003 < hidden.sum() / batch.present[:, 1:].sum() < 0.03
+    assert (batch.coverage[hidden].sum((1, 2)) > 0).all()
+    assert (batch.factors["scale"][hidden] >= 0.5).all()
+    assert (batch.factors["color"][hidden].amax(1) == 1).all()
+
+
+# -------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("name", BLENDED)
+def test_each_sprite_exists_half_of_the_time(name):
+    present, _ = facts(name)
+    n, most = present.shape
+    counts = torch.bincount(present.sum(1), minlength=most + 1).numpy()
+    expected = n * stats.binom(most, 0.5).pmf(np.arange(most + 1))
+    assert expected.min() > 5 and stats.chisquare(counts, expected).pvalue > UNSURE
+    # All 2^N patterns are equally frequent: whether one exists says nothing of another.
+    assert is_uniform((present * 2 ** torch.arange(most)).sum(1), 2**most)
+
+
+@pytest.mark.parametrize("name", BLENDED)
+def test_factors_are_uniform(name):
+    size, most = SIZES[name]
+    present, f = facts(name)
+    assert is_uniform(f["shape"][present], 3)
+    ranges = {
+        "hue": (0, 1),
+        "scale": (0.5, 0.5),
+        "orientation": (0, 2 * np.pi),
+        "row": (size / 4, size / 2),
+        "col": (size / 4, size / 2),
+    }
+    for key, (low, extent) in ranges.items():
+        for slot in (0, most - 1):
+            values = f[key][:, slot][present[:, slot]].numpy()
+            assert values.min() >= low and values.max() <= low + extent
+            assert stats.kstest(values, stats.uniform(low, extent).cdf).pvalue > UNSURE, key
+
+
+@pytest.mark.parametrize("name", BLENDED)
+def test_factors_are_independent(name):
+    """Of each other, of the number of sprites, and of the factors of another sprite."""
+    present, f = facts(name)
+    number = present.sum(1, keepdim=True).expand_as(present)
+    columns = torch.stack([f["shape"], f["hue"], *(f[key] for key in CONTINUOUS), number], -1)
+    values = columns[present].double().numpy()
+    r = np.corrcoef(values.T) - np.eye(7)
+    assert abs(r).max() < 4.5 / len(values) ** 0.5
+    both = present[:, 0] & present[:, 1]
+    pair = columns[both, :2, :6].double().flatten(1).numpy()
+    r = np.corrcoef(pair.T)[:6, 6:]
+    assert abs(r).max() < 4.5 / len(pair) ** 0.5
+
+
+# -------------------------------------------------------------------------------------- the options
+
+
+def test_half_the_size():
+    """The same draws at 32 x 32: all lengths halved, nothing else."""
+    full, half = (BlendedSprites(size=size).batch(0, 256) for size in (64, 32))
+    assert torch.equal(full.present, half.present)
+    for key, value in full.factors.items():
+        assert torch.equal(value, half.factors[key] * (2 if key in ("row", "col") else 1)), key
+    # Four pixels of the one are one of the other, except along the outlines.
+    pooled = torch.nn.functional.avg_pool2d(full.coverage, 2)
+    inner = (pooled == 0) | (pooled == 1)
+    same = pooled == half.coverage
+    assert same[inner].float().mean() > 0.999 and inner.float().mean() > 0.95
+
+
+@pytest.mark.parametrize("most", [1, 5, 12])
+def test_other_numbers(most):
+    batch = BlendedSprites(size=32, max_objects=most).batch(0, 64)
+    assert batch.present.shape == (64, most + 1)
+    assert batch.present[:, 1:].any(0).all() and not batch.present.all(0)[1:].any()
+    if most == 1:
+        assert torch.equal(batch.coverage == 1, batch.masks)
+        color = batch.factors["color"][..., None, None]
+        assert torch.equal(batch.image, (batch.masks[:, :, None] * color).sum(1))
+
+
+def test_scenes_are_pinned():
+    """Published numbers and weights rest on these scenes: a change here is a change of data."""
+    batch = data.make("sprites_8", "test").batch(0, 2)
+    exists = batch.present[:, 1:]
+    assert exists.int().tolist() == [[1, 1, 1, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 1, 1, 0]]
+    area = batch.coverage.sum((2, 3))
+    columns = torch.stack([*(batch.factors[key] for key in ("shape", "row", "col")), area], -1)
+    assert columns[:, 1:][exists].int().tolist() == [
+        [1, 39, 44, 174], [0, 24, 35, 259], [1, 20, 23, 121], [0, 21, 20, 248], [1, 43, 26, 443],
+        [2, 16, 19, 393], [1, 28, 21, 307], [0, 31, 20, 263],
+    ]  # fmt: skip
+    assert (batch.factors["color"][:, 1:][exists] * 255).int().tolist() == [
+        [0, 47, 255], [0, 22, 255], [0, 255, 122], [0, 255, 205], [209, 0, 255], [3, 255, 0],
+        [12, 0, 255], [99, 0, 255],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(dict(size=48), "48 px; choose from (32, 64)"), (dict(max_objects=0), "at least 1, not 0")],
+)
+def test_bad_requests(options, words):
+    with pytest.raises(ValueError) as caught:
+        BlendedSprites(**options)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
