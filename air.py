@@ -397,7 +397,16 @@ def log_bernoulli(logits: Tensor, yes: Tensor) -> Tensor:
 
 def logistic(logits: Tensor, uniform: Tensor) -> Tensor:
     """Samples whose sign is the answer: logit + logistic noise."""
-    return logits + torch.logit(uniform + 2.0**-25)  # between the multiples of 2^-24 that it takes
+    half = 2.0**-25  # of a step of `uniform`, which is 0 but never 1
+    return logits + torch.log(uniform + half) - torch.log(1 - uniform - half)
+
+
+def logistic_given(logits: Tensor, yes: Tensor, uniform: Tensor) -> Tensor:
+    """The same, given their sign; exact also where sigmoid(logits) rounds to 0 or 1."""
+    sign = torch.where(yes, 1.0, -1.0)
+    more, less = uniform + 2.0**-25, 1 - uniform - 2.0**-25
+    more, less = torch.where(yes, more, less).log(), torch.where(yes, less, more).log()
+    return sign * (F.softplus(sign * logits + more) - less)
 
 
 def enumerate_counts(
@@ -462,8 +471,7 @@ def concrete(
 ) -> tuple[Tensor, Tensor]:
     """Maddison et al. 2016: presences between 0 and 1; another model's bound, hence biased."""
     t, log_after = model.config.temperature, log_prior.flip(0).logcumsumexp(0).flip(0)
-    yes = log_after[1:] - log_after[:-1]  # log p(n >= i | n >= i - 1)
-    prior = yes - torch.log(-torch.expm1(yes))  # its logit, (N,)
+    prior = log_after[1:] - log_prior[:-1]  # log p(n >= i) / p(n = i - 1), the prior's logits (N,)
     y = logistic(u.logits, uniform[..., 0]) / t
 
     def log_density(logits: Tensor) -> Tensor:
@@ -481,10 +489,7 @@ def rebar(
     t, eta = model.config.temperature, model.config.rebar_scale
     z = logistic(u.logits, uniform[..., 0])
     yes = z > 0
-    # z again, given the answer: v is uniform on the part of (0, 1) that gives this answer.
-    p, v = torch.sigmoid(u.logits), uniform[..., 1] + 2.0**-25
-    v = torch.where(yes, 1 - p + p * v, (1 - p) * v)
-    again = u.logits + torch.logit(v.clamp(1e-7, 1 - 1e-7))
+    again = logistic_given(u.logits, yes, uniform[..., 1])
     fixed = u._replace(objects=u.objects.detach(), kl=u.kl.detach(),
                        background=u.background.detach())
     relaxed, relaxed_again = (
