@@ -43,14 +43,14 @@ def backend(where: Tensor | torch.device | str = "cpu", op: str | None = None) -
 
     Raises RuntimeError where `use("triton")` is in force and this tensor or op cannot have it.
     """
-    if _choice == "torch":
-        return "torch"
     device = where.device if isinstance(where, Tensor) else torch.device(where)
+    # The interpreter is for tests: "auto" never picks it, it is far slower than torch.
+    if _choice == "torch" or (_choice == "auto" and device.type != "cuda"):
+        return "torch"
     reason = _triton_obstacle(device, op)
     if reason and _choice == "triton":
         raise RuntimeError(f"kernels: triton cannot run here: {reason}")
-    # The interpreter is for tests: "auto" never picks it, it is far slower than torch.
-    return "torch" if reason or (_choice == "auto" and device.type != "cuda") else "triton"
+    return "torch" if reason else "triton"
 
 
 def _triton_obstacle(device: torch.device | None = None, op: str | None = None) -> str | None:

@@ -185,7 +185,8 @@ def _bias_elu(x: Tensor, bias: Tensor) -> Tensor:
 
 @torch.library.custom_op("slot_kernels::bias_elu_backward", mutates_args=())
 def _bias_elu_backward(gradient: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    gradient = gradient.contiguous(memory_format=_layout(out))
+    layout = _layout(out)
+    gradient, out = gradient.contiguous(memory_format=layout), out.contiguous(memory_format=layout)
     planes, pixels, constants = _plan(out)
     tiles = triton.cdiv(pixels, constants["BLOCK_P"])
     in_a_group = in_turn(planes * tiles, min(TILES, tiles))

@@ -25,7 +25,7 @@ Bytes, in numbers per pixel for C = 3. Eager torch is counted by operation, its 
                                  fused reads    writes     eager moves    at K = 7
     mixture                      3 + 4K         1 + 8K     83K − 32       6 times as much
     mixture_log_likelihood       3 + 4K         1          79K + 13       18 times
-      its backward               4 + 4K         4K         73K + 2        8 times
+      its backward               4 + 4K         4K         73K + 2        9 times
 
 On large images that is the speed-up to expect, as the arithmetic fits in the time of the transfers
 (some 250 instructions for a slot of a pixel). On small ones the count of kernels matters more: one
@@ -237,7 +237,8 @@ class _LogLikelihood(torch.autograd.Function):
 # 128 pixels of 7 slots are 14 KB.
 #
 # Logarithms are to base 2 until they are stored: exp2 is one instruction of the device. A logarithm
-# costs about twenty, so that a slot takes only one, of a quotient.
+# costs about twenty, so that a slot takes only one, of a quotient. (The logistic density takes one
+# more in each sweep.)
 #
 # sigma and epsilon are arguments, not constants of the compiler: to anneal them costs nothing. They
 # are declared as float64, or they would reach a kernel in float64 with the digits of float32.
@@ -347,24 +348,51 @@ def store_channels(
 
 
 @jit
-def read_slot(
-    decoded, k, strides, pixels,
-    COLOURS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr,
+def open_slots(
+    decoded, strides, x, constants, place, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    dtype: tl.constexpr,
 ):  # fmt: skip
-    """The channels of a slot, and its mask logit to base 2. A logit of -inf switches it off."""
+    """What `read_slot` wants to know: where the slots are, the colours x to explain, and how.
+
+    The constants are those of `explain`, and arrive in float64; `place` is from `locate`.
+    """
+    batch_stride, slot_stride, channel_stride, pixel_stride = strides
+    precision, slope, log_norm = constants
+    batch, start, pixels = place
+    decoded += (batch * batch_stride + start * pixel_stride) * (UNIT if UNIT > 0 else 1)
+    constants = (
+        tl.full([BLOCK], precision, dtype),
+        tl.full([BLOCK], slope, dtype),
+        tl.full([BLOCK], log_norm, dtype),
+    )
+    return decoded, (slot_stride, channel_stride, pixel_stride), x, constants, pixels
+
+
+@jit
+def read_slot(
+    decoded, k, COLOURS: tl.constexpr, LOGISTIC: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """The channels of slot k, its mask logit and log N_k to base 2, and its scores.
+
+    A logit of -inf switches a slot off.
+    """
+    first, strides, x, constants, pixels = decoded
     slot_stride, channel_stride, pixel_stride = strides
-    slot = decoded + tl.cast(k, tl.int64) * slot_stride * (UNIT if UNIT > 0 else 1)
+    slot = first + tl.cast(k, tl.int64) * slot_stride * (UNIT if UNIT > 0 else 1)
     channels = load_channels(
         slot, channel_stride, pixel_stride, pixels, COLOURS + 1, UNIT, BLOCK, dtype
     )
     logit = channels[COLOURS] * 1.4426950408889634  # log2 e
-    return channels, tl.where(logit < -1e30, -1e30, logit)  # without inf - inf
+    logit = tl.where(logit < -1e30, -1e30, logit)  # without inf - inf
+    density, scores = explain(x, channels, constants, COLOURS, LOGISTIC)
+    return channels, logit, density, scores
 
 
 @jit
-def explain(x, means, likelihood, COLOURS: tl.constexpr, LOGISTIC: tl.constexpr):
+def explain(x, means, constants, COLOURS: tl.constexpr, LOGISTIC: tl.constexpr):
     """log2 N_k of the colours x, and the score s_kc of each."""
-    precision, slope, log_norm = likelihood
+    precision, slope, log_norm = constants
     distance = tl.zeros_like(x[0])
     spread = distance + 1.0
     scores = ()
@@ -420,6 +448,22 @@ def add_contender(state, value, k):
 
 
 @jit
+def compare_slots(
+    decoded, floor, K: tl.constexpr, COLOURS: tl.constexpr, LOGISTIC: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """The first sweep: sums of exp(a_k) N_k and exp(a_k), contests, and of N_k with ε = 2^floor."""
+    joint, prior = empty_contest(BLOCK, dtype), empty_contest(BLOCK, dtype)
+    density_sum = tl.full([BLOCK], floor, dtype), tl.full([BLOCK], 1.0, dtype)  # ε is a component
+    for k in range(K):
+        _, logit, density, _ = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
+        joint = add_contender(joint, logit + density, k)
+        prior = add_contender(prior, logit, k)
+        density_sum = add_term(density_sum, density)
+    return joint, prior, density_sum
+
+
+@jit
 def empty_contest(BLOCK: tl.constexpr, dtype: tl.constexpr):
     """The state of add_contender before the first slot."""
     nothing, zero = tl.full([BLOCK], float("-inf"), dtype), tl.zeros([BLOCK], dtype)
@@ -450,13 +494,19 @@ def nats(log2):
 
 
 @jit
-def to_blocks(precision, slope, log_norm, BLOCK: tl.constexpr, dtype: tl.constexpr):
-    """The constants of `explain`, which arrive in float64, at the precision of the arithmetic."""
-    return (
-        tl.full([BLOCK], precision, dtype),
-        tl.full([BLOCK], slope, dtype),
-        tl.full([BLOCK], log_norm, dtype),
-    )
+def slot_terms(
+    joint, prior, likelihood, logit, density, scores, k, K: tl.constexpr, COLOURS: tl.constexpr
+):
+    """Of slot k: m_k, r_k, the gradient of its means and logit, log p(x|z∖k) in nats."""
+    joint_term, prior_term = tl.exp2(logit + density - joint[0]), tl.exp2(logit - prior[0])
+    responsibility, mask = joint_term / joint[1], prior_term / prior[1]
+    left_out = likelihood
+    if K > 1:
+        left_out = nats(quotient_of_others(joint, prior, joint_term, prior_term, k))
+    gradient = ()
+    for c in tl.static_range(COLOURS):
+        gradient = gradient + (-responsibility * scores[c],)
+    return mask, responsibility, gradient + (mask - responsibility,), left_out
 
 
 @jit
@@ -477,43 +527,31 @@ def mixture_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = log_likelihood.dtype.element_ty
-    constants = to_blocks(precision, slope, log_norm, BLOCK, dtype)
     batch, start, pixels = locate(num_pixels, BLOCK)
     image += batch * image_batch + start * image_pixel
     x = load_channels(image, image_channel, image_pixel, pixels, COLOURS, 0, BLOCK, dtype)
-    decoded += (batch * batch_stride + start * pixel_stride) * (UNIT if UNIT > 0 else 1)
-    strides = slot_stride, channel_stride, pixel_stride
-
-    joint, prior = empty_contest(BLOCK, dtype), empty_contest(BLOCK, dtype)
-    density_sum = tl.full([BLOCK], floor, dtype), tl.full([BLOCK], 1.0, dtype)  # ε is a component
-    for k in range(K):
-        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
-        density, _ = explain(x, slot, constants, COLOURS, LOGISTIC)
-        joint = add_contender(joint, logit + density, k)
-        prior = add_contender(prior, logit, k)
-        density_sum = add_term(density_sum, density)
+    decoded = open_slots(
+        decoded, (batch_stride, slot_stride, channel_stride, pixel_stride), x,
+        (precision, slope, log_norm), (batch, start, pixels), UNIT, BLOCK, dtype,
+    )  # fmt: skip
+    joint, prior, density_sum = compare_slots(
+        decoded, floor, K, COLOURS, LOGISTIC, UNIT, BLOCK, dtype
+    )
 
     lanes, inside = pixels
     likelihood = nats(quotient(joint, prior))
     tl.store(log_likelihood + batch * num_pixels + start + lanes, likelihood, mask=inside)
     for k in range(K):
-        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
-        density, scores = explain(x, slot, constants, COLOURS, LOGISTIC)
-        joint_term, prior_term = tl.exp2(logit + density - joint[0]), tl.exp2(logit - prior[0])
-        responsibility, mask = joint_term / joint[1], prior_term / prior[1]
-        left_out = likelihood
-        if K > 1:
-            left_out = nats(quotient_of_others(joint, prior, joint_term, prior_term, k))
+        _, logit, density, scores = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
+        mask, responsibility, gradient, left_out = slot_terms(
+            joint, prior, likelihood, logit, density, scores, k, K, COLOURS
+        )
         posterior_mask = tl.exp2(density - density_sum[0]) / density_sum[1]
         plane = (batch * K + k) * num_pixels + start
         tl.store(masks + plane + lanes, mask, mask=inside)
         tl.store(responsibilities + plane + lanes, responsibility, mask=inside)
         tl.store(posterior_masks + plane + lanes, posterior_mask, mask=inside)
         tl.store(leave_one_out + plane + lanes, left_out, mask=inside)
-        gradient = ()
-        for c in tl.static_range(COLOURS):
-            gradient = gradient + (-responsibility * scores[c],)
-        gradient = gradient + (mask - responsibility,)
         store_channels(
             grad_decoded, batch * K + k, start, num_pixels, pixels, gradient,
             COLOURS + 1, UNIT, BLOCK,
@@ -534,18 +572,18 @@ def log_likelihood_kernel(
 ):  # fmt: skip
     """The first sweep of mixture_kernel."""
     dtype: tl.constexpr = log_likelihood.dtype.element_ty
-    constants = to_blocks(precision, slope, log_norm, BLOCK, dtype)
     batch, start, pixels = locate(num_pixels, BLOCK)
     image += batch * image_batch + start * image_pixel
     x = load_channels(image, image_channel, image_pixel, pixels, COLOURS, 0, BLOCK, dtype)
-    decoded += (batch * batch_stride + start * pixel_stride) * (UNIT if UNIT > 0 else 1)
-    strides = slot_stride, channel_stride, pixel_stride
+    decoded = open_slots(
+        decoded, (batch_stride, slot_stride, channel_stride, pixel_stride), x,
+        (precision, slope, log_norm), (batch, start, pixels), UNIT, BLOCK, dtype,
+    )  # fmt: skip
 
     joint = tl.full([BLOCK], float("-inf"), dtype), tl.zeros([BLOCK], dtype)
     prior = joint
     for k in range(K):
-        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
-        density, _ = explain(x, slot, constants, COLOURS, LOGISTIC)
+        _, logit, density, _ = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
         joint, prior = add_term(joint, logit + density), add_term(prior, logit)
     lanes, inside = pixels
     likelihood = nats(quotient(joint, prior))
@@ -580,12 +618,13 @@ def mixture_backward_kernel(
     K: tl.constexpr, COLOURS: tl.constexpr, LOGISTIC: tl.constexpr, UNIT: tl.constexpr,
     BLOCK: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    constants = to_blocks(precision, slope, log_norm, BLOCK, dtype)
     batch, start, pixels = locate(num_pixels, BLOCK)
     image += batch * image_batch + start * image_pixel
     x = load_channels(image, image_channel, image_pixel, pixels, COLOURS, 0, BLOCK, dtype)
-    decoded += (batch * batch_stride + start * pixel_stride) * (UNIT if UNIT > 0 else 1)
-    strides = slot_stride, channel_stride, pixel_stride
+    decoded = open_slots(
+        decoded, (batch_stride, slot_stride, channel_stride, pixel_stride), x,
+        (precision, slope, log_norm), (batch, start, pixels), UNIT, BLOCK, dtype,
+    )  # fmt: skip
     plane = batch * likelihood_batch + start * likelihood_pixel
     d_likelihood = load_plane(d_log_likelihood, plane, pixels, dtype, likelihood_pixel)
 
@@ -594,8 +633,7 @@ def mixture_backward_kernel(
     prior, density_sum = joint, (tl.full([BLOCK], floor, dtype), zero + 1.0)
     joint_mean, prior_mean, density_mean = zero, zero, zero
     for k in range(K):
-        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
-        density, _ = explain(x, slot, constants, COLOURS, LOGISTIC)
+        _, logit, density, _ = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
         plane = (batch * K + k) * num_pixels + start
         value, weight = logit + density, load_plane(d_responsibilities, plane, pixels, dtype)
         joint_mean, joint = add_weight(joint_mean, joint[0], value, weight), add_term(joint, value)
@@ -610,8 +648,7 @@ def mixture_backward_kernel(
     joint_mean, prior_mean = joint_mean / joint[1], prior_mean / prior[1]
     density_mean = density_mean / density_sum[1]
     for k in range(K):
-        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
-        density, scores = explain(x, slot, constants, COLOURS, LOGISTIC)
+        _, logit, density, scores = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
         mask = tl.exp2(logit - prior[0]) / prior[1]
         responsibility = tl.exp2(logit + density - joint[0]) / joint[1]
         plane = (batch * K + k) * num_pixels + start
@@ -651,15 +688,26 @@ class Layout(NamedTuple):
     unit: int  # numbers of a unit: C where the channels of a pixel lie side by side, else 0 for 1
 
 
+def pixel_stride(tensor: Tensor) -> int | None:
+    """From each pixel of (..., H, W) to the next; None where a kernel has no such number.
+
+    Offsets from a program's first pixel have 32 bits, which suffice for 128 pixels and this limit.
+    """
+    (height, width), (row, column) = tensor.shape[-2:], tensor.stride()[-2:]
+    if height * width == 1:
+        return 1
+    stride = column if width > 1 else row
+    even = height == 1 or width == 1 or row == width * column
+    return stride if even and stride < 2**24 else None
+
+
 def layout(tensor: Tensor) -> Layout:
     """The tensor as it is if its pixels lie at one stride, else its channels-last copy."""
     channels, height, width = tensor.shape[2:]
-    if height > 1 and width > 1 and tensor.stride(3) != width * tensor.stride(4):
+    if pixel_stride(tensor) is None:
         tensor = tensor.movedim(2, -1).contiguous().movedim(-1, 2)
-    batch, slot, channel, row, column = tensor.stride()
-    pixel = column if width > 1 else row
-    if height * width == 1:
-        pixel = channels
+    batch, slot, channel, *_ = tensor.stride()
+    pixel = channels if height * width == 1 else pixel_stride(tensor)
     side_by_side = channels > 1 and channel == 1 and pixel == channels
     if side_by_side and batch % channels == slot % channels == 0:
         return Layout(tensor, (batch // channels, slot // channels, 1, 1), channels)
@@ -668,11 +716,17 @@ def layout(tensor: Tensor) -> Layout:
 
 def planes(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """(B, C, H, W) to read plane by plane, and its strides of batch, channel and pixel."""
-    height, width = tensor.shape[2:]
-    if height > 1 and width > 1 and tensor.stride(2) != width * tensor.stride(3):
+    if pixel_stride(tensor) is None:
         tensor = tensor.contiguous()
-    batch, channel, row, column = tensor.stride()
-    return tensor, (batch, channel, column if width > 1 else row)
+    return tensor, (tensor.stride(0), tensor.stride(1), pixel_stride(tensor))
+
+
+def cotangent_planes(cotangent: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
+    """(B, H, W) where it lies, as that of a sum is expanded; its strides of batch and pixel."""
+    if cotangent is None:
+        return None, (0, 0)
+    plane, (batch, _, pixel) = planes(cotangent[:, None])
+    return plane, (batch, pixel)
 
 
 def new_like(decoded: Layout, dtype: torch.dtype) -> Tensor:
@@ -764,10 +818,7 @@ def mixture_backward(
 ) -> Tensor:  # fmt: skip
     given = layout(decoded)
     d_decoded = new_like(given, decoded.dtype)
-    strides = 0, 0
-    if d_log_likelihood is not None:  # often expanded from a sum: read as it is
-        plane, (batch_stride, _, pixel_stride) = planes(d_log_likelihood[:, None])
-        d_log_likelihood, strides = plane, (batch_stride, pixel_stride)
+    d_log_likelihood, strides = cotangent_planes(d_log_likelihood)
     cotangents = [
         cotangent if cotangent is None else cotangent.contiguous()
         for cotangent in (d_masks, d_responsibilities, d_posterior_masks)

@@ -61,10 +61,11 @@ from kernels.mixture import (
     add_weight,
     block,
     check_inputs,
+    compare_slots,
     component_log_density,
     constants,
+    cotangent_planes,
     empty_contest,
-    explain,
     join_columns,
     launch_on_pixels,
     layout,
@@ -77,17 +78,16 @@ from kernels.mixture import (
     mixture_reference,
     nats,
     new_like,
-    planes,
+    open_slots,
     posterior,
     quotient,
-    quotient_of_others,
     read_slot,
     refuse_bad_inputs,
     refuse_second_derivative,
     score,
+    slot_terms,
     store_channels,
     tile_of,
-    to_blocks,
     wide_dtype,
 )
 
@@ -307,18 +307,13 @@ def stopped_inputs(
     joint, prior, likelihood, logit, density, scores, k,
     K: tl.constexpr, COLOURS: tl.constexpr, LOG_RATIO: tl.constexpr,
 ):  # fmt: skip
-    """Of slot k: m_k, r_k, the gradient of means and logit, leave_one_out."""
-    joint_term, prior_term = tl.exp2(logit + density - joint[0]), tl.exp2(logit - prior[0])
-    mask, responsibility = prior_term / prior[1], joint_term / joint[1]
-    left_out = likelihood
-    if K > 1:
-        left_out = nats(quotient_of_others(joint, prior, joint_term, prior_term, k))
+    """`slot_terms`, with the ratio of likelihoods for the one without the slot if wanted."""
+    mask, responsibility, gradient, left_out = slot_terms(
+        joint, prior, likelihood, logit, density, scores, k, K, COLOURS
+    )
     if LOG_RATIO:
         left_out = likelihood - left_out
-    gradient = ()
-    for c in tl.static_range(COLOURS):
-        gradient = gradient + (-responsibility * scores[c],)
-    return mask, responsibility, gradient + (mask - responsibility,), left_out
+    return mask, responsibility, gradient, left_out
 
 
 @jit
@@ -336,19 +331,16 @@ def statistics_kernel(
     LOG_RATIO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = log_likelihood.dtype.element_ty
-    constants = to_blocks(precision, slope, log_norm, BLOCK, dtype)
     batch, start, pixels = locate(num_pixels, BLOCK)
     image += batch * image_batch + start * image_pixel
     x = load_channels(image, image_channel, image_pixel, pixels, COLOURS, 0, BLOCK, dtype)
-    decoded += (batch * batch_stride + start * pixel_stride) * (UNIT if UNIT > 0 else 1)
-    strides = slot_stride, channel_stride, pixel_stride
-
-    joint, prior = empty_contest(BLOCK, dtype), empty_contest(BLOCK, dtype)
-    for k in range(K):
-        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
-        density, _ = explain(x, slot, constants, COLOURS, LOGISTIC)
-        joint = add_contender(joint, logit + density, k)
-        prior = add_contender(prior, logit, k)
+    decoded = open_slots(
+        decoded, (batch_stride, slot_stride, channel_stride, pixel_stride), x,
+        (precision, slope, log_norm), (batch, start, pixels), UNIT, BLOCK, dtype,
+    )  # fmt: skip
+    joint, prior, _ = compare_slots(
+        decoded, float("-inf"), K, COLOURS, LOGISTIC, UNIT, BLOCK, dtype
+    )
 
     lanes, inside = pixels
     likelihood = nats(quotient(joint, prior))
@@ -358,8 +350,7 @@ def statistics_kernel(
     partial += batch * (3 * K + 1) * 2 * tiles + start // BLOCK
     store_moments(partial, 0, tiles, (likelihood,), 1, pixels, count)
     for k in range(K):
-        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
-        density, scores = explain(x, slot, constants, COLOURS, LOGISTIC)
+        _, logit, density, scores = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
         _, _, gradient, left_out = stopped_inputs(
             joint, prior, likelihood, logit, density, scores, k, K, COLOURS, LOG_RATIO
         )
@@ -436,12 +427,13 @@ def pack_kernel(
     LOG_RATIO: tl.constexpr, COORDINATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = packed.dtype.element_ty
-    constants = to_blocks(precision, slope, log_norm, BLOCK, dtype)
     batch, start, pixels = locate(num_pixels, BLOCK)
     image += batch * image_batch + start * image_pixel
     x = load_channels(image, image_channel, image_pixel, pixels, COLOURS, 0, BLOCK, dtype)
-    decoded += (batch * batch_stride + start * pixel_stride) * (UNIT if UNIT > 0 else 1)
-    strides = slot_stride, channel_stride, pixel_stride
+    decoded = open_slots(
+        decoded, (batch_stride, slot_stride, channel_stride, pixel_stride), x,
+        (precision, slope, log_norm), (batch, start, pixels), UNIT, BLOCK, dtype,
+    )  # fmt: skip
     statistics += batch * (3 * K + 1) * 2
 
     # 16 channels are a tile, and the coordinates that do not fit in it are another.
@@ -457,20 +449,13 @@ def pack_kernel(
         planes = (FIRST + tl.arange(0, PADDED))[None, :].to(tl.int64) * num_pixels
         rest = tl.load(coordinates + planes + pixels[0][:, None], mask=rest_wanted, other=0.0)
         rest = rest.to(dtype)
-
-    joint, prior = empty_contest(BLOCK, dtype), empty_contest(BLOCK, dtype)
-    density_sum = tl.full([BLOCK], floor, dtype), tl.full([BLOCK], 1.0, dtype)  # ε is a component
-    for k in range(K):
-        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
-        density, _ = explain(x, slot, constants, COLOURS, LOGISTIC)
-        joint = add_contender(joint, logit + density, k)
-        prior = add_contender(prior, logit, k)
-        density_sum = add_term(density_sum, density)
+    joint, prior, density_sum = compare_slots(
+        decoded, floor, K, COLOURS, LOGISTIC, UNIT, BLOCK, dtype
+    )
 
     likelihood = nats(quotient(joint, prior))
     for k in range(K):
-        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
-        density, scores = explain(x, slot, constants, COLOURS, LOGISTIC)
+        slot, logit, density, scores = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
         mask, _, gradient, left_out = stopped_inputs(
             joint, prior, likelihood, logit, density, scores, k, K, COLOURS, LOG_RATIO
         )
@@ -512,12 +497,13 @@ def refinement_inputs_backward_kernel(
     LOG_RATIO: tl.constexpr, FEATURES: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = statistics.dtype.element_ty
-    constants = to_blocks(precision, slope, log_norm, BLOCK, dtype)
     batch, start, pixels = locate(num_pixels, BLOCK)
     image += batch * image_batch + start * image_pixel
     x = load_channels(image, image_channel, image_pixel, pixels, COLOURS, 0, BLOCK, dtype)
-    decoded += (batch * batch_stride + start * pixel_stride) * (UNIT if UNIT > 0 else 1)
-    strides = slot_stride, channel_stride, pixel_stride
+    decoded = open_slots(
+        decoded, (batch_stride, slot_stride, channel_stride, pixel_stride), x,
+        (precision, slope, log_norm), (batch, start, pixels), UNIT, BLOCK, dtype,
+    )  # fmt: skip
     statistics += batch * (3 * K + 1) * 2
     # From the means on: the image is a constant, as the coordinates at the end are.
     STEP: tl.constexpr = FEATURES if FEATURES > 0 else 1
@@ -530,8 +516,7 @@ def refinement_inputs_backward_kernel(
     density_sum = tl.full([BLOCK], floor, dtype), zero + 1.0
     prior_mean, density_mean = zero, zero
     for k in range(K):
-        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
-        density, _ = explain(x, slot, constants, COLOURS, LOGISTIC)
+        _, logit, density, _ = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
         d_slot = d_packed + tl.cast(k, tl.int64) * packed_slot * STEP
         row = packed_pixel * STEP
         d_mask = load_plane(d_slot, COLOURS * packed_channel, pixels, dtype, row)
@@ -549,8 +534,7 @@ def refinement_inputs_backward_kernel(
         gains = gains + (zero,)
         shifts = shifts + (zero,)
     for k in range(K):
-        slot, logit = read_slot(decoded, k, strides, pixels, COLOURS, UNIT, BLOCK, dtype)
-        density, scores = explain(x, slot, constants, COLOURS, LOGISTIC)
+        _, logit, density, scores = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
         mask, responsibility, gradient, left_out = stopped_inputs(
             joint, prior, likelihood, logit, density, scores, k, K, COLOURS, LOG_RATIO
         )
@@ -651,10 +635,7 @@ def _fused_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     given, cotangent, colours = layout(decoded), layout(d_packed), image.shape[1]
     d_decoded = new_like(given, decoded.dtype)
-    likelihood_strides = 0, 0
-    if d_log_likelihood is not None:  # often expanded from a sum: read as it is
-        plane, (batch_stride, _, pixel_stride) = planes(d_log_likelihood[:, None])
-        d_log_likelihood, likelihood_strides = plane, (batch_stride, pixel_stride)
+    d_log_likelihood, likelihood_strides = cotangent_planes(d_log_likelihood)
     num_pixels = image.shape[2] * image.shape[3]
     tiles = -(-num_pixels // block(BLOCKS["backward"], num_pixels)["BLOCK"])
     width = triton.next_power_of_2(2 * colours + 6)

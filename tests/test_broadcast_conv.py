@@ -8,18 +8,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_checks import DEVICE, backend, guarded_memory, triton_only
 from torch import Tensor, nn
-
-import kernels
-from kernels.launch import triton
 
 ops = importlib.import_module("kernels.broadcast_conv")
 bias_elu = importlib.import_module("kernels.bias_elu")
 # The interpreter computes exp of positive numbers too, and warns of what is then not taken.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-BACKENDS = ["torch"] if triton is None else ["torch", "triton"]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GUARD = 4096  # numbers on either side of an output
+__all__ = ["backend", "triton_only"]  # fixtures
 # Relative to the largest number. Half precision rounds z's part, the other part and their sum.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 LAYOUTS = {"channels_last": torch.channels_last, "planes": torch.contiguous_format}
@@ -30,20 +26,6 @@ ACTIVATIONS = {"elu": F.elu, "relu": F.relu, "none": lambda x: x}
 def few_programs(monkeypatch):
     """What the interpreter takes is their number, whatever they have to do."""
     monkeypatch.setattr(ops, "NUMBERS", 2**16)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with kernels.use(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def triton_only():
-    if triton is None:
-        pytest.skip("needs the package triton")
-    with kernels.use("triton"):
-        yield
 
 
 def make(*shape: int, dtype=torch.float64, scale=1.0, seed=0) -> Tensor:
@@ -165,11 +147,8 @@ STRIDES = {
 
 @pytest.mark.parametrize("strides", STRIDES)
 def test_any_strides(backend, strides):
-    def other(tensor: Tensor) -> Tensor:
-        return STRIDES[strides](tensor) if tensor.ndim > 1 else tensor
-
-    inputs = [other(tensor) for tensor in make_inputs(3, (4, 5))]
-    check(inputs, cotangent=other(make(2, 3, 4, 5, seed=9)))
+    inputs = [STRIDES[strides](tensor) if tensor.ndim > 1 else tensor for tensor in make_inputs()]
+    check(inputs, cotangent=STRIDES[strides](make(2, 3, 5, 4, seed=9)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -198,25 +177,14 @@ def test_image_alone_equals_image_in_a_batch(backend):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_outputs_are_written_whole_and_nothing_beside_them(triton_only, layout, monkeypatch):
-    buffers, empty = [], torch.empty
-
-    def guarded(*arguments, **options) -> Tensor:
-        """Memory that holds NaN, between NaN."""
-        plain = empty(*arguments, **options)
-        buffers.append(plain.new_full((plain.numel() + 2 * GUARD,), math.nan))
-        return buffers[-1].as_strided(plain.shape, plain.stride(), GUARD)
-
     monkeypatch.setattr(ops, "NUMBERS", 64)
     monkeypatch.setattr(bias_elu, "PROGRAMS", 8)  # the last program has an image too many
     inputs = [tensor.requires_grad_() for tensor in make_inputs(3, (5, 7), images=3)]
     parts = ops.classes_and_response(*inputs)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", guarded)
+    with guarded_memory(monkeypatch) as buffers:
         out = ops._broadcast_conv(*parts, "elu", layout == "channels_last")
         gradients = torch.autograd.grad(out.sum(), parts)
     assert len(buffers) == 4  # the result, the gradient of classes, parts of both gradients
-    for buffer in buffers:
-        assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()
     for output in (out, *gradients):
         assert not output.isnan().any()
 
@@ -302,13 +270,15 @@ def test_under_autocast_the_output_is_bfloat16(backend):
     layout=st.sampled_from(list(LAYOUTS)),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     scale=st.sampled_from([0.1, 1.0, 10.0]),
+    strides=st.sampled_from(list(STRIDES)),
 )
-def test_drawn_shapes_and_values(
-    backend, half, more, channels, images, activation, layout, dtype, scale
+def test_drawn_shapes_strides_and_values(
+    backend, half, more, channels, images, activation, layout, dtype, scale, strides
 ):
     size = [max(1, 2 * half) + extra for extra in more]
-    inputs = make_inputs(2 * half + 1, size, channels, images, dtype=dtype, scale=scale)
-    check(inputs, activation, layout)
+    z, *others = make_inputs(2 * half + 1, size, channels, images, dtype=dtype, scale=scale)
+    cotangent = STRIDES[strides](make(images, channels, *size, dtype=dtype, seed=9))
+    check([STRIDES[strides](z), *others], activation, layout, cotangent)
 
 
 BAD_INPUTS = {  # message: shapes of z, weight, bias and coordinates

@@ -6,7 +6,6 @@ the operations allocate is full of NaN and lies between guards: what a kernel le
 and what it writes beside its output.
 """
 
-import contextlib
 import functools
 import importlib.util
 import itertools
@@ -16,6 +15,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from kernel_checks import guarded_memory
 from torch import Tensor
 
 import kernels
@@ -28,39 +28,6 @@ pytestmark = [
 ]
 FOLDER = Path(kernels.__file__).parent
 HEIGHT, WIDTH = 7, 5  # 35 pixels: a block of 32, and 3
-GUARD = 256  # numbers on either side of an output, more than a mutant writes beyond it
-UNTOUCHED = 0.7071067811865476  # what they are
-
-
-# -- memory ----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """New tensors are NaN, between guards that must be as they were at the end."""
-    buffers: list[tuple[Tensor, Tensor]] = []
-    empty = torch.empty
-
-    def guard(plain: Tensor) -> Tensor:
-        if not plain.is_floating_point() or plain.device.type != "cpu":  # also "meta" ones
-            return plain
-        buffer = empty(plain.numel() + 2 * GUARD, dtype=plain.dtype).fill_(UNTOUCHED)
-        buffers.append((buffer, plain))
-        return buffer.as_strided(plain.shape, plain.stride(), GUARD).fill_(torch.nan)
-
-    def guarded(original: Callable) -> Callable:
-        return lambda *arguments, **options: guard(original(*arguments, **options))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", guarded(torch.empty))
-        patch.setattr(torch, "empty_like", guarded(torch.empty_like))
-        patch.setattr(Tensor, "new_empty", guarded(Tensor.new_empty))
-        yield
-    for buffer, plain in buffers:
-        around = torch.cat([buffer[:GUARD], buffer[GUARD + plain.numel() :]])
-        untouched = around == torch.tensor(UNTOUCHED, dtype=plain.dtype)
-        assert untouched.all(), f"written beside an output of shape {tuple(plain.shape)}"
-
 
 # -- checks ----------------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_checks import DEVICE
 from test_mixture import (
-    DEVICE,
     KERNEL_LAYOUTS,
     LAYOUTS,
     SIZES,
@@ -449,11 +449,12 @@ def inputs_on(device, *sizes, dtype=torch.float64, channels_last=True):
     return arguments
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
-def test_kernels_equal_the_reference(case, dtype, fused):
+def test_kernels_equal_the_reference(case, channels_last, fused):
     *sizes, component, log_ratio = case
-    arguments = inputs_on(fused, *sizes, dtype=dtype, channels_last=dtype == torch.float32)
+    dtype = torch.float32 if channels_last else torch.float64
+    arguments = inputs_on(fused, *sizes, dtype=dtype, channels_last=channels_last)
     check_kernels(arguments, component, 0.5 if sizes[1] % 2 else 0.0, log_ratio)
 
 
@@ -533,30 +534,24 @@ def test_kernels_normalise_what_hardly_varies(fused):
     torch.testing.assert_close(likelihood, other, rtol=0, atol=0.2 * rest[0][4].abs().item())
 
 
-@pytest.mark.parametrize("log_ratio", [False, True])
-def test_gradcheck_of_the_kernels(log_ratio, fused):
-    image, decoded, weight, bias, coordinates = inputs_on(fused, 1, 2, 1, 1, 2, 1)
-    decoded.requires_grad_()
+def test_gradcheck_of_the_kernels(fused):
+    image, decoded, *affine, coordinates = inputs_on(fused, 1, 2, 1, 1, 2, 1)
 
     def of_decoded(value):
-        outputs = ops.refinement_inputs(
-            image, value, weight, bias, coordinates, 0.3, "logistic", 0.5, log_ratio
-        )
-        return outputs.packed[:, :, :5], outputs.log_likelihood
+        outputs = ops.refinement_inputs(image, value, *affine, coordinates, 0.3, "logistic", 0.5)
+        return outputs.packed[:, :, :5], outputs.log_likelihood  # what has a gradient
 
-    torch.autograd.gradcheck(of_decoded, decoded, fast_mode=True)
+    def of_affine(*gain_and_shift):
+        return ops.refinement_inputs(image, decoded, *gain_and_shift, coordinates, 0.3).packed
 
-    def of_affine(gain, shift):
-        return ops.refinement_inputs(
-            image, decoded, gain, shift, coordinates, 0.3, "gaussian", 0.0, log_ratio
-        ).packed
-
-    affine = weight.requires_grad_(), bias.requires_grad_()
-    torch.autograd.gradcheck(of_affine, affine, fast_mode=True)
+    # That outputs without a cotangent are none is tested below, at a tenth of the cost.
+    options = dict(fast_mode=True, check_undefined_grad=False)
+    torch.autograd.gradcheck(of_decoded, decoded.clone().requires_grad_(), **options)
+    torch.autograd.gradcheck(of_affine, [value.requires_grad_() for value in affine], **options)
 
 
 def test_kernels_are_well_behaved_operators(fused):
-    image, decoded, weight, bias, coordinates = inputs_on(fused, 1, 2, 1, 2, 3, 1)
+    image, decoded, weight, bias, coordinates = inputs_on(fused, 1, 1, 1, 2, 3, 1)
     for value in (decoded, weight, bias):
         value.requires_grad_()
     given = image, decoded, weight, bias, coordinates
@@ -598,7 +593,7 @@ def test_kernels_backward_twice_but_no_second_derivative(fused):
 
 
 def test_kernels_leave_inputs_alone_and_repeat_themselves(fused):
-    arguments = inputs_on(fused, dtype=torch.float32)
+    arguments = inputs_on(fused, 1, 2, dtype=torch.float32)
     before = [value.clone() for value in arguments]
     for value in arguments[1:4]:
         value.requires_grad_()
@@ -638,7 +633,7 @@ def test_kernels_refuse_bad_inputs(fused):
 
 
 @settings(
-    max_examples=6, deadline=None, derandomize=True, database=None,
+    max_examples=5, deadline=None, derandomize=True, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(drawn=drawn_inputs(), coordinates=st.integers(0, 10), log_ratio=st.booleans())
