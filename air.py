@@ -803,8 +803,10 @@ def finish(
         if any(row):
             print(f"  {number}  {''.join(f'{n:7d}' for n in row)}")
     m = {name: result["mean"] for name, result in results["metrics"].items()}
-    print(f"reached  count accuracy {m['count_accuracy']:.3f} (chance {m['count_chance']:.3f}), "
-          f"elbo {m['elbo']:.1f} nats after {done['steps']:,} steps in {done['minutes']:.1f} min")
+    print(f"nats: elbo {m['elbo']:.1f} = -nll {-m['nll']:.1f} - kl {m['kl']:.1f} (of the count "
+          f"{m['kl_count']:.2f}), iw_elbo {m['iw_elbo']:.1f}; box_iou {m['box_iou']:.2f}")
+    print(f"reached  count accuracy {m['count_accuracy']:.3f} (chance {m['count_chance']:.3f}) "
+          f"after {done['steps']:,} steps in {done['minutes']:.1f} min")
     print(f"look at  {folder / 'figures' / 'attention.png'}")
     return evaluation
 
