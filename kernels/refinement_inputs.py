@@ -338,7 +338,7 @@ def statistics_kernel(
         decoded, (batch_stride, slot_stride, channel_stride, pixel_stride), x,
         (precision, slope, log_norm), (batch, start, pixels), UNIT, BLOCK, dtype,
     )  # fmt: skip
-    joint, prior, _ = compare_slots(
+    joint, prior, _density_sum = compare_slots(
         decoded, float("-inf"), K, COLOURS, LOGISTIC, UNIT, BLOCK, dtype
     )
 
@@ -350,7 +350,7 @@ def statistics_kernel(
     partial += batch * (3 * K + 1) * 2 * tiles + start // BLOCK
     store_moments(partial, 0, tiles, (likelihood,), 1, pixels, count)
     for k in range(K):
-        _, logit, density, scores = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
+        _slot, logit, density, scores = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
         _, _, gradient, left_out = stopped_inputs(
             joint, prior, likelihood, logit, density, scores, k, K, COLOURS, LOG_RATIO
         )
@@ -516,7 +516,7 @@ def refinement_inputs_backward_kernel(
     density_sum = tl.full([BLOCK], floor, dtype), zero + 1.0
     prior_mean, density_mean = zero, zero
     for k in range(K):
-        _, logit, density, _ = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
+        _slot, logit, density, _scores = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
         d_slot = d_packed + tl.cast(k, tl.int64) * packed_slot * STEP
         row = packed_pixel * STEP
         d_mask = load_plane(d_slot, COLOURS * packed_channel, pixels, dtype, row)
@@ -534,7 +534,7 @@ def refinement_inputs_backward_kernel(
         gains = gains + (zero,)
         shifts = shifts + (zero,)
     for k in range(K):
-        _, logit, density, scores = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
+        _slot, logit, density, scores = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
         mask, responsibility, gradient, left_out = stopped_inputs(
             joint, prior, likelihood, logit, density, scores, k, K, COLOURS, LOG_RATIO
         )
