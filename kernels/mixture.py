@@ -456,7 +456,7 @@ def compare_slots(
     joint, prior = empty_contest(BLOCK, dtype), empty_contest(BLOCK, dtype)
     density_sum = tl.full([BLOCK], floor, dtype), tl.full([BLOCK], 1.0, dtype)  # ε is a component
     for k in range(K):
-        _slot, logit, density, _scores = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
+        _slot, logit, density, _ = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
         joint = add_contender(joint, logit + density, k)
         prior = add_contender(prior, logit, k)
         density_sum = add_term(density_sum, density)
@@ -583,7 +583,7 @@ def log_likelihood_kernel(
     joint = tl.full([BLOCK], float("-inf"), dtype), tl.zeros([BLOCK], dtype)
     prior = joint
     for k in range(K):
-        _slot, logit, density, _scores = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
+        _slot, logit, density, _ = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
         joint, prior = add_term(joint, logit + density), add_term(prior, logit)
     lanes, inside = pixels
     likelihood = nats(quotient(joint, prior))
@@ -633,7 +633,7 @@ def mixture_backward_kernel(
     prior, density_sum = joint, (tl.full([BLOCK], floor, dtype), zero + 1.0)
     joint_mean, prior_mean, density_mean = zero, zero, zero
     for k in range(K):
-        _slot, logit, density, _scores = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
+        _slot, logit, density, _ = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
         plane = (batch * K + k) * num_pixels + start
         value, weight = logit + density, load_plane(d_responsibilities, plane, pixels, dtype)
         joint_mean, joint = add_weight(joint_mean, joint[0], value, weight), add_term(joint, value)

@@ -516,7 +516,7 @@ def refinement_inputs_backward_kernel(
     density_sum = tl.full([BLOCK], floor, dtype), zero + 1.0
     prior_mean, density_mean = zero, zero
     for k in range(K):
-        _slot, logit, density, _scores = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
+        _slot, logit, density, _ = read_slot(decoded, k, COLOURS, LOGISTIC, UNIT, BLOCK, dtype)
         d_slot = d_packed + tl.cast(k, tl.int64) * packed_slot * STEP
         row = packed_pixel * STEP
         d_mask = load_plane(d_slot, COLOURS * packed_channel, pixels, dtype, row)
