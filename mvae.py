@@ -307,6 +307,12 @@ def evaluate(model: MVAE, scenes: data.Scenes, count: int = 1000) -> dict[str, A
 # Each draws a figure into `folder` and returns numbers: (model, scenes, folder) -> results.
 
 
+def require_objects(model: MVAE, experiment: str) -> None:
+    """UserError for the VAE."""
+    options.require(model.config.model == "mvae", f"--experiment {experiment}: only --model mvae "
+                    "has objects")
+
+
 def heat(values: Tensor, size: tuple[int, int], most: float) -> Tensor:
     """Maps (..., h, w) as grey images (..., 3, H, W): white where the value is `most`."""
     rows, cols = size[0] // values.shape[-2], size[1] // values.shape[-1]
@@ -325,7 +331,7 @@ def maps(model: MVAE, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
 
     `share`: of the map's KL, how much lies in as many places as there are objects (512 scenes).
     """
-    options.require(model.config.model == "mvae", "--experiment maps: the VAE has no map")
+    require_objects(model, "maps")
     early = build(model.config, scenes)
     path = folder.parent / "early.pt"
     early.load_state_dict(runs.load_checkpoint(path, "mvae")["model"])
@@ -392,6 +398,7 @@ def sequential(model: MVAE, scenes: data.Scenes, folder: Path, count: int = 512)
     `mse` after 1 .. N objects. `surplus`: mean absolute change per value by the objects after as
     many as there are; by those before it, `needed`. Surplus slots should decode to nothing.
     """
+    require_objects(model, "sequential")
     sums, surplus, needed = [], [], []
     for index in torch.arange(count, device=scenes.device).split(64):
         batch = scenes.scenes(index)
@@ -457,7 +464,7 @@ def reconstructions(model: MVAE, scenes: data.Scenes, folder: Path) -> dict[str,
 
 def counting(model: MVAE, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
     """Section 4.3, and its confusion matrix."""
-    options.require(model.config.model == "mvae", "--experiment counting: the VAE has no objects")
+    require_objects(model, "counting")
     result = count_objects(model, scenes)
     draw_confusion(folder, result["confusion"], result["count_accuracy"]["mean"])
     return result
@@ -507,9 +514,10 @@ EXPERIMENTS: dict[str, Callable[..., dict[str, Any]]] = {
 
 def draw(model: MVAE, scenes: data.Scenes, folder: Path, results: dict[str, Any]) -> None:
     """Writes every experiment's figure but that of `compare`, and training.png."""
-    for experiment in (sequential, exchange, traversals, reconstructions):
+    for experiment in (exchange, traversals, reconstructions):
         experiment(model, scenes, folder)
     if model.config.model == "mvae":
+        sequential(model, scenes, folder)
         draw_confusion(folder, results["confusion"], results["metrics"]["count_accuracy"]["mean"])
         if (folder.parent / "early.pt").exists():
             maps(model, scenes, folder)
@@ -681,7 +689,7 @@ def finish(
         counted = f"count accuracy {m['count_accuracy']:.3f} (chance {m['count_chance']:.3f}), "
     print(f"reached  {counted}elbo {m['elbo']:.1f} nats after {done['steps']:,} steps "
           f"in {done['minutes']:.1f} min")
-    print(f"look at  {folder / 'figures' / 'sequential.png'}")
+    print(f"look at  {folder / 'figures' / 'exchange.png'}")
     return evaluation
 
 
