@@ -306,14 +306,16 @@ def accesses(ptx: str) -> tuple[dict, dict]:
 
 
 @functools.cache
+def statements(path: str) -> list[ast.stmt]:
+    """All statements of a file, as it was when Triton read it."""
+    tree = ast.parse("".join(linecache.getlines(path)))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
+
+
+@functools.cache
 def statement(path: str, line: int) -> str:
     """The innermost statement that has this line in it, on one line."""
-    tree = ast.parse("".join(linecache.getlines(path)))  # as it was when Triton read it
-    nodes = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.stmt) and node.lineno <= line <= node.end_lineno
-    ]
+    nodes = [node for node in statements(path) if node.lineno <= line <= node.end_lineno]
     # The compiler gives line 0 to code that it has merged from several places.
     return ast.unparse(min(nodes, key=lambda n: n.end_lineno - n.lineno)) if nodes else "?"
 
@@ -463,7 +465,7 @@ def test_spills_would_be_seen(compiled):
 
 def test_accesses_are_read_from_ptx():
     """The line numbers are those of a statement of this file."""
-    place = statement.__wrapped__.__code__.co_firstlineno + 3
+    place = statements.__wrapped__.__code__.co_firstlineno + 3
     here = f"{Path(__file__).name}:{place}:8"
     ptx = f"""
         .loc 1 {place} 8 // {here}
