@@ -182,6 +182,7 @@ class MVAE(nn.Module):
                                  n=self.config.num_slots)
         else:
             features = rearrange(features, "b d h w -> b (h w) d")
+        features = features.to(torch.promote_types(features.dtype, torch.float32))  # of autocast
         loc, log_variance = features.chunk(2, -1)
         return loc, log_variance / 2
 
@@ -198,7 +199,10 @@ class MVAE(nn.Module):
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q(z|x) of images (B, C, H, W) in [0, 1]: loc, log scale (B, N, D), KL (B, N) in nats."""
-        return self.select(*self.posterior_map(image))
+        loc, log_scale = self.posterior_map(image)
+        if self.to_code is not None:  # to its decoder the order means something
+            return loc, log_scale, gaussian_kl(loc, log_scale)
+        return self.select(loc, log_scale)
 
     def decode(self, z: Tensor) -> Tensor:
         """Logits (B, C, H, W) of p(x|z) for any number of objects (B, N, D), N > 0."""
@@ -488,6 +492,8 @@ def compare(model: MVAE, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
     panels, results = {}, {}
     for path in paths:
         config = load(path)["config"]
+        options.require(config["dataset"] == model.config.dataset, f"--compare {other}: trained on "
+                        f"{config['dataset']}, this run on {model.config.dataset}")
         name = config["model"].upper() + f", {config['aggregation']}" * (config["model"] == "mvae")
         name += f", seed {config['seed']}" * (name in results)
         history = runs.read_log(path)
@@ -557,6 +563,8 @@ def check(config: Config) -> None:
     places = (scenes.height >> config.poolings) * (scenes.width >> config.poolings)
     layers = len(config.encoder_channels)
     options.require(config.poolings <= layers, f"--poolings {config.poolings}: {layers} layers")
+    options.require(places > 0, f"--poolings {config.poolings}: nothing is left of {scenes.height} "
+                    "pixels")
     options.require(config.model == "vae" or config.num_slots <= places,
                     f"--num-slots {config.num_slots}: the encoder's map has {places} places")
     options.require(8 * config.base_size == scenes.height,
