@@ -488,15 +488,16 @@ def compare(model: MVAE, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
     """
     other = model.config.compare
     options.require(bool(other), "--experiment compare needs --compare RUN, another run's folder")
+    dataset = load(other)["config"]["dataset"]
+    options.require(dataset == model.config.dataset,
+                    f"--compare {other}: trained on {dataset}, this run on {model.config.dataset}")
     paths = folder.parent, runs.checkpoint_file(other).parent
     panels, results = {}, {}
     for path in paths:
         config = load(path)["config"]
-        options.require(config["dataset"] == model.config.dataset, f"--compare {other}: trained on "
-                        f"{config['dataset']}, this run on {model.config.dataset}")
         name = config["model"].upper() + f", {config['aggregation']}" * (config["model"] == "mvae")
-        name += f", seed {config['seed']}" * (name in results)
-        history = runs.read_log(path)
+        name += f", {path.name}" * (name in results)
+        history = [record for record in runs.read_log(path) if record["loss"] is not None]
         for metric in ("elbo", "nll", "kl"):
             y = [record[metric] for record in history]
             average = [y[0]] if y else []  # exponential moving average, as in the paper
