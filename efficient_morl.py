@@ -213,6 +213,12 @@ class BroadcastConv(Conv):
     2 p + 1 rows and columns of taps remain. The embedding is the same for every z.
     """
 
+    def __init__(self, *sizes: Any):
+        super().__init__(*sizes)
+        number, side = self.out_channels, 2 * self.padding[0] + 1
+        as_it_is = nn.init.dirac_(torch.empty(number, number, side, side))
+        self.register_buffer("as_it_is", as_it_is, persistent=False)
+
     def forward(self, z: Tensor, embedding: Tensor) -> Tensor:  # (N, D), (D, h, w) -> (N, O, H, W)
         p, size = self.padding[0], self.kernel_size[0]
         response = F.conv2d(embedding[None], self.weight, padding=p)[0]  # (O, H, W)
@@ -220,10 +226,9 @@ class BroadcastConv(Conv):
         for dim in (2, 3):
             first, inner, last = taps.split([p, size - 2 * p, p], dim)
             taps = torch.cat([first, inner.sum(dim, keepdim=True), last], dim)
-        as_it_is = torch.zeros_like(taps[:, :1]).repeat(1, len(taps), 1, 1)
-        as_it_is[:, :, p, p] = torch.eye(len(taps), dtype=taps.dtype, device=taps.device)
+        taps = torch.cat([taps, self.as_it_is], 1)  # (O, D+O, 2p+1, 2p+1)
         return kernels.broadcast_conv(
-            z, torch.cat([taps, as_it_is], 1), self.bias, response, self.activation, self.layout(z)
+            z, taps, self.bias, response, self.activation, self.layout(z)
         )
 
 
@@ -642,13 +647,17 @@ def score(
         decodes = stages(model, batch.image, model.noise(scenes, index, num_steps))
         for result, (decoded, terms) in zip(results, decodes, strict=True):
             mean, masks, _ = reconstruct(decoded)
+            # More steps than in training can diverge: such a scene has no score.
+            finite = mean.isfinite().flatten(1).all(1)
+            mean, masks = mean.nan_to_num(), masks.nan_to_num()
             for name, values in dict(
                 ari_fg=metrics.ari(batch.masks, masks),
                 ari=metrics.ari(batch.masks, masks, foreground=False),
                 miou=metrics.miou(batch.masks, batch.present, masks),
                 mse=metrics.mse(batch.image, mean), **terms,
             ).items():
-                result.setdefault(name, []).append(values.double().cpu())
+                values = values.double().where(finite, math.nan)
+                result.setdefault(name, []).append(values.cpu())
     return [{k: metrics.mean_stderr(torch.cat(v)) for k, v in r.items()} for r in results]
 
 
@@ -823,15 +832,15 @@ def dci(model: EfficientMORL, scenes: data.Scenes, folder: Path) -> dict[str, An
         columns = {name: y} if y.ndim == 1 else {f"{name} {i}": v for i, v in enumerate(y.T)}
         factors |= {key: v for key, v in columns.items() if len(np.unique(v)) > 1}
     z = np.concatenate(latents)
-    result = metrics.dci(z, factors, train=len(z) // 2)
+    scores = metrics.dci(z, factors, train=len(z) // 2)
     active = activeness(model, scenes)  # (100, D)
     order = active.mean(0).argsort(descending=True).tolist()
-    scores = {f"latent {i}": metrics.mean_stderr(active[:, i]) for i in order}
+    active = {f"latent {i}": metrics.mean_stderr(active[:, i]) for i in order}
     figures.bars(
-        folder / "activeness.png", {k: (v["mean"], v["stderr"]) for k, v in scores.items()},
+        folder / "activeness.png", {k: (v["mean"], v["stderr"]) for k, v in active.items()},
         "How much each latent of a slot changes the picture", "variance of a value of a pixel",
     )
-    return dict(**result, pairs=len(z), activeness=scores)
+    return dict(**scores, pairs=len(z), activeness=active)
 
 
 EXPERIMENTS = {"dci": dci}

@@ -162,7 +162,7 @@ def mse(image: Tensor, reconstruction: Tensor) -> Tensor:
 
 def dci(
     codes: np.ndarray, factors: Mapping[str, np.ndarray], train: int
-) -> dict[str, float | dict[str, float]]:
+) -> dict[str, float | dict[str, float] | None]:
     """Disentanglement, completeness, informativeness of codes (Eastwood & Williams 2018), 1 best.
 
     Gradient-boosted trees predict each factor j from all codes d; R_dj is how much they use d.
@@ -173,7 +173,7 @@ def dci(
 
     codes (N, D), D > 1; factors: J > 1 arrays (N,), integers for classes, floats for numbers. The
     first `train` rows fit the trees, the others score them (`informativeness`, by factor). (The
-    authors of EfficientMORL count exact hits for both kinds: never one for a number.) NaN for the
+    authors of EfficientMORL count exact hits for both kinds: never one for a number.) None for the
     mean of a kind that is not there.
     """
     codes = np.asarray(codes, dtype=np.float64)
@@ -198,7 +198,7 @@ def dci(
     return dict(
         disentanglement=float(_concentration(importance) @ importance.sum(1) / importance.sum()),
         completeness=float(_concentration(importance.T).mean()),
-        **{kind: float(np.mean(s)) if s else math.nan for kind, s in informativeness.items()},
+        **{kind: float(np.mean(s)) if s else None for kind, s in informativeness.items()},
         informativeness=scores,
     )
 
