@@ -40,7 +40,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -511,7 +511,9 @@ ESTIMATORS: dict[str, Callable] = {
 
 
 @torch.no_grad()
-def score(model: AIR, scenes: data.Scenes, count: int, log_prior: Tensor) -> dict[str, Any]:
+def evaluate(
+    model: AIR, scenes: data.Scenes, log_prior: Tensor, count: int = 2000
+) -> dict[str, Any]:
     """`metrics` over the first `count` scenes, and the `confusion` matrix of counts.
 
     The predicted number is the most probable one. `iw_elbo`, of a tenth of the scenes: the bound of
@@ -551,8 +553,8 @@ def score(model: AIR, scenes: data.Scenes, count: int, log_prior: Tensor) -> dic
 
 
 @torch.no_grad()
-def draw(model: AIR, scenes: data.Scenes, folder: Path, results: dict[str, Any]) -> None:
-    """Writes attention, confusion, samples and training .png."""
+def draw_attention(model: AIR, scenes: data.Scenes, path: Path, title: str) -> None:
+    """Eight scenes: where the steps that are taken look, and the canvas after each."""
     index = torch.arange(8, device=scenes.device)
     batch = scenes.scenes(index)
     u = model.unroll(batch.image, model.noise(scenes, index, 1)[0][:, 0])
@@ -560,16 +562,20 @@ def draw(model: AIR, scenes: data.Scenes, folder: Path, results: dict[str, Any])
     windows = boxes(u.where, model.shape[1:])
     steps = torch.arange(model.config.max_objects, device=index.device)
     windows = windows.masked_fill((steps >= predicted[:, None])[..., None], math.nan)
-    figures.attention(
-        folder / "attention.png", batch.image, windows, u.canvases[:, 1:],
-        "AIR looks at one object after the other, and stops",
-        [f"counts {p}, has {t}" for p, t in zip(predicted.tolist(), true.tolist(), strict=True)],
-    )
+    labels = [f"counts {p}, has {t}" for p, t in torch.stack([predicted, true], 1).tolist()]
+    figures.attention(path, batch.image, windows, u.canvases[:, 1:], title, labels)
+
+
+@torch.no_grad()
+def draw(model: AIR, scenes: data.Scenes, folder: Path, results: dict[str, Any]) -> None:
+    """Writes attention, confusion, samples and training .png."""
+    draw_attention(model, scenes, folder / "attention.png",
+                   "AIR looks at one object after the other, and stops")
     accuracy = results["metrics"]["count_accuracy"]["mean"]
     figures.confusion(folder / "confusion.png", results["confusion"],
                       f"Counting unseen digits: {accuracy:.1%} right")
     key = draws.make_key("air samples", model.config.seed)
-    z = draws.normal(key, torch.arange(16, device=index.device),
+    z = draws.normal(key, torch.arange(16, device=scenes.device),
                      (model.config.max_objects, 3 + model.config.latent_size))
     where, what = model.where_mean + model.where_std * z[..., :3], z[..., 3:]
     objects = place(model.decode(what), where, model.shape[1:])  # (16, N, C, H, W)
@@ -588,43 +594,55 @@ def draw(model: AIR, scenes: data.Scenes, folder: Path, results: dict[str, Any])
 
 
 def variance(model: AIR, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
-    """Variance of every estimator's gradient on one minibatch: trace over |mean of enumerate|^2.
+    """How far the estimators' gradients scatter around the exact one, on one minibatch.
 
-    The continuous noise is fixed, as is everything but the estimator's own randomness: 100 draws.
+    `variance`: trace of the covariance over |exact|^2; `bias`: |mean - exact| / |exact|, less what
+    so many draws miss by chance. The continuous noise is fixed, so 200 draws differ in n alone.
+    vimco has two samples of the image, and the gradient of its own bound; nvil's baseline is fitted
+    to the minibatch first.
     """
     index = torch.arange(model.config.batch_size, device=scenes.device)
-    image, results = scenes.scenes(index).image, {}
-    log_prior = model.log_prior(model.config.steps)
-    exact = None
+    image, log_prior = scenes.scenes(index).image, model.log_prior(model.config.steps)
+    normal, results, exact = model.noise(scenes, index, 1)[0], {}, torch.zeros(())
     for name in ESTIMATORS:
-        config = Config(**vars(model.config) | dict(estimator=name, num_samples=2))
-        other = AIR(config, *model.shape).to(scenes.device)
+        config = replace(model.config, estimator=name, num_samples=2)
+        other = build(config, scenes)
         other.load_state_dict(model.state_dict(), strict=False)
+        own = list(other.baseline.parameters()) if other.baseline else []
+        samples, count = (2 if name == "vimco" else 1), (1 if name == "enumerate" else 200)
         parameters = [p for n, p in other.named_parameters() if not n.startswith("baseline")]
-        samples = 2 if name == "vimco" else 1
-        normal, _ = other.noise(scenes, index, 1)
+        optimizer = torch.optim.Adam(own, lr=1e-3) if own else None
         gradients = []
-        for i in range(100 if name != "enumerate" else 1):
-            key = draws.make_key("air variance", i)
-            uniform = draws.uniform(key, index, (samples, config.max_objects, 2))
+        for i in range(-200 if own else 0, count):
+            uniform = draws.uniform(draws.make_key("air variance", i), index,
+                                    (samples, config.max_objects, 2))
             loss = other.loss(image, normal.expand(-1, samples, -1, -1), uniform, log_prior)["loss"]
-            gradients.append(torch.cat([
-                g.flatten() for g in torch.autograd.grad(loss, parameters)
-            ]))
-        gradients = torch.stack(gradients)
-        exact = gradients[0] if exact is None else exact
-        results[name] = (gradients.var(0, correction=len(gradients) > 1).sum()
-                         / exact.square().sum()).item()
-    figures.bars(folder / "variance.png", {k: (v, None) for k, v in results.items() if v > 0},
+            parts = torch.autograd.grad(loss, own if i < 0 else parameters)
+            if i < 0:
+                for parameter, part in zip(own, parts, strict=True):
+                    parameter.grad = part
+                optimizer.step()
+            else:
+                gradients.append(torch.cat([part.flatten() for part in parts]))
+        gradients = torch.stack(gradients)  # (draws, parameters)
+        exact = gradients[0] if name == "enumerate" else exact
+        spread = gradients.var(0, correction=int(count > 1)).sum()
+        off = (gradients.mean(0) - exact).square().sum() - spread / count
+        size = exact.square().sum()
+        results[name] = dict(variance=(spread / size).item(),
+                             bias=(off.clamp(min=0) / size).sqrt().item())
+    figures.bars(folder / "variance.png",
+                 {name: (r["variance"], None) for name, r in results.items() if r["variance"] > 0},
                  "Gradient variance of the estimators, same minibatch",
                  "total variance / |exact gradient|^2", log=True)
-    return dict(variance=results)
+    return results
 
 
 def extrapolation(model: AIR, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
-    """Three digits, for a model that was trained on none to two."""
+    """Three digits, for a model that was trained on none to two: AIR against DAIR."""
     three = make_scenes(model.config, "test", scenes.device, "multi_mnist_3")
-    return score(model, three, 1000, model.log_prior(model.config.steps))
+    draw_attention(model, three, folder / "extrapolation.png", "One digit more than in training")
+    return evaluate(model, three, model.log_prior(model.config.steps), 1000)
 
 
 EXPERIMENTS = {"variance": variance, "extrapolation": extrapolation}
@@ -793,7 +811,7 @@ def finish(
         print(json.dumps(result, indent=1))
         return result
     with runs.announced("evaluating 2,000 test scenes"):
-        results = score(model, scenes, 2000, model.log_prior(done["steps"]))
+        results = evaluate(model, scenes, model.log_prior(done["steps"]))
     evaluation = runs.evaluation("air", config, device, **done, **results, settings=[])
     runs.write(folder / "evaluation.json", evaluation)
     with runs.announced("drawing figures"):

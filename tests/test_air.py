@@ -1053,7 +1053,7 @@ def check_score(module: ModuleType = air) -> None:
     none = pixel(torch.zeros(1, 1, 2, 3)).exp()[0]
     log_p = ((none + 0.8 * one) / 1.8).log().item()
 
-    metrics = module.score(model, scenes, 2000, model.log_prior(0))["metrics"]
+    metrics = module.evaluate(model, scenes, model.log_prior(0))["metrics"]
     iw, stderr = metrics["iw_elbo"]["mean"], metrics["iw_elbo"]["stderr"]
     assert metrics["iw_elbo"]["n"] == 200
     # By the delta method it lies half its variance, here that of one of 200 images, below log p(x).
@@ -1078,7 +1078,7 @@ def test_evaluation_counts_and_compares_boxes():
     model.head.register_forward_hook(
         lambda module, args, output: output + F.pad(output.new_full((1,), next(answers)), (0, 6))
     )
-    result = air.score(model, Blobs(), 16, model.log_prior(0))
+    result = air.evaluate(model, Blobs(), model.log_prior(0), 16)
     assert result["confusion"] == [[0, 4, 0], [0, 6, 0], [0, 6, 0]]
     mean = {name: value["mean"] for name, value in result["metrics"].items()}
     assert mean["count_accuracy"] == mean["count_chance"] == 6 / 16
@@ -1094,7 +1094,7 @@ def test_evaluation_is_the_same_with_and_without_grad():
     results = []
     for mode in (torch.no_grad, torch.enable_grad):
         with mode():
-            results.append(air.score(model, Blobs(), 16, model.log_prior(0)))
+            results.append(air.evaluate(model, Blobs(), model.log_prior(0), 16))
     assert results[0] == results[1]
     assert all(p.grad is None for p in model.parameters())
 
@@ -1181,8 +1181,7 @@ def test_presets_are_possible_and_their_schedules_end_within_their_steps():
 @pytest.fixture
 def quick_evaluation(monkeypatch):
     """Scores 20 scenes, not 2,000; nothing is left of torchrun."""
-    score = air.score
-    monkeypatch.setattr(air, "score", lambda m, scenes, _, prior: score(m, scenes, 20, prior))
+    monkeypatch.setattr(air, "evaluate", functools.partial(air.evaluate, count=20))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
@@ -1367,7 +1366,7 @@ def test_it_learns_eight_scenes_by_heart():
         parts["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 100.0)
         optimizer.step()
-    result = air.score(model, scenes, 80, model.log_prior(steps))
+    result = air.evaluate(model, scenes, model.log_prior(steps), 80)
     best = model.log_likelihood(image, image.mean(0, keepdim=True)).mean().item()
     mean = {name: value["mean"] for name, value in result["metrics"].items()}
     assert mean["elbo"] > best + 35, (mean, best)

@@ -50,7 +50,7 @@ EVALUATION_KEYS = {
 }  # fmt: skip
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SMALL_EVALUATION = functools.partial(iodine.evaluate, count=4)
-SCORE = air.score
+AIR_EVALUATION = functools.partial(air.evaluate, count=4)
 REAL_DRAW = iodine.draw
 
 
@@ -168,7 +168,7 @@ def child_main(folder: Path, printed: Path, environment: dict, task, arguments: 
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     iodine.evaluate, iodine.draw = SMALL_EVALUATION, no_figures
-    air.score = lambda model, scenes, count, log_prior: SCORE(model, scenes, 4, log_prior)
+    air.evaluate = AIR_EVALUATION
     air.draw = no_figures
     task(*arguments)
 
