@@ -10,3 +10,5 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: the cores are theirs together
+    torch.set_num_threads(1)

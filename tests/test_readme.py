@@ -39,8 +39,8 @@ import iodine
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [p for p in sorted(ROOT.glob("*.py")) if "# /// script" in p.read_text()]
 TEST_ONLY = {
-    "pytest", "hypothesis", "ruff", "packaging", "nbclient", "nbformat", "jupyter", "jupyterlab",
-    "notebook", "ipykernel",
+    "pytest", "pytest-xdist", "hypothesis", "ruff", "packaging", "nbclient", "nbformat", "jupyter",
+    "jupyterlab", "notebook", "ipykernel",
 }  # fmt: skip
 MODULES = {"scikit-learn": "sklearn"}  # where a package's module has another name
 context = test_runs.context  # the fixture
