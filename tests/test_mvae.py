@@ -870,18 +870,22 @@ def test_evaluation_is_the_same_with_and_without_grad(trained, quick):
         assert all(p.grad is None for p in model.parameters())
 
 
-def train_shortly(config: mvae.Config) -> None:
-    """In a process of its own."""
-    with short_evaluations() as patch:
+def train_in_double(config: mvae.Config) -> None:
+    """In a process of its own. In float32 a bias's gradient, a sum over pixels, is 1e-6 off."""
+    build, loss = mvae.build, mvae.MVAE.loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mvae, "build", lambda *arguments: build(*arguments).double())
+        patch.setattr(mvae.MVAE, "loss", lambda self, *x: loss(self, *(v.double() for v in x)))
+        patch.setattr(mvae, "evaluate", lambda *_: dict(metrics=dict(elbo=dict(mean=0.0))))
         patch.setattr(mvae, "draw", test_runs.no_figures)
         test_runs.recorded(config)
 
 
 def test_two_processes_are_one(tmp_path, context):  # noqa: F811
     """What test_runs.py demands of every model."""
-    config = tiny(steps=2, batch_size=8, init_gain=0.6)
-    alone = test_runs.Child(context, tmp_path / "alone", train_shortly, config)
-    ranks = test_runs.start_ranks(context, tmp_path, train_shortly, config)
+    config = tiny(steps=2, batch_size=8)
+    alone = test_runs.Child(context, tmp_path / "alone", train_in_double, config)
+    ranks = test_runs.start_ranks(context, tmp_path, train_in_double, config)
     for child in (alone, *ranks):
         status, printed = child.wait()
         assert status == 0, printed
@@ -911,11 +915,11 @@ class Eight(data.Scenes):
 
 
 def test_it_learns_eight_scenes_by_heart():
-    """200 nats above the best single image for all, and objects beyond those that are there, which
-    change an untrained model's image as much as those that are, decode to nothing."""
-    scenes, index, steps = Eight(), torch.arange(8), 240
+    """200 nats above the best single image for all; and objects beyond those that are there, which
+    change an untrained model's images about as much as those that are, decode to nothing."""
+    scenes, index, steps = Eight(), torch.arange(8), 300
     config = tiny(encoder_channels=(8, 16, 16), head_channels=16, hidden_size=32, latent_size=4,
-                  base_channels=8, object_channels=8, render_channels=8, num_slots=5)  # fmt: skip
+                  base_channels=8, object_channels=8, render_channels=8, num_slots=5, kl_weight=2.0)
     model = mvae.build(config, scenes)
     image = scenes.all.image
     with no_pictures():
@@ -933,8 +937,8 @@ def test_it_learns_eight_scenes_by_heart():
     elbo = parts["elbo"].item()
     assert elbo > 200 - best, (elbo, best)
     share = [result["surplus"]["mean"] / result["needed"]["mean"] for result in (before, after)]
-    assert share[0] > 0.3 and share[1] < 0.15, share
-    assert after["mse"][-1] < 0.2 * before["mse"][-1]
+    assert share[0] > 0.5 and share[1] < 0.25, share
+    assert after["mse"][-1] < 0.1 * before["mse"][-1]
 
 
 # -- mutants ---------------------------------------------------------------------------------------
