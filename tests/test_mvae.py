@@ -887,7 +887,7 @@ def test_two_processes_are_one(tmp_path, context):  # noqa: F811
     alone = test_runs.Child(context, tmp_path / "alone", train_in_double, config)
     ranks = test_runs.start_ranks(context, tmp_path, train_in_double, config)
     for child in (alone, *ranks):
-        status, printed = child.wait()
+        status, printed = child.wait(90)
         assert status == 0, printed
     folders = tuple(tmp_path / name for name in ("alone", "rank0", "rank1"))
     test_runs.test_two_processes_are_one(folders)
