@@ -75,6 +75,7 @@ class Config(options.RunConfig):
     prior_horizon: int = 1  # ... over this many steps
     decoder_bias: float = -2.0  # of a glimpse's pixels before the sigmoid: objects begin dark
     background: bool = False  # eq. 11, 12: a picture made of the last state is under the objects
+    background_size: int = 8  # of its network's hidden layer: 256 draw the digits too, and count 0
     # inference
     lstm_size: int = 256
     head_sizes: tuple[int, ...] = (200,)  # hidden layers from the state to presence and where
@@ -219,7 +220,8 @@ class AIR(nn.Module):
         self.head = mlp((c.lstm_size, *c.head_sizes, 1 + 2 * 3))
         self.encoder = mlp((glimpse, *c.encoder_sizes, 2 * c.latent_size))
         self.decoder = mlp((c.latent_size, *c.decoder_sizes, glimpse))
-        self.background = mlp((c.lstm_size, 256, pixels)) if c.background else None
+        sizes = c.lstm_size, c.background_size, pixels
+        self.background = mlp(sizes) if c.background else None
         self.baseline = Baseline(c, pixels) if c.estimator == "nvil" else None
         for name, value in dict(mean=(c.scale_mean, 0.0, 0.0), std=(c.scale_std, 1.0, 1.0)).items():
             self.register_buffer(f"where_{name}", torch.tensor(value), persistent=False)
@@ -661,8 +663,8 @@ def check(config: Config) -> None:
     """UserError, in one line, where the options cannot be."""
     options.check(config, EXPERIMENTS)
     options.at_least_one(config, "max_objects", "latent_size", "lstm_size", "head_sizes",
-                         "encoder_sizes", "decoder_sizes", "num_samples", "prior_horizon",
-                         "exploration_horizon", "lr_horizon")
+                         "encoder_sizes", "decoder_sizes", "background_size", "num_samples",
+                         "prior_horizon", "exploration_horizon", "lr_horizon")
     options.at_least_zero(config, "prior_hold", "lr_warmup", "rebar_scale", "exploration")
     options.require(config.exploration < 1, f"--exploration {config.exploration}: below 1")
     options.positive(config, "sigma", "scale_mean", "scale_std", "prior_ratio",

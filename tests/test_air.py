@@ -176,6 +176,7 @@ class Eager:
 SMALL = dict(
     max_objects=2, latent_size=2, glimpse_size=4, scale_mean=1.5, scale_std=0.3, lstm_size=5,
     head_sizes=(4,), encoder_sizes=(4,), decoder_sizes=(4,), prior_ratio=0.4, sigma=0.5,
+    background_size=256,
 )  # fmt: skip
 SHAPE = (1, 6, 5)
 
