@@ -36,12 +36,12 @@ runs/efficient_morl-<preset>-<seed>/.
 The defaults of Config are the paper's for Tetrominoes. `quick` trades them for minutes:
 
     field                        paper     quick          why
-    kl_weight, sigma             1, 0.3    0.01, 0.15     with more KL the slots say nothing
-    geco                         on        off            it has no time to find that weight
+    kl_weight, sigma             1, 0.3    0.01, 0.15     with more KL latents stay silent for long
+    geco                         on        off            a fixed weight does
     decoder, coordinate_gain     small, 1  pixel, 15      25 times fewer products; sharp edges
     encoder_channels, _kernel    4 x 64, 5 3 x 32, 3      smaller images
     num_steps, batch_size        3, 32     1, 16          more training steps a minute
-    init_gain, gru_std           0.02, 1   1.4, default   0.02 needs thousands of steps to wake up
+    init_gain, gru_std           0.02, 1   1.4, default   0.02 starts without a signal
     lr                           4e-4      4e-3           falling to 4e-4 over 2,500 steps
 
 `--variant released` is the authors' code instead of the paper: RELEASED lists the differences.
