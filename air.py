@@ -599,7 +599,7 @@ def variance(model: AIR, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
     """How far the estimators' gradients scatter around the exact one, on one minibatch.
 
     `variance`: trace of the covariance over |exact|^2; `bias`: |mean - exact| / |exact|, less what
-    so many draws miss by chance. The continuous noise is fixed, so 200 draws differ in n alone.
+    so many draws miss by chance. The continuous noise is fixed, so 100 draws differ in n alone.
     vimco has two samples of the image, and the gradient of its own bound; nvil's baseline is fitted
     to the minibatch first.
     """
@@ -611,11 +611,11 @@ def variance(model: AIR, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
         other = build(config, scenes)
         other.load_state_dict(model.state_dict(), strict=False)
         own = list(other.baseline.parameters()) if other.baseline else []
-        samples, count = (2 if name == "vimco" else 1), (1 if name == "enumerate" else 200)
+        samples, count = (2 if name == "vimco" else 1), (1 if name == "enumerate" else 100)
         parameters = [p for n, p in other.named_parameters() if not n.startswith("baseline")]
         optimizer = torch.optim.Adam(own, lr=1e-3) if own else None
         gradients = []
-        for i in range(-200 if own else 0, count):
+        for i in range(-100 if own else 0, count):
             uniform = draws.uniform(draws.make_key("air variance", i), index,
                                     (samples, config.max_objects, 2))
             loss = other.loss(image, normal.expand(-1, samples, -1, -1), uniform, log_prior)["loss"]
@@ -644,7 +644,7 @@ def extrapolation(model: AIR, scenes: data.Scenes, folder: Path) -> dict[str, An
     """Three digits, for a model that was trained on none to two: AIR against DAIR."""
     three = make_scenes(model.config, "test", scenes.device, "multi_mnist_3")
     draw_attention(model, three, folder / "extrapolation.png", "One digit more than in training")
-    return evaluate(model, three, model.log_prior(model.config.steps), 1000)
+    return evaluate(model, three, model.log_prior(model.config.steps))
 
 
 EXPERIMENTS = {"variance": variance, "extrapolation": extrapolation}
