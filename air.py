@@ -344,10 +344,10 @@ class Baseline(nn.Module):
 
     def normalise(self, error: Tensor, asked: Tensor) -> Tensor:
         """(B, N) minus its running mean, over its running deviation if that is above 1."""
-        sums = torch.stack([error.sum(), error.square().sum(), asked.sum()])
-        runs.average([sums])  # over processes
-        self.mean.lerp_(sums[0] / sums[2], 0.2)
-        self.square.lerp_(sums[1] / sums[2], 0.2)
+        totals = torch.stack([error.sum(), error.square().sum(), asked.sum()])
+        runs.average([totals])  # over processes
+        self.mean.lerp_(totals[0] / totals[2], 0.2)
+        self.square.lerp_(totals[1] / totals[2], 0.2)
         deviation = (self.square - self.mean.square()).clamp(min=1).sqrt()
         return (error - self.mean) / deviation
 
