@@ -837,7 +837,10 @@ def dci(model: EfficientMORL, scenes: data.Scenes, folder: Path) -> dict[str, An
         columns = {name: y} if y.ndim == 1 else {f"{name} {i}": v for i, v in enumerate(y.T)}
         factors |= {key: v for key, v in columns.items() if len(np.unique(v)) > 1}
     z = np.concatenate(latents)
-    scores = metrics.dci(z, factors, train=len(z) // 2)
+    try:
+        scores = metrics.dci(z, factors, train=len(z) // 2)
+    except ValueError as error:  # too few slots match an object
+        raise options.UserError(f"--experiment dci: {error}") from None
     active = activeness(model, scenes)  # (100, D)
     order = active.mean(0).argsort(descending=True).tolist()
     active = {f"latent {i}": metrics.mean_stderr(active[:, i]) for i in order}
