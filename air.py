@@ -599,10 +599,10 @@ def draw(model: AIR, scenes: data.Scenes, folder: Path, results: dict[str, Any])
 def variance(model: AIR, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
     """How far the estimators' gradients scatter around the exact one, on one minibatch.
 
-    `variance`: trace of the covariance over |exact|^2; `bias`: |mean - exact| / |exact|, less what
-    so many draws miss by chance. The continuous noise is fixed, so 100 draws differ in n alone.
-    vimco has two samples of the image, and the gradient of its own bound; nvil's baseline is fitted
-    to the minibatch first.
+    `variance`: trace of the covariance over |exact|^2; `bias`: |mean - exact| / |exact|, of which
+    so many draws miss about `chance` without any. The continuous noise is fixed, so the 100 draws
+    differ in n alone. vimco has two samples of the image, and the gradient of a bound of its own;
+    nvil's baseline is fitted to the minibatch first.
     """
     index = torch.arange(model.config.batch_size, device=scenes.device)
     image, log_prior = scenes.scenes(index).image, model.log_prior(model.config.steps)
@@ -630,13 +630,12 @@ def variance(model: AIR, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
         gradients = torch.stack(gradients)  # (draws, parameters)
         exact = gradients[0] if name == "enumerate" else exact
         spread = gradients.var(0, correction=int(count > 1)).sum()
-        off = (gradients.mean(0) - exact).square().sum() - spread / count
-        size = exact.square().sum()
-        results[name] = dict(variance=(spread / size).item(),
-                             bias=(off.clamp(min=0) / size).sqrt().item())
+        size, off = exact.square().sum(), (gradients.mean(0) - exact).square().sum()
+        results[name] = dict(variance=(spread / size).item(), bias=(off / size).sqrt().item(),
+                             chance=(spread / size / count).sqrt().item())
     figures.bars(folder / "variance.png",
                  {name: (r["variance"], None) for name, r in results.items() if r["variance"] > 0},
-                 "Gradient variance of the estimators, same minibatch",
+                 "Gradient variance, same minibatch",
                  "total variance / |exact gradient|^2", log=True)
     return results
 

@@ -1302,8 +1302,9 @@ def test_experiments_run(tmp_path, quick_evaluation, no_figures):
         assert written == json.loads(json.dumps(results[name]))
     measured = results["variance"]
     assert measured.keys() == air.ESTIMATORS.keys()
-    assert measured.pop("enumerate") == dict(variance=0, bias=0)
-    assert all(r["variance"] > 0 and r["bias"] >= 0 for r in measured.values())
+    assert measured.pop("enumerate") == dict(variance=0, bias=0, chance=0)
+    assert all(r["variance"] > 0 and r["bias"] > 0 for r in measured.values())
+    assert all(r["bias"] < 4 * r["chance"] for n, r in measured.items() if n in ("nvil", "rebar"))
     assert all((tmp_path / "run" / "figures" / f"{name}.png").is_file() for name in results)
     assert [sum(row) for row in results["extrapolation"]["confusion"]] == [0, 0, 0, 20]
     assert results["extrapolation"]["metrics"]["count_chance"]["mean"] == 1
