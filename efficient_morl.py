@@ -596,16 +596,14 @@ class EfficientMORL(nn.Module):
                     lam = lam + update
                     prior = prior if training or prior is None else prior.detach()
 
-    def noise(
-        self, scenes: data.Scenes, index: Tensor, num_steps: int, num_slots: int = 0
-    ) -> Tensor:
+    def noise(self, scenes: data.Scenes, index: Tensor, num_steps: int) -> Tensor:
         """(B, 2L + I, K, D) standard normal for scenes `index`: of seed, split and scene.
 
         First L - 1 for the priors' conditions, then one for z^0 and each layer, then each step.
         """
         c = self.config
         key = draws.make_key("efficient_morl noise", scenes.split, c.seed)
-        shape = 2 * c.num_layers + num_steps, num_slots or c.num_slots, c.latent_size
+        shape = 2 * c.num_layers + num_steps, c.num_slots, c.latent_size
         return draws.normal(key, index, shape)
 
     def num_steps(self, step: int) -> int:

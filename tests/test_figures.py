@@ -345,6 +345,16 @@ def test_one_colour_follows_one_slot_through_the_steps(drawn):
             assert (seen[0][0] == 255).all()
 
 
+@pytest.mark.parametrize("labels", [(), ("layer 1", "layer 2", "step 1")])
+def test_the_steps_have_the_labels_that_they_are_given(labels, drawn, tmp_path):
+    figure = drawn(figures.refinement, *steps(), "Steps", labels)
+    expected = ["truth", *(labels or ("step 1", "step 2", "step 3"))]
+    texts = [text.get_text() for text in figure.findobj(Text)]
+    assert [text for text in texts if text in expected] == expected
+    with pytest.raises(ValueError, match="labels must be 3, not "):
+        figures.refinement(tmp_path / "unused.png", *steps(), "Steps", ("layer 1", "layer 2"))
+
+
 def test_the_largest_mask_of_a_sample_is_grey(drawn):
     masks = torch.zeros(1, 3, 16, 16)
     masks[0, 1], masks[0, 2, :4, :4] = 1, 1

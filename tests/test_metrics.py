@@ -260,6 +260,9 @@ def test_match_by_hand():
     assert metrics.match(true, strip(2, 2, 2, 0, 0, 3)).tolist() == [[2, 0, 3, -1]]
     assert metrics.match(true, strip(1, 1, 1, 0, 0, 0, number=2)).tolist() == [[1, 0, -1, -1]]
     assert metrics.match(true, strip(3, 3, 3, 0, 0, 3)).tolist() == [[3, 0, -1, -1]]  # 2 is missed
+    halves = strip(2, 2, 2, 0, 3, 3)  # IoU 1 of entity 0, 1/2 of 1 and 2
+    assert metrics.match(true, halves, least_iou=0.49).tolist() == [[2, 0, 3, -1]]
+    assert metrics.match(true, halves, least_iou=0.5).tolist() == [[2, -1, -1, -1]]
 
 
 @settings(max_examples=40, deadline=None)
@@ -426,3 +429,70 @@ def test_box_iou_conventions():
             metrics.box_iou(bad, yes, box, yes)
     with pytest.raises(ValueError, match="present must be"):
         metrics.box_iou(box, yes.expand(1, 2), box, yes)
+
+
+# -- DCI -------------------------------------------------------------------------------------------
+
+
+def dci_of(code):
+    """`code` makes codes (N, D) of perfect ones (N, 4), given random numbers too."""
+    rng = np.random.default_rng(0)
+    factors = dict(shape=rng.integers(3, size=400), color=rng.integers(4, size=400),
+                   row=rng.random(400), col=rng.random(400))  # fmt: skip
+    perfect = np.stack([*factors.values()], 1)
+    return metrics.dci(code(perfect - perfect.mean(0), rng), factors, train=200)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]])
+def test_dci_of_a_perfect_code_is_one_in_any_order(order):
+    scores = dci_of(lambda perfect, rng: perfect[:, order])
+    for name in ("disentanglement", "completeness", "accuracy", "r2"):
+        assert 0.98 < scores[name] <= 1, name
+    assert scores["informativeness"].keys() == {"shape", "color", "row", "col"}
+
+
+def test_dci_of_noise_is_chance():
+    scores = dci_of(lambda perfect, rng: rng.normal(size=perfect.shape))
+    assert scores["disentanglement"] < 0.1 and scores["completeness"] < 0.1
+    assert scores["accuracy"] < 0.4 and scores["r2"] < 0.1  # chance: 1/3 and 1/4; 0
+
+
+def test_a_rotated_code_is_informative_and_entangled():
+    def rotate(perfect, rng):
+        rotation, _ = np.linalg.qr(rng.normal(size=(4, 4)))
+        return perfect / perfect.std(0) @ rotation
+
+    scores = dci_of(rotate)
+    assert scores["disentanglement"] < 0.5 and scores["completeness"] < 0.5
+    assert scores["accuracy"] > 0.7 and scores["r2"] > 0.6
+
+
+def test_dci_by_hand(monkeypatch):
+    """From importances R (latent, factor): (3/4, 0) and (1/4, 1)."""
+    importances = iter([[0.75, 0.25], [0.0, 1.0]])
+
+    class Probe:
+        def __init__(self, random_state):
+            self.feature_importances_ = np.array(next(importances))
+
+        def fit(self, codes, values):
+            assert len(codes) == len(values) == 3
+            return self
+
+        def score(self, codes, values):
+            return float(len(codes))
+
+    monkeypatch.setattr(metrics, "GradientBoostingClassifier", Probe)
+    monkeypatch.setattr(metrics, "GradientBoostingRegressor", Probe)
+    factors = dict(shape=np.arange(5), row=np.arange(5.0))
+    scores = metrics.dci(np.zeros((5, 2)), factors, train=3)
+    entropy = lambda p: -p * math.log2(p) - (1 - p) * math.log2(1 - p)  # noqa: E731
+    assert scores["disentanglement"] == pytest.approx(0.75 / 2 + 1.25 / 2 * (1 - entropy(0.2)))
+    assert scores["completeness"] == pytest.approx((1 - entropy(0.25) + 1) / 2)
+    assert scores["accuracy"] == scores["r2"] == 2  # rows that were not fitted
+    for codes, some, train in ((np.zeros((5, 1)), factors, 3), (np.zeros((5, 2)), factors, 5),
+                               (np.zeros((5, 2)), dict(row=np.arange(5.0)), 3)):  # fmt: skip
+        with pytest.raises(ValueError, match="dci needs"):
+            metrics.dci(codes, some, train)
+    with pytest.raises(ValueError, match="factor shape must be"):
+        metrics.dci(np.zeros((6, 2)), factors, 3)
