@@ -38,7 +38,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -82,7 +82,9 @@ class Config(options.RunConfig):
     lr_horizon: int = 3_000_000  # ... over this many steps. Paper: "scheduled", shape open
     clip: float = 1e6  # norm of the global gradient; open
     early_step: int = 300  # the weights of this step are kept, in early.pt, for --experiment maps
-    compare: str = ""  # another run, for experiments that show two side by side
+    compare: str = ""  # with --experiment compare: the other run's folder
+
+    run_control: ClassVar[set[str]] = {"compare"}  # may differ on --resume
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ import tyro
 
 # On resume only these may differ from the checkpoint: they say where and how long, not what.
 RUN_CONTROL = {"steps", "minutes", "out", "device", "kernels", "compile", "cuda_graph", "log_every",
-               "checkpoint_seconds", "resume", "eval_only", "experiment", "compare"}
+               "checkpoint_seconds", "resume", "eval_only", "experiment"}
 
 
 class UserError(Exception):
@@ -135,8 +135,9 @@ def parse(
             f"({', '.join(sorted(saved.keys() ^ names))})")
     default = config_class(**saved | dict(out="", resume="", eval_only=False, experiment=""))
     config = tyro.cli(config_class, default=default, args=argv)
+    free = RUN_CONTROL | getattr(config_class, "run_control", set())  # a model may have more
     for name, value in dataclasses.asdict(config).items():
-        require(name in RUN_CONTROL or value == saved[name],
+        require(name in free or value == saved[name],
                 f"{option(name)} {value}: trained with {saved[name]}; only a new run can change it")
     return config
 
