@@ -69,7 +69,7 @@ def standardised(x: Tensor) -> Tensor:
 
 
 class Eager:
-    """Sections 3.1 to 3.4 for one image; the weights have efficient_morl.py's names."""
+    """Both stages of inference, for one image; the weights have efficient_morl.py's names."""
 
     def __init__(self, config: efficient_morl.Config, weights: dict[str, Tensor], nll_weight=1.0):
         self.config, self.weights, self.nll_weight = config, weights, nll_weight
@@ -385,7 +385,7 @@ CLEVR6 = efficient_morl.Config(**efficient_morl.CLEVR6)
     [(CLEVR6, 96, 666_500), (efficient_morl.make_config("tetrominoes"), 35, 467_236)],
     ids=["clevr6", "tetrominoes"],
 )
-def test_the_models_have_the_size_of_the_papers(config, size, parameters):
+def test_the_models_have_the_papers_number_of_parameters(config, size, parameters):
     model = efficient_morl.EfficientMORL(config, 3, size, size)
     assert sum(p.numel() for p in model.parameters()) == parameters
 
@@ -1048,7 +1048,7 @@ def test_it_learns_eight_scenes_by_heart():
     )  # fmt: skip
     model, index = efficient_morl.build(config, scenes), torch.arange(8)
     optimizer = torch.optim.Adam(model.parameters())
-    image, steps = scenes.scenes(index).image, 200
+    image, steps = scenes.scenes(index).image, 300
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 30, 2 - 2 * step / steps)
         parts = model.loss(image, model.noise(scenes, index + 8 * step, 1))
