@@ -34,6 +34,17 @@ exactly (`--estimator enumerate`). The estimators of the notes are here to compa
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
 runs/air-<preset>-<seed>/.
+
+Measured: count accuracy 0.994 ± 0.002 on unseen digits, above 0.97 on 10 of 10 seeds, by
+`quick` in 5 to 15 minutes on one core of an AMD EPYC that others used too (notebooks/results/).
+
+The defaults of Config are Pyro's published run. `quick` differs in:
+
+    field                   published   quick          why
+    estimator               nvil        enumerate      no variance
+    lr                      1e-4        1e-3 to 3e-4   minutes
+    prior_ratio             0.01        1e-9 to 1e-3   steps are added one by one, when they pay
+    exploration             0           0.3 to 0       or a step that is never taken never learns
 """
 
 import json
@@ -596,6 +607,11 @@ def draw(model: AIR, scenes: data.Scenes, folder: Path, results: dict[str, Any])
 # -- what else there is to see ---------------------------------------------------------------------
 
 
+def squared_norm(vector: Tensor) -> float:
+    """Its squared norm."""
+    return vector.square().sum(dtype=torch.float64).item()
+
+
 def variance(model: AIR, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
     """How far the estimators' gradients scatter around the exact one, on one minibatch.
 
@@ -606,7 +622,7 @@ def variance(model: AIR, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
     """
     index = torch.arange(model.config.batch_size, device=scenes.device)
     image, log_prior = scenes.scenes(index).image, model.log_prior(model.config.steps)
-    normal, results, exact = model.noise(scenes, index, 1)[0], {}, torch.zeros(())
+    normal, results, exact = model.noise(scenes, index, 1)[0], {}, None
     for name in ESTIMATORS:
         config = replace(model.config, estimator=name, num_samples=2)
         other = build(config, scenes)
@@ -615,7 +631,7 @@ def variance(model: AIR, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
         samples, count = (2 if name == "vimco" else 1), (1 if name == "enumerate" else 100)
         parameters = [p for n, p in other.named_parameters() if not n.startswith("baseline")]
         optimizer = torch.optim.Adam(own, lr=1e-3) if own else None
-        gradients = []
+        total, squares = 0.0, 0.0  # of the distances from the exact gradient
         for i in range(-100 if own else 0, count):
             uniform = draws.uniform(draws.make_key("air variance", i), index,
                                     (samples, config.max_objects, 2))
@@ -626,13 +642,13 @@ def variance(model: AIR, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
                     parameter.grad = part
                 optimizer.step()
             else:
-                gradients.append(torch.cat([part.flatten() for part in parts]))
-        gradients = torch.stack(gradients)  # (draws, parameters)
-        exact = gradients[0] if name == "enumerate" else exact
-        spread = gradients.var(0, correction=int(count > 1)).sum()
-        size, off = exact.square().sum(), (gradients.mean(0) - exact).square().sum()
-        results[name] = dict(variance=(spread / size).item(), bias=(off / size).sqrt().item(),
-                             chance=(spread / size / count).sqrt().item())
+                gradient = torch.cat([part.flatten() for part in parts])
+                exact = gradient if exact is None else exact  # enumerate is the first
+                total, squares = total + gradient - exact, squares + squared_norm(gradient - exact)
+        off, size = squared_norm(total / count), squared_norm(exact)
+        spread = (squares - count * off) / max(count - 1, 1)
+        results[name] = dict(variance=spread / size, bias=(off / size) ** 0.5,
+                             chance=(spread / size / count) ** 0.5)
     figures.bars(folder / "variance.png",
                  {name: (r["variance"], None) for name, r in results.items() if r["variance"] > 0},
                  "Gradient variance, same minibatch",
@@ -822,7 +838,8 @@ def finish(
     for number, row in enumerate(results["confusion"]):
         if any(row):
             print(f"  {number}  {''.join(f'{n:7d}' for n in row)}")
-    m = {name: result["mean"] for name, result in results["metrics"].items()}
+    m = {name: math.nan if result["mean"] is None else result["mean"]
+         for name, result in results["metrics"].items()}
     print(f"nats: elbo {m['elbo']:.1f} = -nll {-m['nll']:.1f} - kl {m['kl']:.1f} (of the count "
           f"{m['kl_count']:.2f}), iw_elbo {m['iw_elbo']:.1f}; box_iou {m['box_iou']:.2f}")
     print(f"reached  count accuracy {m['count_accuracy']:.3f} (chance {m['count_chance']:.3f}) "
