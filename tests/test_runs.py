@@ -166,6 +166,8 @@ def child_main(folder: Path, printed: Path, environment: dict, task, arguments: 
     with open(printed, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    # As in a terminal; what a shell starts in the background ignores the signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     iodine.evaluate, iodine.draw = SMALL_EVALUATION, no_figures
     air.evaluate = AIR_EVALUATION
@@ -355,8 +357,7 @@ def endless_step(config: iodine.Config, name: str) -> None:
 
     def sleep(*_):
         print("asleep", flush=True)
-        while True:  # short ones: a signal that another thread got is seen after the next
-            time.sleep(0.05)
+        time.sleep(60)
 
     owner = iodine.IODINE if name == "loss" else iodine
     setattr(owner, name, sleep)
