@@ -35,8 +35,8 @@ exactly (`--estimator enumerate`). The estimators of the notes are here to compa
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
 runs/air-<preset>-<seed>/.
 
-Measured: count accuracy 0.994 ± 0.002 on unseen digits, above 0.97 on 10 of 10 seeds, by
-`quick` in 5 to 15 minutes on one core of an AMD EPYC that others used too (notebooks/results/).
+Measured: count accuracy 0.993 ± 0.002 on unseen digits, above 0.97 on 10 of 10 seeds, by
+`quick` in 5.0 minutes on two cores of an AMD EPYC with AVX2 (notebooks/results/).
 
 The defaults of Config are Pyro's published run. `quick` differs in:
 
