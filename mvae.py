@@ -89,8 +89,9 @@ class Config(options.RunConfig):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
-        dataset="sprites_3_32", encoder_channels=(16, 32, 32, 64), base_size=4, batch_size=16,
-        lr_final=0.1, lr_horizon=6000, steps=6000,
+        dataset="sprites_3_32", encoder_channels=(16, 32, 32, 64), base_size=4,
+        poolings=2,  # 8 x 8 places, as at 64 pixels
+        batch_size=16, lr_final=0.1, lr_horizon=6000, steps=6000,
     ),
     "sprites3": dict(dataset="sprites_3", steps=3_000_000),
     "sprites8": dict(dataset="sprites_8", num_slots=10, steps=3_000_000),
