@@ -86,7 +86,7 @@ class Config(options.RunConfig):
     prior_horizon: int = 1  # ... over this many steps
     decoder_bias: float = -2.0  # of a glimpse's pixels before the sigmoid: objects begin dark
     background: bool = False  # eq. 11, 12: a picture made of the last state is under the objects
-    background_size: int = 8  # of its network's hidden layer: 256 draw the digits too, and count 0
+    background_size: int = 8  # of its network's hidden layer: wide ones draw the digits too
     # inference
     lstm_size: int = 256
     head_sizes: tuple[int, ...] = (200,)  # hidden layers from the state to presence and where

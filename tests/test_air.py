@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import mutants
 import numpy as np
 import pytest
 import torch
@@ -1489,23 +1490,7 @@ MUTANTS = {  # text of air.py
                                      "s=100).mean(1)"),
     "iw_elbo without the prior": ("score", "(log_prior + sums(u.log_ratio)", "(sums(u.log_ratio)"),
 }  # fmt: skip
-SOURCE = Path(air.__file__)
-
-
-def mutated(old: str = "", new: str = "") -> ModuleType:
-    """air.py as a module of its own, with `new` in the place of `old`."""
-    source = SOURCE.read_text()
-    if old:
-        count = source.count(old)
-        assert count == 1, f"air.py has {old!r} {count} times, not once: adapt this mutant"
-        source = source.replace(old, new)
-    module = ModuleType("mutated_air")
-    sys.modules[module.__name__] = module  # dataclasses look it up
-    try:
-        exec(compile(source, SOURCE, "exec"), module.__dict__)
-    finally:
-        del sys.modules[module.__name__]
-    return module
+mutated = functools.partial(mutants.mutated, air)
 
 
 def test_the_unmutated_source_passes_all_checks():

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import mutants
 import pytest
 import test_runs
 import torch
@@ -1171,23 +1172,7 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "a sample's variance": ("dci", "pictures.var(1, correction=0)", "pictures.var(1)"),
     "most active last": ("dci", "argsort(descending=True)", "argsort()"),
 }  # fmt: skip
-SOURCE = Path(efficient_morl.__file__)
-
-
-def mutated(old: str = "", new: str = "") -> ModuleType:
-    """efficient_morl.py as a module of its own, with `new` in the place of `old`."""
-    source = SOURCE.read_text()
-    if old:
-        count = source.count(old)
-        assert count == 1, f"efficient_morl.py has {old!r} {count} times: adapt this mutant"
-        source = source.replace(old, new)
-    module = ModuleType("mutated_efficient_morl")
-    sys.modules[module.__name__] = module  # dataclasses look it up
-    try:
-        exec(compile(source, SOURCE, "exec"), module.__dict__)
-    finally:
-        del sys.modules[module.__name__]
-    return module
+mutated = functools.partial(mutants.mutated, efficient_morl)
 
 
 def test_the_unmutated_source_passes_all_checks():

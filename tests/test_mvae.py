@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import mutants
 import numpy as np
 import pytest
 import test_runs
@@ -1031,23 +1032,7 @@ MUTANTS = {  # name: (check, text of mvae.py, its mutation)
     "decay beyond its end": ("rate", "min(step / config.lr_horizon, 1.0)",
                              "(step / config.lr_horizon)"),
 }  # fmt: skip
-SOURCE = Path(mvae.__file__)
-
-
-def mutated(old: str = "", new: str = "") -> ModuleType:
-    """mvae.py as a module of its own, with `new` in the place of `old`."""
-    source = SOURCE.read_text()
-    if old:
-        count = source.count(old)
-        assert count == 1, f"mvae.py has {old!r} {count} times, not once: adapt this mutant"
-        source = source.replace(old, new)
-    module = ModuleType("mutated_mvae")
-    sys.modules[module.__name__] = module  # dataclasses look it up
-    try:
-        exec(compile(source, SOURCE, "exec"), module.__dict__)
-    finally:
-        del sys.modules[module.__name__]
-    return module
+mutated = functools.partial(mutants.mutated, mvae)
 
 
 def test_the_unmutated_source_passes_all_checks():
