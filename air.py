@@ -163,7 +163,7 @@ def interpolation(
 def place(glimpse: Tensor, where: Tensor, size: tuple[int, int]) -> Tensor:
     """Glimpses (..., C, P, P) on black images (..., C, H, W), in the windows `where` (..., 3).
 
-    where = (scale, column, row): image coordinate u shows the glimpse's scale * u + shift.
+    Eq. 18. where = (scale, column, row): image coordinate u shows the glimpse's scale * u + shift.
     """
     scale, col, row = where.unbind(-1)
     rows = interpolation(scale, row, size[0], glimpse.shape[-2])  # (..., H, P)
@@ -215,7 +215,7 @@ class Unrolled(NamedTuple):
     what: Tensor  # (B, N, D)
     objects: Tensor  # (B, N, C, H, W) each alone
     background: Tensor  # (B, C, H, W) zeros without --background
-    canvases: Tensor  # (B, N+1, C, H, W) c_0 .. c_N
+    canvases: Tensor  # (B, N+1, C, H, W) c_0 .. c_N, eq. 19
     log_likelihood: Tensor  # (B, N+1) log p(x|c_n), nats
 
 
@@ -239,7 +239,7 @@ class AIR(nn.Module):
         self.register_buffer("zero", torch.tensor(0.0), persistent=False)
 
     def log_prior(self, step: int) -> Tensor:
-        """log p(n) (N+1,) at a training step: geometric, cut off at N and normalised (eq. 2)."""
+        """log p(n) (N+1,) at a training step: geometric (eq. 2), cut off at N as in eq. 13."""
         c = self.config
         t = min(max(step - c.prior_hold, 0) / c.prior_horizon, 1.0)
         log_ratio = (1 - t) * math.log(c.prior_ratio) + t * math.log(c.prior_ratio_final)
@@ -273,6 +273,7 @@ class AIR(nn.Module):
             loc, raw = self.encoder(attend(image, where, c.glimpse_size).flatten(1)).chunk(2, 1)
             what_q = loc, F.softplus(raw)
             what = loc + what_q[1] * noise[:, i, 3:]
+            # eq. 3, with a where that knows how large objects are
             where_p, what_p = (self.where_mean, self.where_std), (self.zero, self.zero + 1)
             kl = gaussian_kl(*where_q, *where_p) + gaussian_kl(*what_q, *what_p)
             log_ratio = gaussian_log_ratio(where, *where_q, *where_p)
@@ -289,20 +290,20 @@ class AIR(nn.Module):
             logits = yes - no
         background = torch.zeros_like(image)
         if self.background is not None:
-            background = self.background(h).view_as(image)  # eq. 11
+            background = self.background(h).view_as(image)  # eq. 11; added: eq. 12
         canvases = torch.cat([background[:, None], background[:, None] + objects.cumsum(1)], 1)
         log_likelihood = self.log_likelihood(image[:, None], canvases)  # (B, N+1)
         return Unrolled(logits, kl, log_ratio, where, what, objects, background, canvases,
                         log_likelihood)
 
     def decode(self, what: Tensor) -> Tensor:
-        """Glimpses (..., C, P, P) in [0, 1] of codes (..., D)."""
+        """Glimpses (..., C, P, P) in [0, 1] of codes (..., D), eq. 17."""
         glimpse = torch.sigmoid(self.decoder(what) + self.config.decoder_bias)
         side = self.config.glimpse_size
         return rearrange(glimpse, "... (c h w) -> ... c h w", h=side, w=side)
 
     def log_likelihood(self, image: Tensor, canvas: Tensor) -> Tensor:
-        """log N(x; canvas, sigma^2) of (..., C, H, W), nats per image."""
+        """log N(x; canvas, sigma^2) of (..., C, H, W), nats per image, eq. 20."""
         sigma, values = self.config.sigma, math.prod(self.shape)
         constant = values * (math.log(sigma) + math.log(2 * math.pi) / 2)
         return (image - canvas).square().flatten(-3).sum(-1) * (-0.5 / sigma**2) - constant
@@ -367,7 +368,7 @@ class Baseline(nn.Module):
 
 
 def count_log_probs(logits: Tensor) -> Tensor:
-    """log q(n) (..., N+1) of the logits (..., N) of "one more": n times yes, then no."""
+    """log q(n) (..., N+1) of the logits (..., N) of "one more": n times yes, then no, eq. 6."""
     yes, no = F.logsigmoid(logits), F.logsigmoid(-logits)
     return F.pad(yes.cumsum(-1), (1, 0)) + F.pad(no, (0, 1))
 
@@ -461,7 +462,7 @@ def vimco(
     n = yes.cumprod(1).sum(1, keepdim=True)  # (B*S, 1)
     log_q = count_log_probs(u.logits).gather(1, n)
     log_w = u.log_likelihood.gather(1, n) + sums(u.log_ratio).gather(1, n)
-    log_w = log_w + log_prior[n] - log_q  # (B*S, 1)
+    log_w = log_w + log_prior[n] - log_q  # the log of eq. 7, (B*S, 1)
     samples = model.config.num_samples
     log_w, log_q = (rearrange(v, "(b s) 1 -> b s", s=samples) for v in (log_w, log_q))
     bound = log_w.logsumexp(1, keepdim=True) - math.log(samples)  # (B, 1)
@@ -557,7 +558,7 @@ def evaluate(
     for index in torch.arange(math.ceil(count / 10), device=scenes.device).split(8):
         image = repeat(scenes.scenes(index).image, "b c h w -> (b s) c h w", s=100)
         u = model.unroll(image, model.noise(scenes, index, 100)[0].flatten(0, 1))
-        log_w = (log_prior + sums(u.log_ratio) + u.log_likelihood).logsumexp(1)  # E: p(x)
+        log_w = (log_prior + sums(u.log_ratio) + u.log_likelihood).logsumexp(1)  # E: p(x), eq. 1
         log_w = rearrange(log_w, "(b s) -> b s", s=100).logsumexp(1) - math.log(100)
         values.setdefault("iw_elbo", []).append(log_w.double().cpu())
     results = {name: metrics.mean_stderr(torch.cat(parts)) for name, parts in values.items()}

@@ -230,7 +230,7 @@ def activation(config: Config) -> nn.Module:
 
 
 class BroadcastDecoder(nn.Module):
-    """Spatial broadcast decoder (section 2.1; tables of appendix C)."""
+    """Spatial broadcast decoder (section 2.1, Fig. 2; tables of appendix C)."""
 
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
@@ -408,7 +408,7 @@ class IODINE(nn.Module):
         return self.decoder(flat).unflatten(0, z.shape[:2])
 
     def infer(self, image: Tensor, noise: Tensor) -> Iterator[Step]:
-        """Algorithm 1: yields each of the T decodes; no refinement after the last.
+        """Algorithm 1, Fig. 3: yields each of the T decodes; no refinement after the last.
 
         image (B, C, H, W) in [0, 1]; noise (B, T, K, D) standard normal, whose T and K count. Under
         no_grad (evaluation) the graph is cut between steps: memory does not grow with T, and the
@@ -441,7 +441,7 @@ class IODINE(nn.Module):
                         c.log_ratio,
                     )
                     log_likelihood = inputs.log_likelihood
-                nll = -reduce(log_likelihood, "b h w -> b", "sum")
+                nll = -reduce(log_likelihood, "b h w -> b", "sum")  # eq. 1
             step = Step(decoded, lam, nll, kl)
             yield step if training else Step(*(value.detach() for value in step))
             if not last:
