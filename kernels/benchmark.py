@@ -2,14 +2,15 @@
 
     python -m kernels.benchmark                         # every operation at five sizes
     python -m kernels.benchmark --sizes clevr6 --torch-compile
-    python -m kernels.benchmark --models                # training steps, all three parts
+    python -m kernels.benchmark --models                # the models, all four parts
     python -m kernels.benchmark --models step           # what each change to the step brings
     python -m kernels.benchmark --models clevr presets  # the paper's largest model; every preset
+    python -m kernels.benchmark --models compare        # IODINE beside EfficientMORL
 
 Nothing wrong is timed: everything is first compared, at the very shape, with the reference in
 float64 (error: the largest deviation over the largest value, of every output and gradient; of a
-training step, run on two images, of loss and gradient). What is wrong is a red row without a
-number, and makes the exit status 1.
+training step, run on two images, of loss and gradient, in `compare` of the reconstruction too).
+What is wrong is a red row without a number, and makes the exit status 1.
 
 Times are medians with the 20th and 80th percentile, in milliseconds. Candidates take turns, call by
 call: a machine that slows down slows all of them, and ratios stay fair. On CUDA a time lies between
@@ -33,7 +34,15 @@ step and at most (CUDA: what one step allocates). `presets` sets a preset's step
 of its scenes and noise, whose share of their sum should stay below 10 %; "ops" is the share of the
 step that the mixture and the refinement inputs take, by torch's profiler.
 
-Axes: B batch, K slots, T refinement steps, D latent, C H W image, F input channels of refinement.
+`compare` is the timing figure of EfficientMORL's paper (Emami et al. 2021): both models with the
+sizes of CLEVR6 in their own papers (K 7, latent 64) on the same images. IODINE decodes T = 5 times,
+EfficientMORL once and once more after each of I = 0 .. 3 refinement steps. "fwd" is the posterior
+and the reconstruction, as in evaluation, "both" the loss and its gradient, as in training. MB: by
+how much the memory of the process grew beyond what it held before the first pass (CUDA: what "both"
+allocates). Columns with an x: IODINE's number over this row's; above 1 this row is better.
+
+Axes: B batch, K slots, T decodes of IODINE, I refinement steps of EfficientMORL, D latent, C H W
+image, F input channels of refinement.
 """
 
 import csv
@@ -52,13 +61,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple, get_args
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -66,6 +77,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import data
+import efficient_morl
 import iodine
 import kernels
 from data import figures, runs
@@ -88,17 +100,24 @@ LAUNCH_BOUND = 1.0  # milliseconds: faster calls on CUDA are timed once more, in
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # bfloat16: gradients are rounded to it
 STEP_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}  # bfloat16: only nonsense is refused
 MODELS = {"iodine": iodine}  # with PRESETS, make_config, build, and a model with noise and loss
+PIXELS = 64, 96, 128  # a side, of the images in `compare`
+PASSES = "forward", "backward"  # methods of TrainingStep
+COMPARED = {  # column: its panel in the chart
+    "forward_ms": "forward, milliseconds", "backward_ms": "forward and backward, milliseconds",
+    "peak_mb": "peak memory, MB",
+}  # fmt: skip
+Part = Literal["step", "clevr", "compare", "presets"]
 
 
 @dataclass
 class Options:
-    """Times the operations or, with --models, training steps."""
+    """Times the operations or, with --models, training steps and IODINE beside EfficientMORL."""
 
-    models: tuple[Literal["step", "clevr", "presets"], ...] | None = None  # no name: all of them
+    models: tuple[Part, ...] | None = None  # parts; no name: all of them
     sizes: tuple[str, ...] = tuple(SIZES)  # of the operations
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ()  # of decoded; none: on CUDA both
     batch: int = 0  # B; 0: every size and preset has its own (on a CPU: small ones)
-    repeats: int = 0  # timed calls of each; 0: 30 for operations, 5 for training steps
+    repeats: int = 0  # timed calls; 0: 30 of an operation, 5 of a step, 3 of `compare` on a CPU
     torch_compile: bool = field(default_factory=torch.cuda.is_available)  # time it as well
     threads: int = 0  # of the CPU; 0: torch decides
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda, cuda:1, ...
@@ -461,17 +480,29 @@ class TrainingStep:
         self.optimizer.zero_grad()
         with kernels.use(self.backend):
             with self.amp():
-                loss = self.model.loss(*inputs)["loss"]
+                loss = self.model.loss(*(inputs or self.inputs))["loss"]
             loss.backward()
         return loss.detach()
+
+    @torch.no_grad()
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The reconstruction (B, C, H, W) after the last step of inference, as in evaluation."""
+        with kernels.use(self.backend), self.amp():
+            *_, last = self.model.infer(*(inputs or self.inputs))
+            return iodine.reconstruct(last.decoded)[0]
 
     def loss_gradient(self) -> list[Tensor]:
         """Loss (1,) and gradient of all parameters (P,) of the first two images."""
         loss = self.backward(*(tensor[:2] for tensor in self.inputs))
-        return [loss[None], torch.cat([p.grad.flatten() for p in self.parameters])]
+        gradients = [p.grad.flatten() for p in self.parameters if p.grad is not None]
+        return [loss[None], torch.cat(gradients)]
+
+    def values(self) -> list[Tensor]:
+        """The same, and their reconstruction (2, C, H, W)."""
+        return [*self.loss_gradient(), self.forward(*(tensor[:2] for tensor in self.inputs))]
 
     def __call__(self) -> None:
-        self.backward(*self.inputs)
+        self.backward()
         nn.utils.clip_grad_norm_(self.parameters, self.model.config.clip)
         self.optimizer.step()
 
@@ -485,35 +516,40 @@ def make_step(config: iodine.Config, inputs: Sequence[Tensor], variant: Variant)
 
 
 class StepProcess:
-    """A training step on the CPU in a process of its own, with an allocator and a memory peak."""
+    """A TrainingStep on the CPU in a process of its own, with an allocator and a memory peak."""
 
     def __init__(self, *arguments: Any):
         self.process = ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn"), prepare_process, arguments
         )
-        self.first_mb = self.process.submit(memory_so_far, torch.device("cpu")).result()
+        self.first_mb = self.process.submit(memory_so_far, torch.device("cpu"))
 
-    def __call__(self) -> None:
-        self.process.submit(take_step).result()
+    def __call__(self, method: str = "__call__") -> None:
+        self.process.submit(take_step, method).result()
+
+    def forward(self) -> None:
+        self("forward")
+
+    def backward(self) -> None:
+        self("backward")
 
     def memory(self) -> dict[str, float]:
         peak = self.process.submit(memory_so_far, torch.device("cpu")).result()
-        return dict(first_mb=self.first_mb, peak_mb=peak)
+        return dict(first_mb=self.first_mb.result(), peak_mb=peak)
 
 
-def prepare_process(config: iodine.Config, *arguments: Any) -> None:
-    """In the process: what `take_step` will run."""
+def prepare_process(make: Callable[[], TrainingStep], config: Any, threads: int) -> None:
+    """In the process: what `take_step` will run; no config: with the allocator as it comes."""
     global _step
-    *step, threads = arguments
     if threads:
         torch.set_num_threads(threads)
-    if step[-1].changes >= 1:
+    if config is not None:
         runs.set_up(config)  # from here on the C library keeps the memory that is freed
-    _step = make_step(config, *step)
+    _step = make()
 
 
-def take_step() -> None:
-    _step()
+def take_step(method: str) -> None:
+    getattr(_step, method)()
 
 
 def workload(part: str, batch: int) -> tuple[iodine.Config, list[Tensor]]:
@@ -554,7 +590,8 @@ def benchmark_steps(part: str, session: Session) -> bool:
             for v, step in steps.items()}
     on_cpu = device.type == "cpu"
     if on_cpu:  # all in the same memory: what one frees, another would find
-        steps = {v: StepProcess(config, inputs, v, options.threads)
+        steps = {v: StepProcess(partial(make_step, config, inputs, v),
+                                config if v.changes else None, options.threads)
                  for v, row in rows.items() if "wrong" not in row}
     timed = time_right(rows, steps, options.repeats or 5, device)
     eager = above = rows[variants[0]].get("ms")
@@ -623,6 +660,81 @@ def ops_share(step: Callable, device: torch.device) -> float:
     return ours / sum(getattr(event, f"self_{kind}_time_total") for event in events)
 
 
+# -- one model beside another ----------------------------------------------------------------------
+
+
+class Rival(NamedTuple):
+    """A row of `compare`."""
+
+    model: str
+    steps: str  # of inference: T decodes, or I refinements
+    build: Callable  # of the model's file
+    config: Any
+    noise: Tensor  # (B, ..., K, D), whose length gives the steps
+
+
+def rivals(batch: int) -> list[Rival]:
+    """CLEVR6's sizes in each paper; the first is what the others are held against."""
+    config, (_, noise) = workload("clevr", batch)
+    made = [Rival("IODINE", f"T = {config.num_steps}", iodine.build, config, noise)]
+    config = efficient_morl.Config(**efficient_morl.CLEVR6)
+    for steps in range(4):
+        shape = batch, 2 * config.num_layers + steps, config.num_slots, config.latent_size
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        made.append(Rival("EfficientMORL", f"I = {steps}", efficient_morl.build, config, noise))
+    return made
+
+
+def make_rival(rival: Rival, image: Tensor, backend: str = "auto") -> TrainingStep:
+    """For images (B, C, H, W), in their number format and on their device."""
+    _, channels, height, width = image.shape
+    scenes = SimpleNamespace(num_channels=channels, height=height, width=width, device=image.device)
+    model = rival.build(rival.config, scenes).to(image.dtype)
+    return TrainingStep(model, [image, rival.noise.to(image)], "float32", backend)
+
+
+def benchmark_compare(session: Session) -> bool:
+    """Prints and writes compare.*; True where everything was right."""
+    options, device, info = session
+    on_cpu = device.type == "cpu"
+    compared = rivals(options.batch or (1 if on_cpu else 4))  # 4: the paper's
+    batch, _, slots, latent = compared[0].noise.shape
+    setting = f"batch {batch}, K {slots}, latent {latent}"
+    report = Report("compare", COMPARE_COLUMNS, info)
+    print(setting)
+    for side in PIXELS:
+        draw = torch.Generator().manual_seed(0)
+        image = torch.rand(batch, 3, side, side, generator=draw).to(device)
+        rows, steps = [], {}
+        for i, rival in enumerate(compared):
+            rival.config.device = str(device)
+            truth, step = make_rival(rival, image.double(), "torch"), make_rival(rival, image)
+            rows.append(check(step.values, truth.values(), STEP_TOLERANCE["float32"]))
+            if "wrong" not in rows[i]:
+                make = partial(make_rival, rival, image)
+                steps[i] = StepProcess(make, rival.config, options.threads) if on_cpu else step
+        calls = {(i, p): getattr(steps[i], p) for i, p in product(steps, PASSES)}
+        times = interleave(calls, options.repeats or (3 if on_cpu else 5), device)
+        for i, (rival, row) in enumerate(zip(compared, rows, strict=True)):
+            if i in steps:
+                for p in PASSES:
+                    row |= {f"{p}_{key}": value for key, value in times[i, p].items()}
+                if on_cpu:
+                    memory = steps[i].memory()
+                    row["peak_mb"] = memory["peak_mb"] - memory["first_mb"]
+                else:
+                    row["peak_mb"] = peak_allocated(steps[i].backward, device)
+                row |= {f"vs IODINE {key}": rows[0][key] / row[key]
+                        for key in COMPARED if key in rows[0]}
+                for key, panel in COMPARED.items():
+                    ends = (row[key.replace("_ms", end)] for end in ("_p20", "_p80"))  # MB: itself
+                    report.bar(panel, side, f"{rival.model}, {rival.steps}", row[key], *ends)
+            report.add(dict(model=rival.model, steps=rival.steps, pixels=side, batch=batch, **row))
+    title = f"One pass of IODINE and of EfficientMORL, {setting}"
+    return report.write(options.out, f"{title} (vertical: 20th to 80th percentile)",
+                        "pixels a side", lines=True)
+
+
 # -- tables and charts -----------------------------------------------------------------------------
 
 
@@ -653,6 +765,15 @@ STEP_COLUMNS = [
     Column("first_mb", "MB first", 9, ".0f"), Column("peak_mb", "MB peak", 8, ".0f"),
     Column("error", "error", 7, ".0e"),
 ]  # fmt: skip
+COMPARE_COLUMNS = [
+    Column("model", "", 13), Column("steps", "", 5), Column("pixels", "", 3),
+    Column("forward_ms", "fwd ms", 7), Column("forward_p20", "p20", 7),
+    Column("forward_p80", "p80", 7), Column("backward_ms", "both ms", 8),
+    Column("backward_p20", "p20", 7), Column("backward_p80", "p80", 7),
+    Column("vs IODINE forward_ms", "fwd x", 6, ".2f"),
+    Column("vs IODINE backward_ms", "both x", 7, ".2f"), Column("peak_mb", "MB", 6, ".0f"),
+    Column("vs IODINE peak_mb", "MB x", 6, ".2f"), Column("error", "error", 6, ".0e"),
+]  # fmt: skip
 PRESET_COLUMNS = [
     Column("model", "", 8), Column("preset", "", 25), Column("kernels", "", 7), *TIMES,
     Column("batch", "batch", 7), Column("data_ms", "data ms", 9),
@@ -682,7 +803,13 @@ class Report:
     def bar(self, panel: str, group: str, series: str, value: float, *ends: float) -> None:
         self.panels.setdefault(panel, {}).setdefault(group, {})[series] = value, ends
 
-    def write(self, out: str, title: str, axis: str, start: float = 0) -> bool:
+    def series(self) -> list[str]:
+        groups = (bars for panel in self.panels.values() for bars in panel.values())
+        return list(dict.fromkeys(series for bars in groups for series in bars))
+
+    def write(
+        self, out: str, title: str, axis: str, start: float = 0, lines: bool = False
+    ) -> bool:
         """The three files; True where no row is wrong."""
         path = Path(out) / self.name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -693,20 +820,48 @@ class Report:
             table.writeheader()
             table.writerows(self.rows)
         if self.panels:
-            self.draw(path.with_suffix(".png"), title, axis, start)
+            figure = self.draw_lines(axis) if lines else self.draw_bars(axis, start)
+            figure.suptitle(title, fontsize=11)
+            figure.supxlabel(self.note, fontsize=6.5, color=figures.FAINT)
+            figure.savefig(path.with_suffix(".png"), metadata={"Description": self.note})
         print(f"wrote {path}.csv, .json and .png")
         return not any("wrong" in row for row in self.rows)
 
-    def draw(self, path: Path, title: str, axis: str, start: float) -> None:
+    def draw_lines(self, axis: str) -> Figure:
+        """Panels side by side: over the groups, which are numbers, a line per series, from 0.
+
+        The first series is orange, the others are the darker the later they come.
+        """
+        figure = Figure((10, 3.6), dpi=150, layout="constrained")
+        names, grid = self.series(), figure.subplots(1, len(self.panels), squeeze=False)[0]
+        blues = colormaps["Blues"](np.linspace(0.4, 1, len(names) - 1))
+        for axes, (panel, groups) in zip(grid, self.panels.items(), strict=True):
+            for name, color in zip(names, [figures.PALETTE[0], *blues], strict=True):
+                points = [(x, *bars[name]) for x, bars in groups.items() if name in bars]
+                x, y, ends = zip(*points, strict=True)
+                axes.plot(x, y, "o-", color=color, markersize=3.5, label=name)
+                axes.vlines(x, *zip(*ends, strict=True), color=color)
+            axes.set_title(panel, fontsize=9)
+            axes.set_xlabel(axis, fontsize=8)
+            axes.set_xticks(list(groups))
+            axes.tick_params(labelsize=8)
+            axes.set_ylim(0)
+            axes.grid(axis="y", color=figures.GRID)
+            axes.spines[["top", "right"]].set_visible(False)
+        handles, labels = grid[0].get_legend_handles_labels()
+        order = [0, *range(len(names) - 1, 0, -1)]  # as the lines lie
+        figure.legend([handles[i] for i in order], [labels[i] for i in order],
+                      loc="outside right center", frameon=False, fontsize=8)
+        return figure
+
+    def draw_bars(self, axis: str, start: float) -> Figure:
         """Horizontal bars; `start` 1: from 1, on a logarithmic axis, what is slower to the left."""
-        names = dict.fromkeys(s for g in self.panels.values() for bars in g.values() for s in bars)
-        colors = dict(zip(names, figures.PALETTE, strict=False))
+        colors = dict(zip(self.series(), figures.PALETTE, strict=False))
         lines = max(sum(len(b) + 1 for b in groups.values()) for groups in self.panels.values())
         columns = min(3, len(self.panels))
         rows = math.ceil(len(self.panels) / columns)
         size = max(7, 4.5 * columns), 1.2 + (0.4 + 0.17 * lines) * rows
         figure = Figure(size, dpi=150, layout="constrained")
-        figure.suptitle(title, fontsize=11)
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes in grid[len(self.panels) :]:
             axes.set_axis_off()
@@ -733,8 +888,7 @@ class Report:
             axes.axvline(start, color=figures.INK, linewidth=0.8)
         patches = [Patch(color=color, label=name) for name, color in colors.items()]
         figure.legend(handles=patches, loc="outside upper right", ncols=len(patches), fontsize=8)
-        figure.supxlabel(self.note, fontsize=6.5, color=figures.FAINT)
-        figure.savefig(path, metadata={"Description": self.note})
+        return figure
 
 
 # -- command line ----------------------------------------------------------------------------------
@@ -763,9 +917,9 @@ def benchmark(options: Options, arguments: Sequence[str]) -> bool:
     session = Session(options, device, info)
     if options.models is None:
         return benchmark_ops(session)
-    parts = options.models or ("step", "clevr", "presets")
-    right = [benchmark_presets(session) if part == "presets" else benchmark_steps(part, session)
-             for part in parts]
+    parts = dict(compare=benchmark_compare, presets=benchmark_presets)
+    right = [parts.get(part, partial(benchmark_steps, part))(session)
+             for part in options.models or get_args(Part)]
     return all(right)
 
 

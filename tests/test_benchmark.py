@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import efficient_morl
 import iodine
 from kernels import benchmark
 from kernels.mixture import mixture_reference
@@ -142,7 +143,9 @@ def test_torch_compile(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("arguments", [TINY, ["--models", "step", "presets", "--batch", "2"]])
+@pytest.mark.parametrize("arguments", [
+    TINY, ["--models", "step", "compare", "presets", "--batch", "2"],
+])  # fmt: skip
 def test_on_a_gpu(tmp_path, arguments):
     assert benchmark.main([*arguments, "--device", "cuda", "--out", str(tmp_path)]) == 0
 
@@ -213,29 +216,40 @@ def test_every_row_does_what_it_says(changes, monkeypatch):
     assert ("conv_elu" in called) == (changes >= benchmark.OURS)
 
 
-def test_the_allocator_is_set_in_all_rows_but_the_first(monkeypatch):
-    seen = []
-    monkeypatch.setattr(benchmark.runs, "set_up", seen.append)
-    for changes in (0, 1, benchmark.OURS):
-        benchmark.prepare_process(*tiny_workload(), benchmark.Variant(changes), 0)
-    assert len(seen) == 2
+class Here(benchmark.StepProcess):
+    """Without the process, which takes seconds to start; 10 MB of memory per step of inference."""
 
+    def __init__(self, make, config, threads):
+        self.step, self.keeps_memory = make(), config is not None
+        made.append(self)
 
-class Here:
-    """StepProcess without the process, which takes seconds to start."""
-
-    def __init__(self, config, inputs, variant, threads):
-        self.step = benchmark.make_step(config, inputs, variant)
-
-    def __call__(self):
-        self.step()
+    def __call__(self, method="__call__"):
+        getattr(self.step, method)()
 
     def memory(self):
-        return dict(first_mb=1.0, peak_mb=2.0)
+        return dict(first_mb=1.0, peak_mb=1.0 + 10 * self.step.inputs[1].shape[1])
 
 
-def test_steps(tmp_path, capsys, tiny, monkeypatch):
+made = []
+
+
+@pytest.fixture
+def here(tiny, monkeypatch):
+    """What was started, in this process."""
     monkeypatch.setattr(benchmark, "StepProcess", Here)
+    made.clear()
+    return made
+
+
+@pytest.mark.parametrize("config", [None, tiny_workload()[0]])
+def test_the_allocator_is_as_it_comes_without_a_config(config, monkeypatch):
+    seen = []
+    monkeypatch.setattr(benchmark.runs, "set_up", seen.append)
+    benchmark.prepare_process(object, config, 0)
+    assert seen == [config] * (config is not None)
+
+
+def test_steps(tmp_path, capsys, here, monkeypatch):
     monkeypatch.setattr(iodine, "AVX512", True)
     assert run(tmp_path, "--models", "step", "--repeats", "2") == 0
     rows = read(tmp_path, "step")["rows"]
@@ -248,12 +262,12 @@ def test_steps(tmp_path, capsys, tiny, monkeypatch):
         above = 0 if i in (0, 6) else i - 1
         assert row["vs eager"] == pytest.approx(rows[0]["ms"] / row["ms"])
         assert row["vs above"] == pytest.approx(rows[above]["ms"] / row["ms"])
+    assert [process.keeps_memory for process in here] == [i not in (0, 6) for i in range(8)]
 
 
-def test_a_wrong_step_gets_no_number(tmp_path, monkeypatch, tiny):
+def test_a_wrong_step_gets_no_number(tmp_path, monkeypatch, here):
     right = benchmark.convolve_image
     monkeypatch.setattr(benchmark, "convolve_image", lambda *a: right(*a) * 1.01)
-    monkeypatch.setattr(benchmark, "StepProcess", Here)
     monkeypatch.setattr(iodine, "AVX512", False)  # one row less
     arguments = "--models", "step", "--repeats", "1", "--dtypes", "float32"
     assert run(tmp_path, *arguments) == 1
@@ -297,6 +311,97 @@ def test_the_workloads_are_the_papers():
     assert shapes == [
         (64, 66, 3, 3), *[(64, 64, 3, 3)] * 3, (4, 64, 3, 3), (64, 17, 3, 3), *[(64, 64, 3, 3)] * 3,
     ]  # fmt: skip
+
+
+# -- one model beside another ----------------------------------------------------------------------
+
+DECODES = {("IODINE", "T = 3"): 3} | {("EfficientMORL", f"I = {i}"): i + 1 for i in range(4)}
+MODELS = [iodine.IODINE, efficient_morl.EfficientMORL]
+
+
+@pytest.fixture
+def tiny_rivals(here, monkeypatch):
+    monkeypatch.setattr(efficient_morl, "CLEVR6", dict(
+        num_slots=3, latent_size=3, num_layers=2, likelihood="mixture", decoder="iodine",
+        decoder_channels=(4, 5), encoder_channels=(4, 5), prior_size=5, refinement_size=4,
+    ))  # fmt: skip
+    monkeypatch.setattr(benchmark, "PIXELS", (6, 9))
+
+
+def test_compare(tmp_path, capsys, tiny_rivals):
+    assert run(tmp_path, "--models", "compare", "--repeats", "2", "--batch", "2") == 0
+    assert all(len(line) <= 100 for line in capsys.readouterr().out.splitlines()[:-1])
+    rows = read(tmp_path, "compare")["rows"]
+    names = [(*name, side) for side in (6, 9) for name in DECODES]
+    assert [(row["model"], row["steps"], row["pixels"]) for row in rows] == names
+    for i, row in enumerate(rows):
+        base = rows[i - i % 5]
+        assert row["error"] < 1e-4 and row["batch"] == 2
+        for key in ("forward_ms", "backward_ms", "peak_mb"):
+            assert row[f"vs IODINE {key}"] == pytest.approx(base[key] / row[key])
+        for name in ("forward", "backward"):
+            assert 0 < row[f"{name}_p20"] <= row[f"{name}_ms"] <= row[f"{name}_p80"]
+        noises = 3 if row["model"] == "IODINE" else 4 + int(row["steps"][-1])  # T; 2 L + I
+        assert row["peak_mb"] == pytest.approx(10 * noises)
+
+
+def test_every_rival_takes_its_steps(tiny_rivals, monkeypatch):
+    image, decodes = torch.rand(2, 3, 7, 6), []
+    for model in MODELS:
+        monkeypatch.setattr(model, "decode", lambda self, z, decode=model.decode: (
+            decodes.append(z) or decode(self, z)))
+    for rival in benchmark.rivals(2):
+        step = benchmark.make_rival(rival, image)
+        for name in benchmark.PASSES:
+            decodes.clear()
+            result = getattr(step, name)()
+            assert len(decodes) == DECODES[rival.model, rival.steps] and not result.requires_grad
+        gradients = [p.grad for p in step.parameters]
+        step.model.zero_grad()
+        parts = step.model.loss(*step.inputs)
+        parts["loss"].backward()
+        torch.testing.assert_close(result, parts["loss"].detach())
+        for p, gradient in zip(step.parameters, gradients, strict=True):
+            torch.testing.assert_close(p.grad, gradient)
+        mean = (parts["decoded"][:, :, :3] * parts["decoded"][:, :, 3:].softmax(1)).sum(1)
+        torch.testing.assert_close(step.forward(), mean)
+
+
+@pytest.mark.parametrize("wrong", MODELS)
+def test_a_wrong_model_gets_no_number(tmp_path, capsys, tiny_rivals, monkeypatch, wrong):
+    decode = wrong.decode
+    monkeypatch.setattr(wrong, "decode", lambda self, z: (
+        decode(self, z) * (1.01 if z.dtype == torch.float32 else 1)))
+    assert run(tmp_path, "--models", "compare", "--repeats", "1") == 1
+    rows = read(tmp_path, "compare")["rows"]
+    assert capsys.readouterr().out.count("WRONG") == sum("wrong" in row for row in rows)
+    for row in rows:
+        assert ("wrong" in row) == ("forward_ms" not in row) == (row["model"] == wrong.__name__)
+        compared = row["model"] == "IODINE" != wrong.__name__  # with itself: nothing else is right
+        assert ("vs IODINE forward_ms" in row) == ("vs IODINE peak_mb" in row) == compared
+
+
+def test_the_rivals_have_the_papers_sizes():
+    base, *others = benchmark.rivals(2)
+    assert base.config == benchmark.workload("clevr", 2)[0] and base.noise.shape == (2, 5, 7, 64)
+    for steps, rival in enumerate(others):
+        assert rival.config == efficient_morl.Config(**efficient_morl.CLEVR6)
+        assert rival.noise.shape == (2, 6 + steps, 7, 64)
+
+
+def test_lines():
+    """Every value at its place, from zero; the legend in the order of the lines."""
+    info = dict(device="", versions={}, date="", command="")
+    report, values = benchmark.Report("", [], info), dict(zip("abc", (9, 1, 4), strict=True))
+    for x, (name, y) in ((x, item) for x in (3, 7) for item in values.items()):
+        if (x, name) != (3, "b"):  # was wrong
+            report.bar("panel", x, name, x * y, x * y - 1, x * y + 1)
+    figure = report.draw_lines("pixels")
+    (axes,) = figure.axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines == dict(a=[[3, 27], [7, 63]], c=[[3, 12], [7, 28]], b=[[7, 7]])
+    assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] >= 64
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
 
 
 # -- command line ----------------------------------------------------------------------------------
