@@ -36,10 +36,11 @@ step that the mixture and the refinement inputs take, by torch's profiler.
 
 `compare` is the timing figure of EfficientMORL's paper (Emami et al. 2021): both models with the
 sizes of CLEVR6 in their own papers (K 7, latent 64) on the same images. IODINE decodes T = 5 times,
-EfficientMORL once and once more after each of I = 0 .. 3 refinement steps. "fwd" is the posterior
-and the reconstruction, as in evaluation, "both" the loss and its gradient, as in training. MB: by
-how much the memory of the process grew beyond what it held before the first pass (CUDA: what "both"
-allocates). Columns with an x: IODINE's number over this row's; above 1 this row is better.
+EfficientMORL, whose unpadded decoder starts from a grid of 10 pixels more a side, once and once
+more after each of I = 0 .. 3 refinement steps. "fwd" is the posterior and the reconstruction, as in
+evaluation, "both" the loss and its gradient, as in training. MB: by how much the memory of the
+process grew beyond what it held before the first pass (CUDA: what "both" allocates). Columns with
+an x: IODINE's number over this row's; above 1 this row is better.
 
 Axes: B batch, K slots, T decodes of IODINE, I refinement steps of EfficientMORL, D latent, C H W
 image, F input channels of refinement.
