@@ -4,6 +4,7 @@ A notebook is checked twice: as it is committed, without running anything, and b
 top to bottom in its own folder, as a reader does.
 """
 
+import ast
 import functools
 import json
 import platform
@@ -73,7 +74,7 @@ def test_outputs_are_small_and_of_no_particular_machine(path):
     text = "\n".join(part for part in texts if not re.fullmatch(r"[\w+/=\s]{200,}", part))
     assert not re.findall(r"""(?:^|[\s'"(])/(?:home|root|tmp|work|Users|opt|usr)/\S*""", text)
     assert not re.findall(r" at 0x[0-9a-f]{6,}", text), "an object without a readable form"
-    assert platform.node() not in text
+    assert not re.findall(rf"\b{re.escape(platform.node())}\b", text)
 
 
 @notebooks
@@ -82,8 +83,9 @@ def test_cells_are_short_and_pictures_have_titles(path):
     for cell in cells:
         lines = cell.source.splitlines()
         assert len(lines) <= 15 and max(map(len, lines), default=0) <= 100, cell.source
-        if has_image(cell):
-            assert re.search(r"""["'][^"']*\w+ \w+ \w+[^"']*["']""", cell.source), cell.source
+        strings = [n.value for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.Constant)]
+        titles = [text for text in strings if isinstance(text, str) and len(text.split()) > 2]
+        assert titles or not has_image(cell), cell.source
     assert any(map(has_image, cells[:4])), "the first picture comes late"
 
 
