@@ -59,6 +59,8 @@ class Config(options.RunConfig):
     dataset: str = "sprites_3"  # one of data.DATASETS
     model: Literal["mvae", "vae"] = "mvae"  # vae: the baseline, one code of N * D latents
     num_slots: int = 5  # N. The paper's baseline has 60 latents, which are 5 of 12
+    first_slots: int = 5  # N while training begins (--model mvae) ...
+    first_steps: int = 0  # ... for so many steps: more places learn to speak up
     latent_size: int = 12  # D
     # Paper: four convolutions with max-pooling, sizes open. Here: the first `poolings` of the four
     # are followed by one, so that 64 pixels become 8 x 8 places, the side of the decoder's map.
@@ -189,23 +191,30 @@ class MVAE(nn.Module):
         loc, log_variance = features.chunk(2, -1)
         return loc, log_variance / 2
 
-    def select(self, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Maximal-information attention: the N candidates of largest KL, that one first.
+    def select(
+        self, loc: Tensor, log_scale: Tensor, number: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Maximal-information attention: the `number` N of candidates whose KL is largest.
 
-        (B, S, D) twice -> loc and log scale (B, N, D) and their KL (B, N). The choice has no
-        gradient; what was not chosen gets none either.
+        (B, S, D) twice -> loc and log scale (B, N, D) and their KL (B, N), largest first. The
+        choice has no gradient; what was not chosen gets none either.
         """
         kl = gaussian_kl(loc, log_scale)  # (B, S)
-        kl, chosen = kl.topk(min(self.config.num_slots, kl.shape[1]))  # (B, N)
+        kl, chosen = kl.topk(min(number, kl.shape[1]))  # (B, N)
         chosen = repeat(chosen, "b n -> b n d", d=loc.shape[-1])
         return loc.gather(1, chosen), log_scale.gather(1, chosen), kl
 
-    def encode(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q(z|x) of images (B, C, H, W) in [0, 1]: loc, log scale (B, N, D), KL (B, N) in nats."""
+    def encode(
+        self, image: Tensor, number: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q(z|x) of images (B, C, H, W) in [0, 1]: loc, log scale (B, N, D), KL (B, N) in nats.
+
+        `number` is N; None: that of the config, as for the VAE always.
+        """
         loc, log_scale = self.posterior_map(image)
         if self.to_code is not None:  # to its decoder the order means something
             return loc, log_scale, gaussian_kl(loc, log_scale)
-        return self.select(loc, log_scale)
+        return self.select(loc, log_scale, number or self.config.num_slots)
 
     def decode(self, z: Tensor) -> Tensor:
         """Logits (B, C, H, W) of p(x|z) for any number of objects (B, N, D), N > 0."""
@@ -216,7 +225,7 @@ class MVAE(nn.Module):
 
     def elbo(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """ELBO, nll and KL (B,) in nats, for standard normal noise (B, N, D)."""
-        loc, log_scale, kl = self.encode(image)
+        loc, log_scale, kl = self.encode(image, noise.shape[1])
         logits = self.decode(loc + log_scale.exp() * noise)
         nll = F.binary_cross_entropy_with_logits(logits, image, reduction="none")
         nll, kl = nll.flatten(1).sum(1), kl.sum(1)
@@ -227,10 +236,17 @@ class MVAE(nn.Module):
         elbo, nll, kl = (part.mean() for part in self.elbo(image, noise))
         return dict(loss=nll + self.config.kl_weight * kl, elbo=elbo, nll=nll, kl=kl)
 
-    def noise(self, scenes: data.Scenes, index: Tensor) -> Tensor:
-        """Standard normal (B, N, D), a function of seed, split and scene."""
+    def num_slots(self, step: int) -> int:
+        """N at this training step."""
+        c = self.config
+        first = c.model == "mvae" and step < c.first_steps
+        return c.first_slots if first else c.num_slots
+
+    def noise(self, scenes: data.Scenes, index: Tensor, number: int | None = None) -> Tensor:
+        """Standard normal (B, N, D), a function of seed, split and scene; `number`: as `encode`."""
         key = draws.make_key("mvae noise", scenes.split, self.config.seed)
-        return draws.normal(key, index, (self.config.num_slots, self.config.latent_size))
+        shape = number or self.config.num_slots, self.config.latent_size
+        return draws.normal(key, index, shape)
 
 
 # -- evaluation ------------------------------------------------------------------------------------
@@ -551,10 +567,10 @@ def learning_rate(config: Config, step: int) -> float:
 def check(config: Config) -> None:
     """UserError, in one line, where the options cannot be."""
     options.check(config, EXPERIMENTS)
-    options.at_least_one(config, "num_slots", "latent_size", "encoder_channels", "head_channels",
-                         "hidden_size", "base_size", "base_channels", "object_channels",
-                         "render_channels", "lr_horizon")
-    options.at_least_zero(config, "poolings", "kl_weight", "early_step")
+    options.at_least_one(config, "num_slots", "first_slots", "latent_size", "encoder_channels",
+                         "head_channels", "hidden_size", "base_size", "base_channels",
+                         "object_channels", "render_channels", "lr_horizon")
+    options.at_least_zero(config, "poolings", "first_steps", "kl_weight", "early_step")
     options.positive(config, "init_gain", "lr_final", "clip")
     options.require(config.kernels == "auto", "--kernels: MVAE uses none; leave it away")
     try:
@@ -569,8 +585,12 @@ def check(config: Config) -> None:
     options.require(config.poolings <= layers, f"--poolings {config.poolings}: {layers} layers")
     options.require(places > 0, f"--poolings {config.poolings}: nothing is left of {scenes.height} "
                     "pixels")
-    options.require(config.model == "vae" or config.num_slots <= places,
-                    f"--num-slots {config.num_slots}: the encoder's map has {places} places")
+    numbers = {"--num-slots": config.num_slots}
+    if config.first_steps:
+        numbers["--first-slots"] = config.first_slots
+    for option, number in numbers.items():
+        options.require(config.model == "vae" or number <= places,
+                        f"{option} {number}: the encoder's map has {places} places")
     options.require(8 * config.base_size == scenes.height,
                     f"--base-size {config.base_size}: three upsamplings make {8 * config.base_size}"
                     f" pixels, the images of {config.dataset} have {scenes.height}")
@@ -633,8 +653,11 @@ def train(config: Config) -> dict[str, Any]:
                                  minutes=done["minutes"], skipped=done["skipped"])
         return time.monotonic()
 
-    if config.cuda_graph:
-        forward_backward = runs.cuda_graph(forward_backward)
+    # A CUDA graph is of one number of objects.
+    functions = {
+        number: runs.cuda_graph(forward_backward) if config.cuda_graph else forward_backward
+        for number in {model.num_slots(0), config.num_slots}
+    }
     share = config.batch_size // runs.world_size()  # this process's scenes of each step
     step, bad_in_a_row = done["steps"], 0
     if leader:
@@ -647,7 +670,9 @@ def train(config: Config) -> dict[str, Any]:
         ):
             first = step * config.batch_size + runs.rank() * share
             index = torch.arange(first, first + share, device=device)
-            parts = forward_backward(scenes.scenes(index).image, model.noise(scenes, index))
+            number = model.num_slots(step)
+            noise = model.noise(scenes, index, number)
+            parts = functions[number](scenes.scenes(index).image, noise)
             runs.average([p.grad for p in parameters])
             norm = nn.utils.clip_grad_norm_(parameters, config.clip)
             lr = optimizer.param_groups[0]["lr"] = learning_rate(config, step)

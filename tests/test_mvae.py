@@ -276,9 +276,10 @@ def check_selection(module: ModuleType = mvae) -> None:
         loc, log_scale = (torch.randn(4, 7, 2, generator=g) for _ in range(2))
         q = D.Normal(loc, (scale * log_scale).exp())
         kl = D.kl_divergence(q, D.Normal(0.0, 1.0)).sum(2)  # (4, 7)
-        picked = model.select(loc, scale * log_scale)
+        number = round(scale) + 2
+        picked = model.select(loc, scale * log_scale, number)
         for b in range(4):
-            best = max(itertools.combinations(range(7), 3), key=lambda s: kl[b, list(s)].sum())
+            best = max(itertools.combinations(range(7), number), key=lambda s: kl[b, list(s)].sum())
             order = sorted(best, key=lambda s: -kl[b, s])
             for name, value, of_all in zip(
                 ("loc", "log scale", "KL"), picked, (loc, scale * log_scale, kl), strict=True
@@ -391,7 +392,7 @@ def check_floor(module: ModuleType = mvae) -> None:
     floor = module.nll_floor(image)
     assert (model.elbo(image, noise)[0] < -floor).all(), "ELBO is off: above its ceiling"
     none = torch.zeros_like(noise)
-    model.encode = lambda image: (none, none, none.sum(2))
+    model.encode = lambda image, number: (none, none, none.sum(2))
     model.decode = lambda z: image.logit(1e-15)
     elbo, _, kl = model.elbo(image, noise)
     assert_close("ceiling", elbo, -floor)
@@ -624,7 +625,8 @@ def test_heat_is_white_where_the_kl_is_most():
 
 resumed = functools.partial(resumed_model, model=mvae)
 TINY = dict(
-    dataset="sprites_3_32", num_slots=3, latent_size=3, encoder_channels=(4, 4, 4), poolings=3,
+    dataset="sprites_3_32", num_slots=3, first_slots=4, first_steps=4, latent_size=3,
+    encoder_channels=(4, 4, 4), poolings=3,
     head_channels=4, hidden_size=8, base_size=4, base_channels=2, object_channels=4,
     render_channels=4, batch_size=4, steps=6, log_every=1, lr_horizon=5, early_step=2, device="cpu",
 )  # fmt: skip
@@ -659,13 +661,15 @@ IMPOSSIBLE = {
     "sprites_3 have 64",
     f"{SPRITES} --poolings 5": "--poolings 5: 4 layers",
     f"{SPRITES} --poolings 4 --num-slots 17": "--num-slots 17: the encoder's map has 16 places",
+    f"{SPRITES} --poolings 4 --first-steps 1 --first-slots 17": "--first-slots 17: the "
+    "encoder's map has 16 places",
     f"{SPRITES} --model vae --poolings 7 --encoder-channels 1 1 1 1 1 1 1": "--poolings 7: nothing "
     "is left of 64 pixels",
 }
 for value, answer, names in (
-    ("0", "must be at least 1", "num_slots latent_size encoder_channels head_channels hidden_size "
-     "base_size base_channels object_channels render_channels lr_horizon"),
-    ("-1", "must be 0 or more", "poolings kl_weight early_step"),
+    ("0", "must be at least 1", "num_slots first_slots latent_size encoder_channels head_channels "
+     "hidden_size base_size base_channels object_channels render_channels lr_horizon"),
+    ("-1", "must be 0 or more", "poolings first_steps kl_weight early_step"),
     ("0", "must be larger than 0", "init_gain lr_final clip"),
 ):  # fmt: skip
     for name in map(options.option, names.split()):
@@ -820,6 +824,19 @@ def test_experiments_that_cannot_be(trained, tmp_path, monkeypatch, capsys):
     assert "nowhere: no such checkpoint" in line
     line = stopped(monkeypatch, capsys, "--resume", trained["mvae"], "--aggregation", "sum")
     assert "--aggregation sum: trained with max" in line
+
+
+@pytest.mark.parametrize(("model", "expected"), [("mvae", [4, 4, 4, 4, 3, 3]), ("vae", [3] * 6)])
+def test_training_begins_with_first_slots(
+    model, expected, tmp_path, quick, no_figures, monkeypatch
+):
+    numbers, loss = [], mvae.MVAE.loss
+    monkeypatch.setattr(mvae.MVAE, "loss", lambda self, image, noise: (
+        numbers.append(noise.shape[1]), loss(self, image, noise))[1])
+    trained = mvae.train(tiny(tmp_path / "run", model=model))
+    assert numbers == expected and trained["steps"] == 6
+    image = data.make("sprites_3_32").batch(0, 2).image
+    assert mvae.load_model(tmp_path / "run").encode(image)[2].shape == (2, 3)
 
 
 @pytest.mark.parametrize(("model", "early_step"), [("mvae", 2), ("mvae", 4), ("vae", 3)])
