@@ -49,7 +49,7 @@ def kinds(cell: nbformat.NotebookNode) -> list:
     found = []
     for output in cell.outputs:
         kind = output.get("name") or sorted(output.get("data", {"error": None}))
-        if kind != found[-1:]:  # a stream may arrive in parts
+        if [kind] != found[-1:]:  # a stream may arrive in parts
             found.append(kind)
     return found
 
