@@ -461,7 +461,7 @@ def check_counting(module: ModuleType = mvae) -> None:
     def canned(model, scenes, count):
         asked.append((scenes.split, count))
         kl, counts = known[scenes.split]
-        return torch.tensor(kl), torch.tensor(counts)
+        return dict(places=torch.tensor(kl), peaks=8 * torch.tensor(kl)), torch.tensor(counts)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "sorted_kl", canned)
@@ -469,9 +469,12 @@ def check_counting(module: ModuleType = mvae) -> None:
         result = module.count_objects(SimpleNamespace(config=tiny()), scenes, 10)
     assert asked == [("validation", 10), ("test", 20)], f"what was asked for is off: {asked}"
     confusion = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 1]]
-    assert result["confusion"] == confusion, f"confusion is off: {result['confusion']}"
-    assert 1 <= result["threshold"] < 4 and result["validation_accuracy"] == 1
-    assert_close("accuracy", result["count_accuracy"]["mean"], 4 / 6)
+    for name, scale in (("places", 1), ("peaks", 8)):
+        found = result[name]
+        assert found["confusion"] == confusion, f"confusion is off: {found['confusion']}"
+        assert 1 <= found["threshold"] / scale < 4, f"threshold is off: {found['threshold']}"
+        assert found["validation_accuracy"] == 1
+        assert_close("accuracy", found["count_accuracy"]["mean"], 4 / 6)
     assert_close("chance", result["count_chance"]["mean"], 3 / 6)
 
 
@@ -603,15 +606,39 @@ def test_the_share_of_the_kl_that_lies_in_as_many_places_as_objects():
     check_maps()
 
 
-def test_a_renderer_counts_without_mistakes(monkeypatch):
-    """Also where threshold and KL come from two splits."""
+def check_peaks(module: ModuleType = mvae) -> None:
+    """Against the eight neighbours one by one; then where an object fills one place, or two."""
+    kl = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    around = [(r, c) for r in (-1, 0, 1) for c in (-1, 0, 1) if r or c]
+    for b, r, c in itertools.product(*map(range, kl.shape)):
+        near = [kl[b, r + i, c + j] for i, j in around if 0 <= r + i < 4 and 0 <= c + j < 5]
+        expected = kl[b, r, c] if kl[b, r, c] > max(near) else 0.0
+        assert module.peaks(kl)[b, r, c] == expected, "peaks are off"
+
     model = Renderer()
-    monkeypatch.setattr(data, "make", lambda *_: model.scenes)
-    result = mvae.count_objects(model, model.scenes, 100)
-    assert result["count_accuracy"]["mean"] == result["validation_accuracy"] == 1
     counts = model.scenes.batch(0, 200).present[:, 1:].sum(1).bincount(minlength=4)
-    assert result["confusion"] == counts.diag().tolist()
-    assert result["count_chance"]["mean"] == counts.max() / 200
+    for fills in (1, 2):
+
+        def kl_map(model, image, fills=fills):
+            kl = model.encode(image)[2]  # (B, 3)
+            places = torch.zeros(len(kl), 3, 5)
+            for row in range(fills):
+                places[:, row, ::2] = (kl - row).clamp(min=0)
+            return places
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "kl_map", kl_map)
+            patch.setattr(data, "make", lambda *_: model.scenes)
+            result = module.count_objects(model, model.scenes, 100)
+        for name, right in (("places", fills == 1), ("peaks", True)):
+            found = result[name]["count_accuracy"]["mean"]
+            assert (found == 1) == right, f"count of {name} is off: {found}"
+        assert result["peaks"]["confusion"] == counts.diag().tolist()
+        assert_close("chance", result["count_chance"]["mean"], counts.max().item() / 200)
+
+
+def test_peaks_count_an_object_once_that_fills_two_places():
+    check_peaks()
 
 
 def test_heat_is_white_where_the_kl_is_most():
@@ -625,8 +652,7 @@ def test_heat_is_white_where_the_kl_is_most():
 
 resumed = functools.partial(resumed_model, model=mvae)
 TINY = dict(
-    dataset="sprites_3_32", num_slots=3, first_slots=4, first_steps=4, latent_size=3,
-    encoder_channels=(4, 4, 4), poolings=3,
+    dataset="sprites_3_32", num_slots=3, latent_size=3, encoder_channels=(4, 4, 4), poolings=3,
     head_channels=4, hidden_size=8, base_size=4, base_channels=2, object_channels=4,
     render_channels=4, batch_size=4, steps=6, log_every=1, lr_horizon=5, early_step=2, device="cpu",
 )  # fmt: skip
@@ -661,15 +687,13 @@ IMPOSSIBLE = {
     "sprites_3 have 64",
     f"{SPRITES} --poolings 5": "--poolings 5: 4 layers",
     f"{SPRITES} --poolings 4 --num-slots 17": "--num-slots 17: the encoder's map has 16 places",
-    f"{SPRITES} --poolings 4 --first-steps 1 --first-slots 17": "--first-slots 17: the "
-    "encoder's map has 16 places",
     f"{SPRITES} --model vae --poolings 7 --encoder-channels 1 1 1 1 1 1 1": "--poolings 7: nothing "
     "is left of 64 pixels",
 }
 for value, answer, names in (
-    ("0", "must be at least 1", "num_slots first_slots latent_size encoder_channels head_channels "
-     "hidden_size base_size base_channels object_channels render_channels lr_horizon"),
-    ("-1", "must be 0 or more", "poolings first_steps kl_weight early_step"),
+    ("0", "must be at least 1", "num_slots latent_size encoder_channels head_channels hidden_size "
+     "base_size base_channels object_channels render_channels lr_horizon"),
+    ("-1", "must be 0 or more", "poolings kl_weight early_step"),
     ("0", "must be larger than 0", "init_gain lr_final clip"),
 ):  # fmt: skip
     for name in map(options.option, names.split()):
@@ -753,13 +777,14 @@ def pictures(folder: Path) -> set[str]:
 def test_what_a_run_leaves(trained):
     both = {"exchange", "traversals", "reconstructions", "training"}
     assert pictures(trained["vae"]) == both
-    assert pictures(trained["mvae"]) == both | {"counting", "maps", "sequential"}
+    own = {"counting_places", "counting_peaks", "maps", "sequential"}
+    assert pictures(trained["mvae"]) == both | own
     scores = {"elbo", "nll", "kl", "nll_floor", "mse"}
     for model, folder in trained.items():
         evaluation = json.loads((folder / "evaluation.json").read_text())
         found = {name: value["mean"] for name, value in evaluation["metrics"].items()}
-        assert found.keys() == scores | ({"count_accuracy", "count_chance"} if model == "mvae"
-                                         else set())  # fmt: skip
+        counted = {"count_accuracy", "count_accuracy_peaks", "count_chance"}
+        assert found.keys() == scores | (counted if model == "mvae" else set())
         assert all(map(math.isfinite, found.values()))
         assert found["elbo"] == pytest.approx(-found["nll"] - found["kl"], rel=1e-6)
         assert evaluation["model"] == "mvae" and evaluation["steps"] == 2
@@ -776,11 +801,12 @@ def test_what_a_run_leaves(trained):
 )
 def test_experiments_draw_and_write(model, experiment, trained, quick):
     folder = trained[model]
-    picture = folder / "figures" / f"{experiment}.png"
-    picture.unlink()
+    pictures = list((folder / "figures").glob(f"{experiment}*.png"))
+    for picture in pictures:
+        picture.unlink()
     before = (folder / "evaluation.json").read_bytes()
     result = mvae.train(resumed(folder, "--experiment", experiment))
-    assert picture.is_file()
+    assert pictures and all(picture.is_file() for picture in pictures)
     written = json.loads((folder / f"{experiment}.json").read_text())
     assert written == json.loads(json.dumps(result))
     assert (folder / "evaluation.json").read_bytes() == before
@@ -826,19 +852,6 @@ def test_experiments_that_cannot_be(trained, tmp_path, monkeypatch, capsys):
     assert "--aggregation sum: trained with max" in line
 
 
-@pytest.mark.parametrize(("model", "expected"), [("mvae", [4, 4, 4, 4, 3, 3]), ("vae", [3] * 6)])
-def test_training_begins_with_first_slots(
-    model, expected, tmp_path, quick, no_figures, monkeypatch
-):
-    numbers, loss = [], mvae.MVAE.loss
-    monkeypatch.setattr(mvae.MVAE, "loss", lambda self, image, noise: (
-        numbers.append(noise.shape[1]), loss(self, image, noise))[1])
-    trained = mvae.train(tiny(tmp_path / "run", model=model))
-    assert numbers == expected and trained["steps"] == 6
-    image = data.make("sprites_3_32").batch(0, 2).image
-    assert mvae.load_model(tmp_path / "run").encode(image)[2].shape == (2, 3)
-
-
 @pytest.mark.parametrize(("model", "early_step"), [("mvae", 2), ("mvae", 4), ("vae", 3)])
 def test_six_steps_are_three_and_three(model, early_step, tmp_path, quick, no_figures):
     """Bit for bit, with an evaluation in between; early.pt, written once, is that of its step."""
@@ -873,7 +886,7 @@ def test_the_same_seed_has_the_same_metrics_and_another_has_others(tmp_path, qui
 )  # fmt: skip
 def test_every_option_trains(changes, tmp_path, quick, no_figures):
     result = mvae.train(tiny(tmp_path / "run", steps=2, **changes))
-    assert result["skipped"] == 0 and sum(map(sum, result["confusion"])) == 100
+    assert result["skipped"] == 0 and sum(map(sum, result["counting"]["peaks"]["confusion"])) == 100
     assert all(v is not None for record in log(tmp_path / "run") for v in record.values())
 
 
@@ -969,6 +982,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "floor": check_floor,
     "threshold": check_threshold,
     "counting": check_counting,
+    "peaks": check_peaks,
     "exchange": check_exchange,
     "sequential": check_sequential,
     "maps": check_maps,
@@ -1032,8 +1046,10 @@ MUTANTS = {  # name: (check, text of mvae.py, its mutation)
     "scenes without objects left out": ("threshold", "kl[:, 0] = math.inf", "kl[:, 0] = 0"),
     "threshold found on the test scenes": ("counting", '"validation", model', '"test", model'),
     "confusion transposed": ("counting", "((true, predicted), torch", "((predicted, true), torch"),
-    "chance of what was predicted": ("counting", "confusion.sum(1).max()",
-                                     "confusion.sum(0).max()"),
+    "chance of the validation scenes": ("counting", "chance = true.", "chance = seen_counts."),
+    "peaks among four neighbours": ("peaks", "F.max_pool2d(kl, 3, stride=1, padding=1)",
+                                    "F.max_pool2d(kl, (1, 3), stride=1, padding=(0, 1))"),
+    "places instead of peaks": ("peaks", "torch.stack([kl, peaks(kl)])", "torch.stack([kl, kl])"),
     "leak inside instead of outside": ("exchange", "leaks.append((1 - inside /",
                                        "leaks.append((inside /"),
     "sprites of one scene alone": ("exchange", "sprites[other][:, None]", "sprites[:, None]"),
