@@ -77,10 +77,12 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+import air
 import data
 import efficient_morl
 import iodine
 import kernels
+import mvae
 from data import figures, runs
 from data.options import UserError, require
 from kernels.bias_elu import bias_elu_reference
@@ -100,7 +102,12 @@ SIGMA = 0.1
 LAUNCH_BOUND = 1.0  # milliseconds: faster calls on CUDA are timed once more, in a CUDA graph
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # bfloat16: gradients are rounded to it
 STEP_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}  # bfloat16: only nonsense is refused
-MODELS = {"iodine": iodine}  # with PRESETS, make_config, build, and a model with noise and loss
+MODELS = {  # what the loss takes after the image: (model, scenes, index of the scenes) -> tensors
+    iodine: lambda model, *at: [model.noise(*at)],
+    efficient_morl: lambda model, *at: [model.noise(*at, model.num_steps(0))],
+    air: lambda model, *at: [*model.noise(*at), model.log_prior(0)],
+    mvae: lambda model, *at: [model.noise(*at)],
+}
 PIXELS = 64, 96, 128  # a side, of the images in `compare`
 PASSES = "forward", "backward"  # methods of TrainingStep
 COMPARED = {  # column: its panel in the chart
@@ -623,8 +630,10 @@ def benchmark_presets(session: Session) -> bool:
     """Prints and writes presets.*: training steps, and the drawing of their scenes and noise."""
     options, device, info = session
     report = Report("presets", PRESET_COLUMNS, info)
-    for (name, module), backend in product(MODELS.items(), backends(device)):
-        for preset in module.PRESETS:
+    for module, noise in MODELS.items():
+        name = module.__name__
+        settings = backends(device) if hasattr(module, "kernels") else backends(device)[:1]
+        for backend, preset in product(settings, module.PRESETS):
             config = module.make_config(preset)
             small = 8 if device.type == "cpu" and preset != "quick" else config.batch_size
             config.batch_size = options.batch or small
@@ -632,9 +641,9 @@ def benchmark_presets(session: Session) -> bool:
             model = module.build(config, scenes)
             index = torch.arange(config.batch_size, device=device)
 
-            def draw(scenes=scenes, model=model, index=index) -> tuple[Tensor, Tensor]:
+            def draw(scenes=scenes, model=model, index=index, noise=noise) -> list[Tensor]:
                 index += len(index)  # new scenes every time
-                return scenes.scenes(index).image, model.noise(scenes, index)
+                return [scenes.scenes(index).image, *noise(model, scenes, index)]
 
             step = TrainingStep(model, draw(), config.precision, backend)
             times = interleave(dict(step=step, data=draw), options.repeats or 5, device)
@@ -901,7 +910,7 @@ def benchmark(options: Options, arguments: Sequence[str]) -> bool:
         require(size in SIZES, f"unknown size {size!r}: choose from {', '.join(SIZES)}")
     for name in ("batch", "repeats", "threads"):
         require(getattr(options, name) >= 0, f"--{name} must be 0 or more")
-    config = iodine.make_config("tetrominoes", device=options.device)
+    config = iodine.make_config(device=options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     device = runs.set_up(config)

@@ -2,7 +2,6 @@
 
 import csv
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -289,13 +288,13 @@ def test_memory_is_that_of_a_process_of_its_own(tmp_path, monkeypatch, tiny):
 
 
 def test_presets(tmp_path, monkeypatch):
-    settings = tiny_workload()[0].__dict__ | dict(dataset="mini_sprites", batch_size=2)
-    model = SimpleNamespace(PRESETS=["one", "two"], build=iodine.build,
-                            make_config=lambda preset: iodine.Config(**settings))
-    monkeypatch.setattr(benchmark, "MODELS", {"model": model})
-    assert run(tmp_path, "--models", "presets", "--repeats", "1") == 0
+    """A step of every model; two do not use the operations."""
+    for model in benchmark.MODELS:
+        monkeypatch.setattr(model, "PRESETS", {"quick": model.PRESETS["quick"]})
+    assert run(tmp_path, "--models", "presets", "--repeats", "1", "--batch", "2") == 0
     rows = read(tmp_path, "presets")["rows"]
-    assert [row["preset"] for row in rows] == ["one", "two"]
+    assert [row["model"] for row in rows] == ["iodine", "efficient_morl", "air", "mvae"]
+    assert [row["ops_share"] > 0 for row in rows] == [True, True, False, False]
     for row in rows:
         assert row["data_share"] == pytest.approx(row["data_ms"] / (row["ms"] + row["data_ms"]))
 
