@@ -915,7 +915,8 @@ def train(config: Config) -> dict[str, Any]:
     if config.resume:
         saved = load(config.resume)
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        if not (config.eval_only or config.experiment):
+            optimizer.load_state_dict(saved["optimizer"])
         done = dict(steps=saved["step"], minutes=saved["minutes"], skipped=saved["skipped"])
     leader, folder = runs.rank() == 0, Path()
     if leader:

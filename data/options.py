@@ -129,7 +129,8 @@ def parse(
     if not chosen.resume:
         default = make_default(chosen.preset, chosen.variant)
         return tyro.cli(config_class, default=default, args=argv)
-    saved = load(chosen.resume)["config"]
+    content = load(chosen.resume)
+    saved = content["config"]
     names = {field.name for field in dataclasses.fields(config_class)}
     require(saved.keys() == names, f"{chosen.resume}: its settings are another version's "
             f"({', '.join(sorted(saved.keys() ^ names))})")
@@ -139,6 +140,8 @@ def parse(
     for name, value in dataclasses.asdict(config).items():
         require(name in free or value == saved[name],
                 f"{option(name)} {value}: trained with {saved[name]}; only a new run can change it")
+    require("optimizer" in content or config.eval_only or config.experiment, f"{chosen.resume}: "
+            "weights alone, good for --eval-only and --experiment; training cannot go on from them")
     return config
 
 

@@ -109,6 +109,8 @@ def open_folder(config: Any, model_name: str) -> Path:
     UserError where nothing can be written.
     """
     source = checkpoint_file(config.resume).parent if config.resume else None
+    if source and not (source / "config.json").exists():  # weights that somebody keeps elsewhere
+        source = None
     folder = Path(config.out or source or f"runs/{model_name}-{config.preset}-{config.seed}")
     if holds_run(folder) and not (source and source.resolve() == folder.resolve()):
         if config.out:

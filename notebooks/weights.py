@@ -52,9 +52,9 @@ def pack(checkpoint: dict[str, Any], half: bool) -> bytes:
     model = {name: value.half() if half and value.is_floating_point() else value
              for name, value in checkpoint["model"].items()}
     config = checkpoint["config"] | dict(out="", resume="")
-    kept = {name: checkpoint[name] for name in ("format", "model_name", "step")}
+    kept = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "rng")}
     buffer = io.BytesIO()
-    torch.save(dict(kept, config=config, model=model), buffer)
+    torch.save(kept | dict(config=config, model=model), buffer)
     return buffer.getvalue()
 
 

@@ -20,7 +20,7 @@ from test_readme import wrong_numbers
 
 import data
 import iodine
-from data import runs
+from data import options, runs
 from notebooks import weights
 
 ROOT = Path(__file__).parent.parent
@@ -207,6 +207,18 @@ def test_kept_weights_are_the_run(run, export, tmp_path):
         device=runs.describe(torch.device("cpu")), minutes=0.5, steps=7, commit=runs.commit(),
         metrics=dict(ari_fg=0.25, mse=None),
     )  # fmt: skip
+
+
+def test_weights_serve_for_everything_but_training(run, export, tmp_path, monkeypatch):
+    """Evaluated in a run's own folder, not where they are kept."""
+    export(run)
+    weights_file = str(tmp_path / "kept" / "iodine-quick.pt")
+    parse = functools.partial(options.parse, iodine.Config, iodine.make_config, iodine.load)
+    with pytest.raises(options.UserError, match="weights alone"):
+        parse(["--resume", weights_file, "--steps", "9"])
+    config = parse(["--resume", weights_file, "--eval-only"])
+    monkeypatch.chdir(tmp_path)
+    assert runs.open_folder(config, "iodine") == Path("runs/iodine-quick-5")
 
 
 def remove(name: str):
