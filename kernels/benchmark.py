@@ -785,7 +785,7 @@ COMPARE_COLUMNS = [
     Column("vs IODINE peak_mb", "MB x", 6, ".2f"), Column("error", "error", 6, ".0e"),
 ]  # fmt: skip
 PRESET_COLUMNS = [
-    Column("model", "", 8), Column("preset", "", 25), Column("kernels", "", 7), *TIMES,
+    Column("model", "", 14), Column("preset", "", 25), Column("kernels", "", 7), *TIMES,
     Column("batch", "batch", 7), Column("data_ms", "data ms", 9),
     Column("data_share", "share", 7, ".1%"), Column("ops_share", "ops", 7, ".1%"),
 ]  # fmt: skip
