@@ -36,7 +36,7 @@ runs/efficient_morl-<preset>-<seed>/.
 The defaults of Config are the paper's for Tetrominoes. `quick` trades them for minutes:
 
     field                        paper     quick          why
-    kl_weight, sigma             1, 0.3    0.01, 0.12     with more KL latents stay silent for long
+    kl_weight, sigma             1, 0.3    0.01, 0.15     with more KL latents stay silent for long
     geco                         on        off            a fixed weight does
     decoder, coordinate_gain     small, 1  pixel, 15      25 times fewer products; sharp edges
     encoder_channels, _kernel    4 x 64, 5 3 x 32, 3      smaller images
@@ -44,7 +44,7 @@ The defaults of Config are the paper's for Tetrominoes. `quick` trades them for 
     init_gain, gru_std           0.02, 1   1.4, default   0.02 starts without a signal
     lr                           4e-4      4e-3           falling to 4e-4 over 2,500 steps
 
-`--variant released` is the authors' code instead of the paper: RELEASED lists the differences.
+`--variant released` is the authors' code instead of the paper: see RELEASED and `weights`.
 """
 
 import json
@@ -100,12 +100,9 @@ class Config(options.RunConfig):
     kl_weight: float = 1.0  # of the KL in what is minimised; `elbo` always has weight 1
     geco: bool = True  # the NLL's weight rises until the NLL reaches its target
     geco_target: float = -0.274  # nats per value (a colour of a pixel)
-    normalised: bool = True  # released code: the target is for densities without 1 / sqrt(2 pi)
     geco_start: int = 1000  # steps with weight 1 before it
-    geco_rate: float = 1e-6  # of its multiplier's updates ...
-    geco_speedup: float = 1.0  # ... times this while the target is met
+    geco_rate: float = 1e-6  # of its multiplier's updates
     init_gain: float = 0.02  # of Xavier's normal initialisation
-    head_gain: float = 1.0  # times this, in the last layers of prior and refinement network
     gru_std: float = 1.0  # the DualGRU's weights and biases: normal; 0: PyTorch's initialisation
     batch_size: int = 32
     lr: float = 4e-4
@@ -123,10 +120,10 @@ LARGE: dict[str, Any] = dict(
 )
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
-        dataset="mini_sprites_16_shaded", num_slots=5, latent_size=16, sigma=0.12, decoder="pixel",
+        dataset="mini_sprites_16_shaded", num_slots=5, latent_size=16, sigma=0.15, decoder="pixel",
         coordinate_gain=15.0, encoder_channels=(32, 32, 32), encoder_kernel=3, prior_size=64,
         refinement_size=64, num_steps=1, num_steps_final=1, test_steps=1, kl_weight=0.01,
-        geco=False, geco_target=-1.135, init_gain=1.4, gru_std=0.0, batch_size=16, lr=4e-3,
+        geco=False, geco_target=-0.935, init_gain=1.4, gru_std=0.0, batch_size=16, lr=4e-3,
         lr_warmup=100, lr_final=0.1, lr_horizon=2500, steps=2500,
     ),
     # Paper and code: a target of -1.224 without 1 / sqrt(2 pi), below what any model can reach, so
@@ -140,11 +137,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 # No preset, as there are no such scenes here: an architecture for tests and benchmarks, 96x96.
 CLEVR6 = LARGE | dict(dataset="", num_slots=7, likelihood="mixture")
 
-# What the authors' released code does, whatever the preset says; also, `mixture` becomes
-# `channel_mixture`. Its densities lack a constant: that moves the target, not the gradient.
-RELEASED = dict(loss_weights="released", normalised=False)
-RELEASED_TARGETS = {"tetrominoes": -1.224}  # elsewhere ours, moved by that constant
+# What the released code does beside loss_weights="released", which holds for every preset. Its
+# target is for densities without 1 / sqrt(2 pi): ours have it, so that the target moves.
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+RELEASED = {"tetrominoes": dict(geco_target=-1.224 + HALF_LOG_2PI)}
 
 
 def make_config(preset: str = "quick", variant: str = "paper", **overrides: Any) -> Config:
@@ -155,10 +151,7 @@ def make_config(preset: str = "quick", variant: str = "paper", **overrides: Any)
         raise options.UserError(f"unknown variant {variant!r}: choose paper or released")
     settings = dict(preset=preset, variant=variant) | PRESETS[preset]
     if variant == "released":
-        target = settings.get("geco_target", Config.geco_target) - HALF_LOG_2PI
-        settings |= RELEASED | dict(geco_target=RELEASED_TARGETS.get(preset, target))
-        if settings.get("likelihood") == "mixture":
-            settings["likelihood"] = "channel_mixture"
+        settings |= dict(loss_weights="released") | RELEASED.get(preset, {})
     return Config(**settings | overrides)
 
 
@@ -279,7 +272,7 @@ class BigDecoder(nn.Module):
 
 def full_precision(layer: nn.Module, *inputs: Tensor | None) -> Any:
     """float32 even under autocast: for colours, as the likelihood divides their rounding by sigma,
-    and for all that makes posteriors, which is little work."""
+    and for attention, prior and refinement, which are little work."""
     dtype = next(layer.parameters()).dtype
     with torch.autocast(inputs[0].device.type, enabled=False):
         return layer(*(x if x is None else x.to(dtype) for x in inputs))
@@ -370,8 +363,8 @@ class RefinementNetwork(nn.Module):
     def forward(
         self, lam: Tensor, gradient: Tensor, state: Tensor | None
     ) -> tuple[Tensor, Tensor]:  # (B, K, 2D) twice, (B*K, D) -> (B, K, 2D), (B*K, D)
-        # Means and raw scales are normalised apart. Paper: gains and biases are trained; with the
-        # released code's, which has none, the parameters are as many as the paper says.
+        # Means and raw scales are normalised apart. Paper: trained gains and biases. Released code:
+        # none. Here: none, as the paper's number of parameters has no room for them.
         parts = gradient.unflatten(-1, (2, -1))  # (B, K, 2, D)
         normed = F.layer_norm(parts, parts.shape[-1:]).flatten(-2)  # (B, K, 2D)
         x = self.mlp(torch.cat([lam, normed], -1)).flatten(0, 1)  # (B*K, D)
@@ -396,9 +389,9 @@ def sample(lam: Tensor, noise: Tensor) -> Tensor:
 def gaussian_kl(lam: Tensor, prior: Tensor | None = None) -> Tensor:
     """KL(N(lambda) || N(prior)), nats, (B, K, 2D) -> (B, K, D); N(0, 1) where the prior is None."""
     loc, variance = moments(lam)
-    mean, scale = (0.0, 1.0) if prior is None else moments(prior)
-    ratio = variance / scale
-    return (ratio + (loc - mean).square() / scale - 1 - ratio.log()) / 2
+    mean, prior_variance = (0.0, 1.0) if prior is None else moments(prior)
+    ratio = variance / prior_variance
+    return (ratio + (loc - mean).square() / prior_variance - 1 - ratio.log()) / 2
 
 
 class GECO(nn.Module):
@@ -414,7 +407,6 @@ class GECO(nn.Module):
         super().__init__()
         self.config = config
         self.target = values * config.geco_target
-        self.shift = 0.0 if config.normalised else values * HALF_LOG_2PI
         for name, value in dict(constraint=math.nan, zeta=0.55, multiplier=1.0).items():
             self.register_buffer(name, torch.tensor(value))
 
@@ -424,11 +416,10 @@ class GECO(nn.Module):
         c = self.config
         if not c.geco or step <= c.geco_start:
             return
-        now = self.target - (nll - self.shift)
+        now = self.target - nll
         average = torch.where(self.constraint.isnan(), now, self.constraint.lerp(now, 0.01))
-        rate = c.geco_rate * torch.where(average > 0, c.geco_speedup, 1.0)
         self.constraint.copy_(average)
-        self.zeta.copy_((self.zeta - rate * average).clamp(min=0.55))
+        self.zeta.copy_((self.zeta - c.geco_rate * average).clamp(min=0.55))
         self.multiplier.copy_(F.softplus(self.zeta))
 
 
@@ -438,7 +429,7 @@ def nll_bounds(config: Config, scenes: data.Scenes) -> tuple[float, float]:
     No density is above that of its mean: the second is what no model gets below.
     """
     values = scenes.num_channels * scenes.height * scenes.width
-    lowest = math.log(config.sigma) + HALF_LOG_2PI * config.normalised
+    lowest = math.log(config.sigma) + HALF_LOG_2PI
     return values * config.geco_target, values * lowest
 
 
@@ -486,10 +477,6 @@ class EfficientMORL(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         self.encoder.embedding.reset_parameters()
-        with torch.no_grad():
-            for head in (self.prior[-1], self.refinement.head):
-                head.loc.weight.mul_(self.config.head_gain)
-                head.raw.weight.mul_(self.config.head_gain)
         if self.config.gru_std and self.config.dual_gru:
             for parameter in self.layer.gru.parameters():
                 nn.init.normal_(parameter, std=self.config.gru_std)
@@ -695,7 +682,7 @@ def draw(
     index = torch.arange(6, device=scenes.device)
     batch = scenes.scenes(index)
     noise = model.noise(scenes, index, c.test_steps)
-    decoded = [decoded for decoded, _ in stages(model, batch.image, noise)]
+    decoded = [decoded.nan_to_num() for decoded, _ in stages(model, batch.image, noise)]
     mean, masks, means = reconstruct(decoded[-1])
     figures.decomposition(
         folder / "decomposition.png", batch.image, mean, batch.masks, masks, means,
@@ -786,7 +773,7 @@ def sweep(
         moved[:, latent] = torch.lerp(low[latent], high[latent], values)
         decoded = others.repeat(len(values), 1, 1, 1, 1)  # slots do not see each other
         decoded[:, slot] = model.decode(moved[:, None])[:, 0]
-        pictures.append(reconstruct(decoded)[0])
+        pictures.append(reconstruct(decoded.nan_to_num())[0])
     return torch.stack(pictures)
 
 
@@ -821,7 +808,8 @@ def dci(model: EfficientMORL, scenes: data.Scenes, folder: Path) -> dict[str, An
     for index in torch.arange(320, device=scenes.device).split(32):
         batch = scenes.scenes(index)
         *_, last = model.infer(batch.image, model.noise(scenes, index, model.config.test_steps))
-        slots = metrics.match(batch.masks, reconstruct(last.decoded)[1], least_iou=0.1)  # (B, E)
+        predicted = reconstruct(last.decoded.nan_to_num())[1]
+        slots = metrics.match(batch.masks, predicted, least_iou=0.1)  # (B, E)
         scene, entity = (batch.present & (slots >= 0))[:, 1:].nonzero().unbind(1)
         loc, _ = moments(last.posterior)
         latents.append(loc[scene, slots[scene, entity + 1]].cpu().numpy())
@@ -870,8 +858,8 @@ def check(config: Config) -> None:
     )
     options.at_least_zero(config, "num_steps", "num_steps_final", "curriculum_step", "test_steps",
                           "kl_weight", "geco_start", "geco_rate", "gru_std", "lr_warmup")
-    options.positive(config, "sigma", "coordinate_gain", "geco_speedup", "init_gain", "head_gain",
-                     "clip", "lr_final")
+    options.positive(config, "sigma", "coordinate_gain", "init_gain", "clip",
+                     "lr_final")
     size = config.encoder_kernel
     options.require(size % 2 == 1, f"--encoder-kernel must be odd, not {size}")
     try:

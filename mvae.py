@@ -19,7 +19,7 @@ Nash, Eslami, Burgess, Higgins, Zoran, Weber & Battaglia, 2017. Every place of a
 a posterior; the N that say most about the image (KL against the prior) become the objects. The
 decoder treats them alike, and pools, so that their order means nothing:
 
-    z_n ~ N(0, I), n = 1..N;   o_n = g(z_n);   x ~ Bernoulli(h(max_n o_n))          section 2
+    z_n ~ N(0, I), n = 1..N;   o_n = g(z_n);   x ~ Bernoulli(sigmoid h(max_n o_n))  section 2
     q(z_s|x) = N(loc_s, scale_s^2) for each place s of the encoder's map
     q(z_1..N|x): the N places of largest KL_s = KL(q(z_s|x) || p(z))                 section 2.1
     L = E_q log p(x|z) - sum of the N selected KL_s
@@ -58,7 +58,7 @@ from torch import Tensor, nn
 import data
 from data import draws, figures, metrics, options, runs
 
-# B batch, N objects, D latent of one object, S places of the encoder's map, C H W image
+# B batch, N objects, D latent of one object, S places of the encoder's map, E entities, C H W image
 
 
 @dataclass
@@ -79,9 +79,9 @@ class Config(options.RunConfig):
     base_channels: int = 16  # of this map
     object_channels: int = 16  # of g's two convolutions, each after upsampling; open
     render_channels: int = 32  # of h's first two convolutions; open
-    aggregation: Literal["max", "sum"] = "max"  # over objects
+    aggregation: Literal["max", "sum"] = "max"  # over objects; the VAE has one
     # Weights start normal with deviation gain / sqrt(inputs), biases at 0; open. torch's own
-    # initialisation has a gain of 0.58, and eleven such layers hide z from the image.
+    # initialisation has a gain of 0.58: seven such layers, from z to the image, leave little of z.
     init_gain: float = 1.2
     # optimisation
     kl_weight: float = 1.0  # of the KL in the loss; the ELBO has 1
@@ -90,7 +90,7 @@ class Config(options.RunConfig):
     lr_final: float = 0.01  # lr falls exponentially to this share of itself ...
     lr_horizon: int = 3_000_000  # ... over this many steps. Paper: "scheduled", shape open
     clip: float = 1e6  # norm of the global gradient; open
-    early_step: int = 300  # the weights of this step are kept, in early.pt, for --experiment maps
+    early_step: int = 300  # its weights are kept, in early.pt, for --experiment maps; 0: never
     compare: str = ""  # with --experiment compare: the other run's folder
 
     run_control: ClassVar[set[str]] = {"compare"}  # may differ on --resume
@@ -129,7 +129,7 @@ def upsample() -> nn.Upsample:
 
 
 class Coordinates(nn.Module):
-    """Adds two channels, -1 .. 1 over rows and over columns: an object leaves its place behind."""
+    """Adds two channels, -1 .. 1 over rows and columns, as selection forgets an object's place."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C + 2, H, W)."""
@@ -352,12 +352,6 @@ def evaluate(model: MVAE, scenes: data.Scenes, count: int = 1000) -> dict[str, A
 # Each draws a figure into `folder` and returns numbers: (model, scenes, folder) -> results.
 
 
-def require_objects(model: MVAE, experiment: str) -> None:
-    """UserError for the VAE."""
-    options.require(model.config.model == "mvae", f"--experiment {experiment}: only --model mvae "
-                    "has objects")
-
-
 def heat(values: Tensor, size: tuple[int, int], most: float) -> Tensor:
     """Maps (..., h, w) as grey images (..., 3, H, W): white where the value is `most`."""
     rows, cols = size[0] // values.shape[-2], size[1] // values.shape[-1]
@@ -370,10 +364,10 @@ def maps(model: MVAE, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
 
     `share`: of the map's KL, how much lies in as many places as there are objects (512 scenes).
     """
-    require_objects(model, "maps")
-    early = build(model.config, scenes)
-    path = folder.parent / "early.pt"
-    early.load_state_dict(runs.load_checkpoint(path, "mvae")["model"])
+    early, run = build(model.config, scenes), folder.parent
+    if model.config.experiment:  # --out may be elsewhere
+        run = runs.checkpoint_file(model.config.resume).parent
+    early.load_state_dict(runs.load_checkpoint(run / "early.pt", "mvae")["model"])
     batch = scenes.batch(0, 512)
     counts, shares = batch.present[:, 1:].sum(1), {}
     shown = batch.image[counts > 0][:8]
@@ -381,27 +375,29 @@ def maps(model: MVAE, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
     for name, one in dict(early=early, now=model).items():
         kl = kl_map(one, batch.image)
         largest = kl.flatten(1).sort(1, descending=True)[0].cumsum(1)  # (B, S)
-        share = F.pad(largest, (1, 0)).gather(1, counts[:, None])[:, 0] / largest[:, -1]
+        seen = counts.clamp(max=largest.shape[1])[:, None]
+        share = F.pad(largest, (1, 0)).gather(1, seen)[:, 0] / largest[:, -1]
         shares[name] = metrics.mean_stderr(share[counts > 0])
         kl = kl[counts > 0][:8]
         columns += [torch.sigmoid(one.decode(one.encode(shown)[0])),
                     heat(kl, model.shape[1:], kl.max().item())]
     step = model.config.early_step
     figures.grid(folder / "maps.png", torch.stack(columns, 1),
-                 "The KL maps grow sharp: an object, a place",
+                 "KL maps and reconstructions, early in training and now",
                  ["Input", f"Step {step:,}", "KL", "Now", "KL"], apart=(1, 3))
     return dict(share=shares, early_step=step)
 
 
 @torch.no_grad()
 def exchange(model: MVAE, scenes: data.Scenes, folder: Path, pairs: int = 500) -> dict[str, Any]:
-    """Fig. 3: two scenes exchange the object of largest KL (the VAE: 12 of its latents).
+    """Fig. 3: two scenes exchange the object of largest KL (the VAE: D of its latents).
 
     `leak`, which the paper does not measure: the share of an image's change that lies outside two
     sprites, one of each scene, with a border of one pixel. They are chosen so that it is least,
     which favours a model without objects. 0: a clean exchange; 1: everything else has changed.
     `change`: mean absolute change per value.
     """
+    what = "object of largest KL" if model.config.model == "mvae" else "first group of latents"
     index = torch.arange(2 * pairs, device=scenes.device)
     leaks, changes = [], []
     for part in index.split(64):
@@ -425,7 +421,7 @@ def exchange(model: MVAE, scenes: data.Scenes, folder: Path, pairs: int = 500) -
             heads = [f"{name} {side}" for name in ("Input", "Reconstruction", "Exchanged")
                      for side in ("A", "B")]
             figures.grid(folder / "exchange.png", rows,
-                         "A and B exchange their object of largest KL", heads, apart=(2, 4))
+                         f"A and B exchange their {what}", heads, apart=(2, 4))
     return dict(leak=metrics.mean_stderr(torch.cat(leaks)),
                 change=metrics.mean_stderr(torch.cat(changes)))
 
@@ -437,7 +433,6 @@ def sequential(model: MVAE, scenes: data.Scenes, folder: Path, count: int = 512)
     `mse` after 1 .. N objects. `surplus`: mean absolute change per value by the objects after as
     many as there are; by those before it, `needed`. Surplus slots should decode to nothing.
     """
-    require_objects(model, "sequential")
     sums, surplus, needed = [], [], []
     for index in torch.arange(count, device=scenes.device).split(64):
         batch = scenes.scenes(index)
@@ -465,9 +460,10 @@ def sequential(model: MVAE, scenes: data.Scenes, folder: Path, count: int = 512)
 
 @torch.no_grad()
 def traversals(model: MVAE, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
-    """Figs 4a and 5: one latent from -2.25 to 2.25, all others as inferred, in a scene of three.
+    """Figs 4a and 5: one latent from -2.25 to 2.25, all others as inferred, in the fullest of 64
+    scenes.
 
-    The rows are the twelve latents of the object of largest KL, or of the VAE's first group.
+    The rows are the latents of the object of largest KL, or of the VAE's first group.
     `change` of each: mean absolute difference per value between the ends.
     """
     batch = scenes.batch(0, 64)
@@ -482,7 +478,7 @@ def traversals(model: MVAE, scenes: data.Scenes, folder: Path) -> dict[str, Any]
     order = change.argsort(descending=True)
     figures.traversals(folder / "traversals.png", images[order],
                        [f"latent {d + 1}" for d in order.tolist()], values.tolist(),
-                       "One latent of one object; everything else stays as it is")
+                       "One latent at a time; everything else stays as it is")
     return dict(change=change.tolist())
 
 
@@ -503,7 +499,6 @@ def reconstructions(model: MVAE, scenes: data.Scenes, folder: Path) -> dict[str,
 
 def counting(model: MVAE, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
     """Section 4.3, and its confusion matrix."""
-    require_objects(model, "counting")
     result = count_objects(model, scenes)
     draw_confusion(folder, result)
     return result
@@ -524,17 +519,15 @@ def compare(model: MVAE, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
     The other run is the VAE's, one with the other aggregation, or any run of this model.
     """
     other = model.config.compare
-    options.require(bool(other), "--experiment compare needs --compare RUN, another run's folder")
     dataset = load(other)["config"]["dataset"]
     options.require(dataset == model.config.dataset,
                     f"--compare {other}: trained on {dataset}, this run on {model.config.dataset}")
-    paths = folder.parent, runs.checkpoint_file(other).parent
     panels, results = {}, {}
-    for path in paths:
-        config = load(path)["config"]
+    for path in (other, model.config.resume):  # this run last: exchange.png is then its own
+        run, config = runs.checkpoint_file(path).parent, load(path)["config"]
         name = config["model"].upper() + f", {config['aggregation']}" * (config["model"] == "mvae")
-        name += f", {path.name}" * (name in results)
-        history = [record for record in runs.read_log(path) if record["loss"] is not None]
+        name += f", {run.name}" * (name in results)
+        history = [record for record in runs.read_log(run) if record["loss"] is not None]
         for metric in ("elbo", "nll", "kl"):
             y = [record[metric] for record in history]
             average = [y[0]] if y else []  # exponential moving average, as in the paper
@@ -544,7 +537,7 @@ def compare(model: MVAE, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
             panels.setdefault(metric, {})[name] = (x, average, None)
         one = load_model(path, scenes.device)
         results[name] = dict(evaluate(one, scenes)["metrics"],
-                             leak=exchange(one, scenes, Path(path) / "figures")["leak"])
+                             leak=exchange(one, scenes, folder)["leak"])
     figures.curves(folder / "compare.png", panels, "training step",
                    "Training, moving averages, scenes of each step")
     return results
@@ -591,6 +584,13 @@ def check(config: Config) -> None:
     options.at_least_zero(config, "poolings", "kl_weight", "early_step")
     options.positive(config, "init_gain", "lr_final", "clip")
     options.require(config.kernels == "auto", "--kernels: MVAE uses none; leave it away")
+    one_code = config.model == "vae" and config.experiment in ("maps", "sequential", "counting")
+    options.require(not one_code,
+                    f"--experiment {config.experiment}: only --model mvae has objects")
+    options.require(config.experiment != "compare" or bool(config.compare),
+                    "--experiment compare needs --compare RUN, another run's folder")
+    options.require(config.experiment == "compare" or not config.compare,
+                    "--compare: only with --experiment compare")
     try:
         scenes = data.make(config.dataset)
         has_coverage = scenes.batch(0, 1).coverage is not None
@@ -730,7 +730,8 @@ def finish(
     runs.write(folder / "evaluation.json", evaluation)
     with runs.announced("drawing figures"):
         draw(model, scenes, folder / "figures", results)
-    m = {name: result["mean"] for name, result in results["metrics"].items()}
+    m = {name: math.nan if result["mean"] is None else result["mean"]
+         for name, result in results["metrics"].items()}
     counted = ""
     if "count_accuracy" in m:
         counted = (f"count accuracy {m['count_accuracy']:.3f}, peaks "
