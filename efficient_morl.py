@@ -35,14 +35,17 @@ runs/efficient_morl-<preset>-<seed>/.
 
 The defaults of Config are the paper's for Tetrominoes. `quick` trades them for minutes:
 
-    field                        paper     quick          why
-    kl_weight, sigma             1, 0.3    0.01, 0.15     with more KL latents stay silent for long
-    geco                         on        off            a fixed weight does
-    decoder, coordinate_gain     small, 1  pixel, 15      25 times fewer products; sharp edges
-    encoder_channels, _kernel    4 x 64, 5 3 x 32, 3      smaller images
-    num_steps, batch_size        3, 32     1, 16          more training steps a minute
-    init_gain, gru_std           0.02, 1   1.4, default   0.02 starts without a signal
-    lr                           4e-4      4e-3           falling to 4e-4 over 2,500 steps
+    field                        paper           quick            why
+    dataset, num_slots           tetrominoes, 4  mini_sprites_16_shaded, 5: 16 x 16 pixels
+    kl_weight, sigma             1, 0.3          0.01, 0.15       more KL: latents stay silent
+    geco                         on              off              a fixed weight does
+    decoder, coordinate_gain     small, 1        pixel, 15        25 times fewer products
+    encoder_channels, _kernel    4 x 64, 5       3 x 32, 3        smaller images
+    latent_, prior_size          32, 128         16, 64           less work
+    refinement_size              128             64               less work
+    num_steps, batch_size        3, 32           1, 16            more training steps a minute
+    init_gain, gru_std           0.02, 1         1.4, default     0.02 starts without a signal
+    lr, lr_warmup                4e-4, 10,000    4e-3, 100        falls to 4e-4 over 2,500 steps
 
 `--variant released` is the authors' code instead of the paper: see RELEASED and `weights`.
 """
@@ -67,7 +70,8 @@ import data
 import kernels
 from data import draws, figures, metrics, options, runs
 
-# B batch, K slots, L layers, I refinement steps, D latent, P pixels = H W, C H W image
+# B batch, K slots, N = B K, L layers, I refinement steps, D latent, P pixels = H W, C H W image,
+# V values of a latent, E entities
 
 
 @dataclass
@@ -82,8 +86,8 @@ class Config(options.RunConfig):
     sigma: float = 0.3  # its standard deviation
     prior: Literal["reversed++", "reversed", "bottom_up"] = "reversed++"  # see `hierarchy_kl`
     prior_size: int = 128  # hidden units of the prior network
-    decoder: Literal["iodine", "small", "big", "pixel"] = "small"  # of DECODERS
-    decoder_channels: tuple[int, ...] = (32, 32, 32)  # hidden layers
+    decoder: Literal["iodine", "small", "big", "pixel"] = "small"  # DECODERS, BigDecoder
+    decoder_channels: tuple[int, ...] = (32, 32, 32)  # hidden layers; `big` has its own
     coordinate_gain: float = 1.0  # the decoder's coordinates run from 0 to this
     # inference
     num_layers: int = 3  # L
@@ -203,8 +207,9 @@ class Conv(nn.Conv2d):
 class BroadcastConv(Conv):
     """A convolution over z plus the embedding of each pixel's position, without that image.
 
-    z is the same at every pixel: taps that see the padding nowhere act on it as their sum, and
-    2 p + 1 rows and columns of taps remain. The embedding is the same for every z.
+    Taps that never meet the padding act on z, the same at every pixel, as their sum: 2 p + 1 rows
+    and columns of taps remain. The embedding's response is the same for every z, and is passed on
+    by `as_it_is`, an identity.
     """
 
     def __init__(self, *sizes: Any):
@@ -454,6 +459,8 @@ class Step(NamedTuple):
 
 
 class EfficientMORL(nn.Module):
+    """Images (B, C, H, W) in [0, 1] as K slots of D latents each."""
+
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
         self.config, self.size, latent = config, (height, width), config.latent_size
@@ -865,6 +872,7 @@ def check(config: Config) -> None:
     try:
         scenes = data.make(config.dataset)
         kernels.use(config.kernels)
+        kernels.backend(options.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:
         raise options.UserError(error) from None
     target, lowest = nll_bounds(config, scenes)

@@ -671,6 +671,7 @@ def check(config: Config) -> None:
     try:
         scenes = data.make(config.dataset)
         kernels.use(config.kernels)
+        kernels.backend(options.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:
         raise options.UserError(error) from None
     smallest = min(scenes.height, scenes.width)
