@@ -716,7 +716,7 @@ def build(config: Config, scenes: data.Scenes) -> AIR:
 def load_model(path: str | Path, device: str = "cpu") -> AIR:
     """The trained model of a checkpoint (a file or a run's folder)."""
     content = load(path)
-    config = Config(**content["config"])
+    config = options.saved_config(Config, content, path)
     model = build(config, make_scenes(config, "test", device))
     model.load_state_dict(content["model"])
     return model.eval()

@@ -893,7 +893,7 @@ def build(config: Config, scenes: data.Scenes) -> EfficientMORL:
 def load_model(path: str | Path, device: str = "cpu") -> EfficientMORL:
     """The trained model of a checkpoint (a file or a run's folder), ready for `infer`."""
     content = load(path)
-    config = Config(**content["config"])
+    config = options.saved_config(Config, content, path)
     model = build(config, data.make(config.dataset, device=device))
     model.load_state_dict(content["model"])
     return model.eval()

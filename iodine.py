@@ -690,7 +690,7 @@ def build(config: Config, scenes: data.Scenes) -> IODINE:
 def load_model(path: str | Path, device: str = "cpu") -> IODINE:
     """The trained model of a checkpoint (a file or a run's folder), ready for `infer`."""
     content = load(path)
-    config = Config(**content["config"])
+    config = options.saved_config(Config, content, path)
     model = build(config, data.make(config.dataset, device=device))
     model.load_state_dict(content["model"])
     return model.eval()

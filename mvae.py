@@ -620,7 +620,7 @@ def build(config: Config, scenes: data.Scenes) -> MVAE:
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> MVAE:
     """The trained model of a checkpoint (a file or a run's folder)."""
     content = load(path)
-    config = Config(**content["config"])
+    config = options.saved_config(Config, content, path)
     model = build(config, data.make(config.dataset, device=device))
     model.load_state_dict(content["model"])
     return model.eval()

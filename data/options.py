@@ -114,6 +114,14 @@ def check(config: Any, experiments: Any = ()) -> None:
             f"--cuda-graph needs a CUDA device, and this run is on {device}")
 
 
+def saved_config(config_class: type, content: dict[str, Any], path: Any) -> Any:
+    """The config of a checkpoint's content; UserError if its fields are another version's."""
+    saved, names = content["config"], {field.name for field in dataclasses.fields(config_class)}
+    require(saved.keys() == names, f"{path}: its settings are another version's "
+            f"({', '.join(sorted(saved.keys() ^ names))})")
+    return config_class(**saved)
+
+
 def parse(
     config_class: type, make_default: Callable, load: Callable[[str], dict], argv: list[str]
 ) -> Any:
@@ -130,10 +138,7 @@ def parse(
         default = make_default(chosen.preset, chosen.variant)
         return tyro.cli(config_class, default=default, args=argv)
     content = load(chosen.resume)
-    saved = content["config"]
-    names = {field.name for field in dataclasses.fields(config_class)}
-    require(saved.keys() == names, f"{chosen.resume}: its settings are another version's "
-            f"({', '.join(sorted(saved.keys() ^ names))})")
+    saved = dataclasses.asdict(saved_config(config_class, content, chosen.resume))
     default = config_class(**saved | dict(out="", resume="", eval_only=False, experiment=""))
     config = tyro.cli(config_class, default=default, args=argv)
     free = RUN_CONTROL | getattr(config_class, "run_control", set())  # a model may have more
