@@ -33,6 +33,9 @@ below, and I steps of refinement polish the last, fed with its gradient instead 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
 runs/efficient_morl-<preset>-<seed>/.
 
+Measured: ARI-FG 0.899 ± 0.098 (median 0.932), above 0.9 on 8 of 10 seeds, by `quick` in
+3.1 minutes on two cores of an AMD EPYC with AVX2 (notebooks/results/).
+
 The defaults of Config are the paper's for Tetrominoes. `quick` trades them for minutes:
 
     field                        paper           quick            why

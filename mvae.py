@@ -31,6 +31,9 @@ decoder treats them alike, and pools, so that their order means nothing:
 A run writes config.json, metrics.jsonl, checkpoint.pt, early.pt, evaluation.json and figures/ to
 runs/mvae-<preset>-<seed>/.
 
+Measured: 60.4 ± 2.1 % counted right as places, 77.7 ± 0.9 % as peaks, ten seeds, by `quick` in 4.7
+minutes on one core of an AMD EPYC with AVX2 (notebooks/results/).
+
 The defaults of Config are the paper's, or ours where it is silent. `quick` trades them for minutes:
 
     field                    paper            quick           why
