@@ -735,12 +735,10 @@ def finish(
         draw(model, scenes, folder / "figures", results)
     m = {name: math.nan if result["mean"] is None else result["mean"]
          for name, result in results["metrics"].items()}
-    counted = ""
+    reached = f"elbo {m['elbo']:.1f} nats"
     if "count_accuracy" in m:
-        counted = (f"count accuracy {m['count_accuracy']:.3f}, peaks "
-                   f"{m['count_accuracy_peaks']:.3f} (chance {m['count_chance']:.3f}), ")
-    print(f"reached  {counted}elbo {m['elbo']:.1f} nats after {done['steps']:,} steps "
-          f"in {done['minutes']:.1f} min")
+        reached = f"count accuracy {m['count_accuracy']:.3f} (chance {m['count_chance']:.3f})"
+    print(f"reached  {reached} after {done['steps']:,} steps in {done['minutes']:.1f} min")
     print(f"look at  {folder / 'figures' / 'exchange.png'}")
     return evaluation
 
