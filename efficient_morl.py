@@ -868,8 +868,7 @@ def check(config: Config) -> None:
     )
     options.at_least_zero(config, "num_steps", "num_steps_final", "curriculum_step", "test_steps",
                           "kl_weight", "geco_start", "geco_rate", "gru_std", "lr_warmup")
-    options.positive(config, "sigma", "coordinate_gain", "init_gain", "clip",
-                     "lr_final")
+    options.positive(config, "sigma", "coordinate_gain", "init_gain", "clip", "lr_final")
     size = config.encoder_kernel
     options.require(size % 2 == 1, f"--encoder-kernel must be odd, not {size}")
     try:
