@@ -3,6 +3,7 @@
 The switch itself is tested in tests/test_mixture.py, which it was written with.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -93,6 +94,40 @@ def test_without_a_gpu_everything_runs_in_torch():
 @pytest.mark.skipif(door.triton is None, reason="triton is not installed")
 def test_every_operation_with_kernels_is_public():
     assert set(kernels.TRITON) <= set(kernels.__all__)
+
+
+def test_describe_says_which_kernels_run_and_why(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with kernels.use("auto"):
+        assert kernels.describe("cpu") == "torch (the device is cpu)"
+        assert kernels.describe(torch.device("cuda", 1)) == "triton"
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert kernels.describe("cuda").startswith("torch (the package triton is not installed")
+    with kernels.use("torch"):
+        assert kernels.describe("cuda") == "torch (--kernels torch)"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with kernels.use("triton"):
+        assert kernels.describe("cuda") == "triton (--kernels triton)"
+        with pytest.raises(RuntimeError, match="on cpu, not on CUDA"):
+            kernels.describe("cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "kernel_size", "stride", "avx512", "planes"),
+    [
+        ("cpu", 3, 1, False, True),
+        ("cpu", 3, 1, True, False),
+        ("cpu", 1, 1, False, False),
+        ("cpu", 3, 2, False, False),
+        ("meta", 3, 1, False, False),
+    ],
+)
+def test_layout(device, kernel_size, stride, avx512, planes, monkeypatch):
+    monkeypatch.setattr(kernels, "AVX512", avx512)
+    found = kernels.layout(torch.empty(1, 2, 3, 3, device=device), kernel_size, stride)
+    assert found == (torch.contiguous_format if planes else torch.channels_last)
 
 
 # -- kernels/launch.py -----------------------------------------------------------------------------
