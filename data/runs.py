@@ -1,15 +1,23 @@
-"""What a training run needs and no model is about: folder, log, checkpoint, Ctrl-C, processes.
+"""What a training run needs and no model is about: options, folder, log, checkpoint, processes.
 
-Plain functions; the training loop itself stands in each model's file. A run can stop at any moment
-(`kill -9` included) and goes on from its last checkpoint as if it had never stopped: a checkpoint
-is written to a temporary file and renamed, all randomness is a function of seed and scene number,
-and lines of metrics.jsonl past the checkpoint are dropped on resume.
+    run = runs.start("iodine", config, PRESETS, model, optimizer)
+    for step, index in run.steps():
+        parts = run.update(model.loss, images, noise, lr=1e-3)
+        if run.due(step):
+            run.log(parts, ari_fg=score)
+    return run.finish(test_scenes, evaluate, draw, show=("ari_fg",), picture="decomposition.png")
+
+A run can stop at any moment (`kill -9` included) and resumes from its last checkpoint as if it had
+never stopped: a checkpoint is written to a temporary file and renamed, all randomness is a function
+of seed, step and scene, and lines of metrics.jsonl past the checkpoint are dropped on resume.
 """
 
+import argparse
 import contextlib
 import ctypes
 import dataclasses
 import datetime
+import io
 import json
 import math
 import os
@@ -19,21 +27,227 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import tyro
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.options import UserError, pick_device
+try:
+    import fcntl
+except ImportError:  # Windows: folders are not locked there
+    fcntl = None
 
 FORMAT = 1  # of checkpoint.pt
+CHECKPOINT_SECONDS = 60.0  # between checkpoints
 SHOWN = ("loss", "elbo", "kl", "ari_fg", "count_accuracy")  # in the progress line, where measured
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "notebooks" / "results"
+# On resume only these may differ from the checkpoint: they say where and how long, not what.
+RUN_CONTROL = {"steps", "minutes", "out", "device", "kernels", "compile", "cuda_graph", "log_every",
+               "resume", "eval_only"}
 
 
-def set_up(config: Any) -> torch.device:
+class UserError(Exception):
+    """Something that the person at the keyboard can put right: one line, exit status 2."""
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class RunConfig:
+    """Options that every model has, with the same names and meaning."""
+
+    preset: str = "quick"  # which settings to start from; every other option overrides one of them
+    seed: int = 0  # of parameters, scenes and noise
+    steps: int = 1_000_000  # stop after this many training steps, counted from the start
+    minutes: float = 0.0  # or after this much training time, counted from the start; 0: no limit
+    batch_size: int = 32  # B, scenes per step, over all processes
+    lr: float = 3e-4  # Adam's learning rate
+    device: str = "auto"  # auto (CUDA where there is one), cpu, cuda, cuda:1, ...
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"  # of matmuls and convolutions
+    compile: bool = False  # torch.compile the networks
+    cuda_graph: bool = False  # replay forward and backward as one CUDA graph (CUDA only)
+    kernels: Literal["auto", "triton", "torch"] = "auto"  # who computes the per-pixel operations
+    out: str = ""  # folder to write; empty: runs/<model>-<preset>-<seed>
+    resume: str = ""  # resume from this checkpoint.pt, or from the folder that holds it
+    eval_only: bool = False  # with --resume: evaluate and draw the figures, no training
+    log_every: int = 50  # steps between lines of metrics.jsonl
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, plain(getattr(self, field.name)))
+
+
+def plain(value: Any) -> Any:
+    """NumPy's numbers, paths and lists as what a checkpoint can hold; ~ is the home folder."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list | tuple):
+        return tuple(map(plain, value))
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def option(name: str) -> str:
+    """The option as it is typed: batch_size -> --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
+def require(condition: Any, message: str) -> None:
+    """UserError unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def at_least(config: Any, least: float, *names: str) -> None:
+    """UserError that names the first of these fields that is (or holds a value) below `least`."""
+    for name in names:
+        value = getattr(config, name)
+        smallest = min(value, default=-math.inf) if isinstance(value, tuple) else value
+        require(smallest >= least, f"{option(name)} must be at least {least}, not {value}")
+
+
+def positive(config: Any, *names: str) -> None:
+    """UserError that names the first of these fields that is not above 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{option(name)} must be larger than 0, not {value}")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `--device`; auto is CUDA where there is one; UserError where it is missing."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise UserError(f"--device {name}: not available here ({reason})") from None
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+def check(config: RunConfig) -> None:
+    """UserError where the options of RunConfig cannot be."""
+    for name, value in dataclasses.asdict(config).items():
+        require(not isinstance(value, float) or math.isfinite(value),
+                f"{option(name)} must be a finite number, not {value}")
+    at_least(config, 1, "steps", "batch_size", "log_every")
+    at_least(config, 0, "minutes")
+    positive(config, "lr")
+    require(-(2**63) <= config.seed < 2**63, f"--seed must fit into 64 bits, not {config.seed}")
+    require(config.resume or not config.eval_only, "--eval-only needs --resume CHECKPOINT")
+    require(config.batch_size % world_size() == 0,
+            f"--batch-size {config.batch_size} does not divide among {world_size()} processes")
+    device = pick_device(config.device)
+    require(not config.cuda_graph or device.type == "cuda",
+            f"--cuda-graph needs a CUDA device, and this run is on {device}")
+
+
+def make_config(config_class: type, presets: dict[str, dict], preset: str, **overrides: Any) -> Any:
+    """A preset's config; UserError for an unknown preset."""
+    require(preset in presets, f"unknown preset {preset!r}: choose from {', '.join(presets)}")
+    return config_class(**dict(preset=preset) | presets[preset] | overrides)
+
+
+def standing(model_name: str, preset: str) -> str:
+    """The preset's name, and whether a result of it is committed."""
+    measured = any(RESULTS.glob(f"{model_name}-{preset}-*.json"))
+    return preset + " (the paper's settings; no result in this repository yet)" * (not measured)
+
+
+def saved_config(config_class: type, content: dict[str, Any], path: Any) -> Any:
+    """The config of a checkpoint's content. A field that it lacks gets its default, which is what
+    the code did before the field existed; UserError for fields that are unknown."""
+    unknown = content["config"].keys() - {field.name for field in dataclasses.fields(config_class)}
+    require(not unknown, f"{path}: its settings are another version's ({', '.join(unknown)})")
+    return config_class(**content["config"])
+
+
+def parse(
+    model_name: str, config_class: type, presets: dict[str, dict], argv: Sequence[str]
+) -> Any:
+    """The command line as a `config_class`; `--preset` and `--resume` say what it overrides."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name, default in (("preset", "quick"), ("resume", "")):
+        first.add_argument(option(name), nargs="?", default=default, const=default)
+    chosen, _ = first.parse_known_args(argv)
+    remarks = "; ".join(standing(model_name, name) for name in presets)
+    cli = dict(args=argv, description=f"Presets: {remarks}.")
+    if not chosen.resume:
+        default = make_config(config_class, presets, chosen.preset)
+        return tyro.cli(config_class, default=default, **cli)
+    path = plain(chosen.resume)
+    content = load_checkpoint(path, model_name)
+    saved = dataclasses.asdict(saved_config(config_class, content, path))
+    default = config_class(**saved | dict(out="", resume="", eval_only=False))
+    config = tyro.cli(config_class, default=default, **cli)
+    for name, value in dataclasses.asdict(config).items():
+        require(name in RUN_CONTROL or value == saved[name],
+                f"{option(name)} {value}: trained with {saved[name]}; only a new run can change it")
+    require("optimizer" in content or config.eval_only,
+            f"{path}: weights alone; evaluate them with --eval-only, or train anew")
+    return config
+
+
+def typed(model_name: str, config: RunConfig, default: RunConfig) -> str:
+    """The command that makes this config, as one types it."""
+    words = ["python", f"{model_name}.py"]
+    for name, value in dataclasses.asdict(config).items():
+        if value == getattr(default, name) and not (name == "preset" and value != "quick"):
+            continue
+        if isinstance(value, bool):
+            words.append(option(name) if value else option(f"no_{name}"))
+        else:
+            words += [option(name), *map(str, value if isinstance(value, tuple) else [value])]
+    return shlex.join(words)
+
+
+def main(
+    model_name: str, config_class: type, presets: dict[str, dict], train: Callable[[Any], Any]
+) -> None:
+    """Parse and train. UserError and a full disk: one line, status 2; Ctrl-C and SIGTERM: 130."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a closed stream is None
+            stream.reconfigure(errors="backslashreplace")  # folder names that it has no letters for
+    try:
+        train(parse(model_name, config_class, presets, sys.argv[1:]))
+    except (UserError, OSError) as error:
+        message = f"{error.strerror}: {error.filename}" if getattr(error, "strerror", "") else error
+        print(f"{model_name}.py: {message}", file=sys.stderr or sys.stdout)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        if rank() == 0:
+            reason = str(interrupt) or "stopped; --resume continues from the last checkpoint"
+            print(f"{model_name}.py: {reason}", file=sys.stderr or sys.stdout)
+        sys.exit(130)
+
+
+# -- processes and devices -------------------------------------------------------------------------
+
+
+def rank() -> int:
+    """This process's number; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def set_up(config: RunConfig) -> torch.device:
     """Device, number formats, memory allocator and process group, as the config says."""
     device = pick_device(config.device)
     tf32 = config.precision == "tf32"
@@ -51,17 +265,7 @@ def set_up(config: Any) -> torch.device:
     return device
 
 
-def rank() -> int:
-    """This process's number; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def average(tensors: list[torch.Tensor]) -> None:
+def average(tensors: list[Tensor]) -> None:
     """Mean over processes of every tensor, in place, in one message."""
     if world_size() > 1:
         flat = torch.cat([t.flatten() for t in tensors])
@@ -79,120 +283,6 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return flag
 
 
-class StopFlag:
-    """`with StopFlag() as stop`: Ctrl-C makes `stop` true, a second one ends the process."""
-
-    def __enter__(self) -> "StopFlag":
-        self.raised, self.before = False, signal.getsignal(signal.SIGINT)
-        with contextlib.suppress(ValueError):  # not the main thread: Ctrl-C goes elsewhere
-            signal.signal(signal.SIGINT, self.on_signal)
-        return self
-
-    def on_signal(self, *_: Any) -> None:
-        self.raised = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
-
-    def __bool__(self) -> bool:
-        return self.raised
-
-    def __exit__(self, *_: Any) -> None:
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGINT, self.before)
-
-
-def open_folder(config: Any, model_name: str) -> Path:
-    """Makes the folder this run writes to, with its config.json.
-
-    The default folder gets -2, -3, ... where it holds another run; one named with `--out` is then
-    refused. A resumed run goes on in its own folder, or in `--out` with a copy of the log.
-    UserError where nothing can be written.
-    """
-    source = checkpoint_file(config.resume).parent if config.resume else None
-    if source and not (source / "config.json").exists():  # weights that somebody keeps elsewhere
-        source = None
-    folder = Path(config.out or source or f"runs/{model_name}-{config.preset}-{config.seed}")
-    if holds_run(folder) and not (source and source.resolve() == folder.resolve()):
-        if config.out:
-            raise UserError(f"{folder} holds another run; name another --out, or --resume {folder}")
-        number = 2
-        while holds_run(Path(f"{folder}-{number}")):
-            number += 1
-        folder = Path(f"{folder}-{number}")
-    try:
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
-        if not (config.eval_only or config.experiment):  # which leave the run's own as it is
-            write(folder / "config.json", dataclasses.asdict(config))
-        if source and source.resolve() != folder.resolve() and (source / "metrics.jsonl").exists():
-            (folder / "metrics.jsonl").write_bytes((source / "metrics.jsonl").read_bytes())
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write to {folder} ({reason}); name another --out") from None
-    return folder
-
-
-def holds_run(folder: Path) -> bool:
-    """True where a run has left a checkpoint; one that was killed before has left nothing."""
-    return (folder / "checkpoint.pt").exists()
-
-
-def write(path: Path, content: Any) -> None:
-    """Writes JSON (a list: one line an item) through a temporary file: all of it or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    several = isinstance(content, list)
-    lines = map(json.dumps, content) if several else [json.dumps(content, indent=1)]
-    temporary.write_text("".join(f"{line}\n" for line in lines))
-    temporary.replace(path)
-
-
-def read_log(folder: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; those past `last_step` are dropped, from the file as well."""
-    path, records = folder / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut short
-            records.append(json.loads(line))
-    if last_step is not None:
-        records = [record for record in records if record["step"] <= last_step]
-        write(path, records)
-    return records
-
-
-def checkpoint_file(path: str | Path) -> Path:
-    """A checkpoint's path, from itself or from the folder that holds it."""
-    return Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-
-
-def save_checkpoint(
-    folder: Path, model_name: str, config: Any, name: str = "checkpoint.pt", **state: Any
-) -> None:
-    """{format, model_name, config, rng, **state} in `name`, written through another file."""
-    content = dict(format=FORMAT, model_name=model_name, config=dataclasses.asdict(config))
-    temporary = folder / f"{name}.tmp"
-    try:
-        torch.save({**content, "rng": torch.get_rng_state(), **state}, temporary)
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise UserError(f"cannot write {temporary} ({str(error).splitlines()[0]})") from None
-    temporary.replace(folder / name)
-
-
-def load_checkpoint(path: str | Path, model_name: str) -> dict[str, Any]:
-    """A checkpoint's content; UserError if it is missing, damaged, newer or another model's."""
-    file = checkpoint_file(path)
-    if not file.is_file():
-        raise UserError(f"{file}: no such checkpoint")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # half a dozen types, which all mean the same here
-        raise UserError(f"{file}: not a readable checkpoint ({type(error).__name__})") from None
-    if not isinstance(content, dict) or not {"format", "model_name", "config"} <= content.keys():
-        raise UserError(f"{file}: not a checkpoint of this repository")
-    if content["format"] > FORMAT:
-        raise UserError(f"{file}: format {content['format']}, newer than this code's {FORMAT}")
-    if content["model_name"] != model_name:
-        raise UserError(f"{file}: a checkpoint of {content['model_name']}.py, not {model_name}.py")
-    return content
-
-
 def describe(device: torch.device) -> str:
     """For people: 'NVIDIA H100' or 'AMD EPYC, 2 threads'."""
     if device.type == "cuda":
@@ -205,28 +295,332 @@ def describe(device: torch.device) -> str:
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def header(title: str, config: Any, default: Any, device: torch.device, folder: Path) -> None:
-    """Says what is about to run: preset and changes to it, device, versions, folder."""
-    print(title)
-    changed = [f"{name} {value}" for name, value in dataclasses.asdict(config).items()
-               if value != getattr(default, name) and name not in ("seed", "out", "resume")]
-    print(f"  preset   {config.preset}, seed {config.seed}, variant {config.variant}")
-    if changed:
-        print(f"  changed  {', '.join(changed)}")
-    print(f"  device   {describe(device)}, {config.precision}, torch {torch.__version__}")
-    print(f"  writes   {folder}/", flush=True)
+class StopFlag:
+    """`with StopFlag() as stop`: Ctrl-C or SIGTERM makes `stop` true; a second one acts at once."""
+
+    def __enter__(self) -> "StopFlag":
+        self.raised, self.before = False, {}
+        with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.on_signal)
+        return self
+
+    def on_signal(self, *_: Any) -> None:
+        self.raised = True
+        self.restore()
+        if rank() == 0:
+            print("\nstopping after this step (again: at once)", file=sys.stderr or sys.stdout)
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def __bool__(self) -> bool:
+        return self.raised
+
+    def __exit__(self, *_: Any) -> None:
+        self.restore()
 
 
-class Progress:
-    """`report(record)` adds a line to metrics.jsonl and shows it: a bar in a terminal, or lines."""
+# -- files -----------------------------------------------------------------------------------------
 
-    def __init__(self, folder: Path, config: Any, step: int):
-        self.folder = folder
-        self.bar = tqdm(total=config.steps, initial=step, leave=False,
-                        disable=rank() > 0 or not sys.stderr.isatty(),
-                        bar_format="{n_fmt}/{total_fmt} {bar:9} {elapsed}<{remaining}{postfix}")
 
-    def report(self, record: dict[str, Any]) -> None:
+def write(path: Path, content: bytes) -> None:
+    """Through a temporary file that is renamed: all of it or nothing. OSError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    write(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_log(folder: Path, last_step: int | None = None) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl; those past `last_step` are dropped, from the file as well."""
+    path, records = folder / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut short
+            records.append(json.loads(line))
+    if last_step is not None:
+        records = [record for record in records if record["step"] <= last_step]
+        write(path, "".join(f"{json.dumps(record)}\n" for record in records).encode())
+    return records
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """A checkpoint's path, from itself or from the folder that holds it."""
+    return Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+
+
+def load_checkpoint(path: str | Path, model_name: str) -> dict[str, Any]:
+    """A checkpoint's content; UserError if it is missing, damaged, newer or another model's."""
+    file = checkpoint_file(path)
+    require(file.is_file(), f"{file}: no such checkpoint")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # half a dozen types, which all mean the same here
+        raise UserError(f"{file}: not a readable checkpoint ({type(error).__name__})") from None
+    keys = {"format", "model_name", "config", "model", "step"}
+    require(isinstance(content, dict) and keys <= content.keys()
+            and isinstance(content["format"], int), f"{file}: not a checkpoint of this repository")
+    require(content["format"] <= FORMAT,
+            f"{file}: format {content['format']}, newer than this code's {FORMAT}")
+    require(content["model_name"] == model_name,
+            f"{file}: a checkpoint of {content['model_name']}.py, not {model_name}.py")
+    return content
+
+
+def load_state(part: nn.Module | torch.optim.Optimizer, state: Any, path: str | Path) -> None:
+    """`load_state_dict`; UserError where the file's tensors are not this model's."""
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: its tensors do not fit this model ({reason})") from None
+
+
+def load_model(path: str | Path, model_name: str, config_class: type, build: Callable) -> Any:
+    """The trained model of a checkpoint (a file or a run's folder); `build(config)` makes it."""
+    content = load_checkpoint(path, model_name)
+    model = build(saved_config(config_class, content, path))
+    load_state(model, content["model"], path)
+    return model.eval()
+
+
+def lock(folder: Path) -> Any:
+    """Holds a run's folder until the returned file is closed or the process dies, however it dies;
+    None where another process holds it."""
+    file = open(folder / ".lock", "a")  # noqa: SIM115
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
+def open_folder(config: RunConfig, model_name: str) -> tuple[Path, Any]:
+    """The folder that this run writes to, with its lock.
+
+    The default folder gets -2, -3, ... where it holds another run or one is at work in it; one
+    named with `--out` is then refused. A resumed run continues in its own folder, or in `--out`
+    with a copy of the log. UserError where nothing can be written or another process resumes it.
+    """
+    source = checkpoint_file(config.resume).parent if config.resume else None
+    if source and not (source / "config.json").exists():  # weights that somebody keeps elsewhere
+        source = None
+    wanted = Path(config.out or source or f"runs/{model_name}-{config.preset}-{config.seed}")
+    folder, number = wanted, 1
+    try:
+        while True:
+            (folder / "figures").mkdir(parents=True, exist_ok=True)
+            own = source and source.resolve() == folder.resolve()
+            if own and config.eval_only:  # also of a run that is at work
+                return folder, None
+            held = lock(folder)
+            require(held or not own, f"{folder}: another process is training this run")
+            full = any((folder / name).exists() for name in ("checkpoint.pt", "evaluation.json"))
+            if held and (own or not full):
+                break
+            require(not config.out,
+                    f"{folder} holds another run; name another --out, or --resume {folder}")
+            number += 1
+            folder = Path(f"{wanted}-{number}")
+        write_json(folder / "config.json", dataclasses.asdict(config))
+        if source and not own and (source / "metrics.jsonl").exists():
+            write(folder / "metrics.jsonl", (source / "metrics.jsonl").read_bytes())
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write to {folder} ({reason}); name another --out") from None
+    return folder, held
+
+
+def commit() -> str | None:
+    """The commit of this code, `-dirty` where it was changed since; None where it has none."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    with contextlib.suppress(OSError):  # no git here
+        top = git("rev-parse", "--show-toplevel")
+        if top and Path(top).resolve() == ROOT:  # else this code is a copy inside another project
+            return git("describe", "--always", "--dirty") or None
+    return None
+
+
+# -- a run -----------------------------------------------------------------------------------------
+
+
+class Run:
+    """One training run; `start` makes it. Attributes: config, model, optimizer, device, folder,
+    step (training steps taken), minutes (of training), skipped (steps without a finite gradient).
+    """
+
+    def __init__(
+        self, name: str, config: RunConfig, presets: dict[str, dict], model: nn.Module,
+        optimizer: torch.optim.Optimizer, title: str, kernels: str,
+    ):
+        self.name, self.config, self.model, self.optimizer = name, config, model, optimizer
+        self.device = next(model.parameters()).device
+        self.default = make_config(type(config), presets, config.preset)
+        self.step, self.minutes, self.skipped, self.nonfinite_streak = 0, 0.0, 0, 0
+        self.leader, self.folder, self.held = rank() == 0, Path(), None
+        self.graphs: dict[Any, Callable] = {}
+        if config.resume:
+            saved = load_checkpoint(config.resume, name)
+            load_state(model, saved["model"], config.resume)
+            if not config.eval_only:
+                load_state(optimizer, saved["optimizer"], config.resume)
+            self.step = saved["step"]
+            self.minutes, self.skipped = saved.get("minutes", 0.0), saved.get("skipped", 0)
+        if self.leader:
+            self.folder, self.held = open_folder(config, name)
+            self.print_header(title, kernels)
+
+    def print_header(self, title: str, kernels: str) -> None:
+        config = self.config
+        changed = [f"{name} {value}" for name, value in dataclasses.asdict(config).items()
+                   if value != getattr(self.default, name) and name not in ("seed", "out",
+                                                                            "resume")]
+        size = sum(p.numel() for p in self.model.parameters())
+        print(f"{title}, {size:,} parameters")
+        print(f"  preset   {standing(self.name, config.preset)}, seed {config.seed}")
+        if changed:
+            print(f"  changed  {', '.join(changed)}")
+        print(f"  device   {describe(self.device)}")
+        print(f"           {config.precision}, torch {torch.__version__}")
+        print(f"  kernels  {kernels}")
+        print(f"  writes   {self.folder}/", flush=True)
+
+    def steps(self) -> Iterator[tuple[int, Tensor]]:
+        """Each training step with the numbers (B,) of its scenes: this process's part of them.
+
+        Ends after config.steps steps, config.minutes minutes, or with KeyboardInterrupt after
+        Ctrl-C or SIGTERM; saves in every case, and every CHECKPOINT_SECONDS.
+        """
+        config = self.config
+        if config.eval_only:
+            return
+        local_batch_size = config.batch_size // world_size()
+        if self.leader:
+            read_log(self.folder, last_step=self.step)
+        self.save()
+        saved = logged = time.monotonic()
+        began = saved - 60 * self.minutes
+        self.last_log = self.step, logged
+        no_terminal = sys.stderr is None or not sys.stderr.isatty()
+        with StopFlag() as stop, tqdm(
+            total=config.steps, initial=self.step, leave=False,
+            disable=no_terminal or not self.leader,
+            bar_format="{n_fmt}/{total_fmt} {bar:9} {elapsed}<{remaining}{postfix}",
+        ) as self.bar:
+            while self.step < config.steps and not any_process(
+                bool(stop) or self.minutes >= (config.minutes or math.inf), self.device
+            ):
+                first = self.step * config.batch_size + rank() * local_batch_size
+                yield self.step, torch.arange(first, first + local_batch_size, device=self.device)
+                self.step += 1
+                self.minutes = (time.monotonic() - began) / 60
+                if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    self.save()
+                    saved = time.monotonic()
+            stopped = any_process(bool(stop), self.device)
+        self.save()
+        if stopped:
+            raise KeyboardInterrupt(f"stopped after step {self.step}; "
+                                    f"continue with --resume {shlex.quote(str(self.folder))}")
+
+    def update(
+        self, loss: Callable[..., dict[str, Tensor]], *tensors: Tensor, lr: float,
+        clip: float = math.inf,
+    ) -> dict[str, Tensor]:
+        """One training step: forward, backward, mean over processes, clip, Adam.
+
+        `loss(*tensors)` gives 0-d tensors, of which `loss` is minimised, and anything else. Returns
+        them detached, the 0-d ones averaged over processes, and `grad_norm` before clipping. `lr`
+        and `clip` are those of the optimizer's first group; further groups keep their own lr and
+        are not clipped. A gradient that is not finite leaves all parameters as they are; ten in a
+        row raise UserError.
+        """
+        run = self.captured(loss, tensors) if self.config.cuda_graph else self.forward_backward
+        parts = {name: value.detach() for name, value in run(loss, *tensors).items()}
+        groups = self.optimizer.param_groups
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        average(gradients + [value for value in parts.values() if value.ndim == 0])
+        parts["grad_norm"] = nn.utils.clip_grad_norm_(groups[0]["params"], clip)
+        groups[0]["lr"] = lr
+        if parts["grad_norm"].isfinite():
+            self.optimizer.step()
+            self.nonfinite_streak = 0
+        else:
+            self.skipped, self.nonfinite_streak = self.skipped + 1, self.nonfinite_streak + 1
+            require(self.nonfinite_streak < 10, f"step {self.step + 1}: 10 gradients in a row not "
+                    f"finite (loss {parts['loss']:.4g}); last checkpoint in {self.folder}")
+        return parts
+
+    def forward_backward(
+        self, loss: Callable[..., dict[str, Tensor]], *tensors: Tensor
+    ) -> dict[str, Tensor]:
+        self.optimizer.zero_grad()
+        half = self.config.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            parts = loss(*tensors)
+        parts["loss"].backward()
+        return parts
+
+    def captured(self, loss: Callable, tensors: tuple[Tensor, ...]) -> Callable:
+        """`forward_backward` as a CUDA graph, one for each set of shapes."""
+        key = tuple(t.shape for t in tensors)
+        if key not in self.graphs:
+            static = [t.clone() for t in tensors]
+            side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # lazy initialisations must not be captured
+                for _ in range(3):
+                    self.forward_backward(loss, *static)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph):
+                outputs = self.forward_backward(loss, *static)
+
+            def replay(_: Callable, *new: Tensor) -> dict[str, Tensor]:
+                for own, value in zip(static, new, strict=True):
+                    own.copy_(value)
+                graph.replay()
+                return dict(outputs)
+
+            self.graphs[key] = replay
+        return self.graphs[key]
+
+    def due(self, step: int) -> bool:
+        """True where this step's numbers are to be logged."""
+        return (step + 1) % self.config.log_every == 0
+
+    def log(self, parts: dict[str, Tensor], **scores: Tensor | float) -> None:
+        """A line of metrics.jsonl: the 0-d tensors of `update` and this process's scores, which are
+        averaged over processes; shown as a bar in a terminal, as a line elsewhere."""
+        values = {name: value for name, value in parts.items() if value.ndim == 0}
+        own = [torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in scores.values()]
+        average(own)
+        values |= dict(zip(scores, own, strict=True))
+        if not self.leader:
+            return
+        numbers = dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(),
+                           strict=True))
+        step, now = self.step + 1, time.monotonic()
+        pace = (now - self.last_log[1]) / (step - self.last_log[0])
+        self.last_log = step, now
+        record = dict(step=step, **numbers, lr=self.optimizer.param_groups[0]["lr"],
+                      skipped=self.skipped, seconds=60 * self.minutes, seconds_per_step=pace)
         for name, value in record.items():
             if isinstance(value, float):  # six digits; null for what JSON has no number for
                 record[name] = float(f"{value:.6g}") if math.isfinite(value) else None
@@ -234,66 +628,84 @@ class Progress:
             file.write(json.dumps(record) + "\n")
         shown = "  ".join(f"{n} {record[n]:.4g}" for n in SHOWN if record.get(n) is not None)
         self.bar.set_postfix_str(shown, refresh=False)
-        self.bar.update(record["step"] - self.bar.n)
+        self.bar.update(step - self.bar.n)
         if self.bar.disable:
-            print(f"step {record['step']}  {shown}  {record['seconds']:.0f} s", flush=True)
+            print(f"step {step}  {shown}  {record['seconds']:.0f} s", flush=True)
 
-    def __enter__(self) -> "Progress":
-        return self
+    def save(self) -> None:
+        """Writes checkpoint.pt: {format, model_name, config, model, optimizer, step, ...}."""
+        if self.leader:
+            buffer = io.BytesIO()
+            torch.save(dict(
+                format=FORMAT, model_name=self.name, config=dataclasses.asdict(self.config),
+                model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                step=self.step, minutes=self.minutes, skipped=self.skipped,
+            ), buffer)
+            write(self.folder / "checkpoint.pt", buffer.getvalue())
 
-    def __exit__(self, *_: Any) -> None:
-        self.bar.close()
+    def finish(
+        self, scenes: Any, evaluate: Callable[[Any, Any], dict[str, Any]],
+        draw: Callable[[Any, Any, Path, dict[str, Any]], None], show: Sequence[str], picture: str,
+    ) -> dict[str, Any]:
+        """Evaluates and draws, writes evaluation.json, says what was reached; returns its content.
+
+        `evaluate(model, scenes)` gives {"metrics": {name: {"mean", ...}}, ...};
+        `draw(model, scenes, folder, results)` writes pictures. Only the first process works; the
+        others get {}. `show` names the metrics to print.
+        """
+        if not self.leader:
+            return {}
+        with announced("evaluating test scenes"):
+            results = evaluate(self.model, scenes)
+        versions = dict(python=platform.python_version(), torch=torch.__version__)
+        evaluation = dict(
+            model=self.name, preset=self.config.preset,
+            command=typed(self.name, self.config, self.default), seed=self.config.seed,
+            device=describe(self.device), versions=versions, commit=commit(),
+            date=datetime.date.today().isoformat(), steps=self.step, minutes=self.minutes,
+            skipped=self.skipped, **results,
+        )
+        write_json(self.folder / "evaluation.json", evaluation)
+        with announced("drawing figures"):
+            draw(self.model, scenes, self.folder / "figures", results)
+        metrics = results["metrics"]
+        reached = [f"{name} {metrics[name]['mean']:.4g}" for name in show
+                   if metrics.get(name, {}).get("mean") is not None]
+        print(f"reached  {', '.join(reached)}")
+        print(f"         after {self.step:,} steps in {self.minutes:.1f} min")
+        for name, scores in floors(scenes.name).items():
+            values = [f"{n} {scores[n]['mean']:.4g}" for n in show if n in scores]
+            print(f"floor    {', '.join(values)} ({name.replace('_', ' ')}, no learning)")
+        print(f"look at  {self.folder / 'figures' / picture}")
+        if self.held:
+            self.held.close()
+        return evaluation
+
+
+def start(
+    name: str, config: RunConfig, presets: dict[str, dict], model: nn.Module,
+    optimizer: torch.optim.Optimizer, *, title: str, kernels: str = "none in this model",
+    compiled: Sequence[nn.Module] = (),
+) -> Run:
+    """Opens or resumes a run: folder, header, weights. `compiled`: what `--compile` compiles;
+    `kernels`: what the header says about who computes the per-pixel operations. UserError."""
+    run = Run(name, config, presets, model, optimizer, title, kernels)
+    if config.compile and not config.eval_only:
+        for part in compiled:
+            part.compile()
+    return run
+
+
+def floors(dataset: str) -> dict[str, Any]:
+    """What no learning scores on the test scenes of a data set, where that is known."""
+    path = RESULTS / f"floors-{Path(dataset).name}.json"
+    return json.loads(path.read_text())["floors"] if path.exists() else {}
 
 
 @contextlib.contextmanager
 def announced(text: str) -> Iterator[None]:
     """Says what is being done, and afterwards how long it took."""
-    start = time.monotonic()
+    began = time.monotonic()
     print(f"{text} ...", end=" ", flush=True)
     yield
-    print(f"{time.monotonic() - start:.0f} s", flush=True)
-
-
-def commit() -> str | None:
-    """The commit of this code, `-dirty` where it was changed since; None outside of git."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:  # no git here
-        return None
-    return done.stdout.strip() or None
-
-
-def evaluation(model_name: str, config: Any, device: torch.device, **results: Any) -> dict:
-    """The content of evaluation.json: what was run, on what, and what came out."""
-    return dict(
-        model=model_name, preset=config.preset, variant=config.variant,
-        command=shlex.join(["python", *sys.argv]), seed=config.seed, device=describe(device),
-        versions=dict(python=platform.python_version(), torch=torch.__version__),
-        commit=commit(), date=datetime.date.today().isoformat(), **results,
-    )
-
-
-def cuda_graph(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """`function` of tensors, captured at its first call and replayed at every call."""
-    captured: list[Any] = []
-
-    def replay(*tensors: torch.Tensor) -> dict[str, Any]:
-        if not captured:
-            static = [t.clone() for t in tensors]
-            side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # lazy initialisations must not be captured
-                for _ in range(3):
-                    function(*static)
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph):
-                outputs = function(*static)
-            captured.extend((static, graph, outputs))
-        static, graph, outputs = captured
-        for own, new in zip(static, tensors, strict=True):
-            own.copy_(new)
-        graph.replay()
-        return dict(outputs)
-
-    return replay
+    print(f"{time.monotonic() - began:.0f} s", flush=True)
