@@ -201,37 +201,33 @@ class Conv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=self.layout(x))
-        if self.activation == "elu":
-            return kernels.conv_elu(x, self.weight, self.bias, padding=self.padding[0])
-        x = super().forward(x)
-        return F.relu(x, inplace=True) if self.activation == "relu" else x
+        return activate(super().forward(x), self.activation)
 
 
 class BroadcastConv(Conv):
     """A convolution over z plus the embedding of each pixel's position, without that image.
 
     Taps that never meet the padding act on z, the same at every pixel, as their sum: 2 p + 1 rows
-    and columns of taps remain. The embedding's response is the same for every z, and is passed on
-    by `as_it_is`, an identity.
+    and columns of taps remain.
     """
-
-    def __init__(self, *sizes: Any):
-        super().__init__(*sizes)
-        number, side = self.out_channels, 2 * self.padding[0] + 1
-        as_it_is = nn.init.dirac_(torch.empty(number, number, side, side))
-        self.register_buffer("as_it_is", as_it_is, persistent=False)
 
     def forward(self, z: Tensor, embedding: Tensor) -> Tensor:  # (N, D), (D, h, w) -> (N, O, H, W)
         p, size = self.padding[0], self.kernel_size[0]
-        response = F.conv2d(embedding[None], self.weight, padding=p)[0]  # (O, H, W)
+        response = F.conv2d(embedding[None], self.weight, self.bias, padding=p)
+        response = response.contiguous(memory_format=self.layout(z))[0]  # (O, H, W)
         taps = self.weight
         for dim in (2, 3):
             first, inner, last = taps.split([p, size - 2 * p, p], dim)
             taps = torch.cat([first, inner.sum(dim, keepdim=True), last], dim)
-        taps = torch.cat([taps, self.as_it_is], 1)  # (O, D+O, 2p+1, 2p+1)
-        return kernels.broadcast_conv(
-            z, taps, self.bias, response, self.activation, self.layout(z)
-        )
+        return activate(kernels.broadcast_conv(z, taps, response), self.activation)
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """In place, so that a layer keeps one tensor for backward."""
+    return ACTIVATIONS[name](x, inplace=True) if name != "none" else x
+
+
+ACTIVATIONS = {"elu": F.elu, "relu": F.relu}
 
 
 # Kernel and padding of the hidden layers, of the last layer, activation. The paper's are `iodine`

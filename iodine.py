@@ -204,10 +204,7 @@ class Conv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=self.layout(x))
-        if self.activation == "elu":
-            return kernels.conv_elu(x, self.weight, self.bias, self.stride, self.padding)
-        x = super().forward(x)
-        return F.relu(x, inplace=True) if self.activation == "relu" else x
+        return activate(super().forward(x), self.activation)
 
 
 class BroadcastConv(Conv):
@@ -220,9 +217,18 @@ class BroadcastConv(Conv):
         self.register_buffer("coordinates", coordinates, persistent=False)
 
     def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, O, H, W)
-        return kernels.broadcast_conv(
-            z, self.weight, self.bias, self.coordinates, self.activation, self.layout(z)
-        )
+        taps_z, taps_xy = self.weight.split([z.shape[1], len(self.coordinates)], 1)
+        response = F.conv2d(self.coordinates[None], taps_xy, self.bias, padding=self.padding)
+        response = response.contiguous(memory_format=self.layout(z))[0]  # (O, H, W)
+        return activate(kernels.broadcast_conv(z, taps_z, response), self.activation)
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """In place, so that a layer keeps one tensor for backward."""
+    return ACTIVATIONS[name](x, inplace=True) if name != "none" else x
+
+
+ACTIVATIONS = {"elu": F.elu, "relu": F.relu}
 
 
 def activation(config: Config) -> nn.Module:

@@ -100,7 +100,6 @@ def _set_choice(name: str) -> None:
 
 # Last, because the files of the ops look up the names above. An op has the name of its file, so
 # `kernels.mixture` is the function, and `from kernels.mixture import ...` still reads the file.
-from kernels.bias_elu import bias_elu, conv_elu  # noqa: E402
 from kernels.broadcast_conv import broadcast_conv  # noqa: E402
 from kernels.masks import masks  # noqa: E402
 from kernels.mixture import Mixture, mixture, mixture_log_likelihood  # noqa: E402
@@ -116,10 +115,8 @@ __all__ = [
     "Mixture",
     "RefinementInputs",
     "backend",
-    "bias_elu",
     "broadcast_conv",
     "channel_slices",
-    "conv_elu",
     "describe",
     "layout",
     "masks",
