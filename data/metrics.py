@@ -1,4 +1,4 @@
-"""How well a model takes scenes apart: ARI, mIoU, MSE, one value per scene, and their summary.
+"""How well a model takes scenes apart: ARI, mIoU, MSE and so on, and what needs no learning.
 
 Conventions, which differ between published implementations and move the numbers:
 
@@ -8,9 +8,9 @@ Conventions, which differ between published implementations and move the numbers
 - What is no set of masks is refused, not repaired: 0/255 masks multiply the pair counts of the ARI
   and shift it a little, which nobody notices.
 
-Everything is computed in float64, without gradients, on the device of its arguments. Every function
-raises ValueError, with a line that says what is wrong, for shapes that do not fit, true masks that
-are not bool or not exclusive, and predictions that hold NaN.
+Arguments are tensors or arrays. Everything is computed in float64 on the CPU, as some devices have
+no float64, and without gradients. ValueError, in one line, for shapes that do not fit, true masks
+that are not bool or not exclusive, and predictions that hold NaN.
 
 Axes: B scenes, E entities (0 is the background), K slots, C H W image.
 """
@@ -21,22 +21,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
+from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 from scipy.special import entr
+from sklearn.cluster import KMeans
 from sklearn.ensemble import GradientBoostingClassifier, GradientBoostingRegressor
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from torch import Tensor
-from torch.nn import functional as F
+
+Values = Tensor | np.ndarray
+FLOOR_SCENES = 320  # of the test split, as many as a run evaluates
 
 
-@torch.no_grad()
-def ari(true_masks: Tensor, predicted: Tensor, foreground: bool = True) -> Tensor:
-    """Adjusted Rand index of each scene: (B,) float64 in [-0.5, 1], 1 perfect, 0 chance.
+# -- segmentation ----------------------------------------------------------------------------------
+
+
+def ari(true_masks: Values, predicted: Values, foreground: bool = True) -> Tensor:
+    """Adjusted Rand index of each scene: (B,) float64 in [-0.5, 1]; 1 perfect.
 
     Hubert & Arabie (1985). With n_ek the number of pixels of entity e in segment k,
 
         index = Σ_ek C(n_ek, 2),  a = Σ_e C(n_e., 2),  b = Σ_k C(n_.k, 2),  total = C(n, 2)
         ARI = (index - a b / total) / ((a + b) / 2 - a b / total)
+
+    0 is the mean over segments of scattered pixels; those in one piece score more (`no_learning`).
 
     true_masks: (B, E, H, W) bool, exactly one entity per pixel, entity 0 the background.
     predicted: (B, K, H, W), floats, whose argmax over K decides, or exclusive bool.
@@ -46,9 +54,7 @@ def ari(true_masks: Tensor, predicted: Tensor, foreground: bool = True) -> Tenso
     it is found whole; as in scikit-learn, which sees the foreground pixels only, that scores 1, and
     0 where it is split. With foreground=False the background is one more entity.
     """
-    _check_masks(true_masks)
-    segments = _segments(predicted, true_masks)
-    counts = _contingency(true_masks, segments)  # (B, E, K)
+    counts = _contingency(true_masks, predicted)  # (B, E, K)
     if foreground:
         counts = counts[:, 1:]
 
@@ -66,8 +72,7 @@ def ari(true_masks: Tensor, predicted: Tensor, foreground: bool = True) -> Tenso
     return torch.where(number > 0, score, math.nan)
 
 
-@torch.no_grad()
-def miou(true_masks: Tensor, present: Tensor, predicted: Tensor) -> Tensor:
+def miou(true_masks: Values, present: Values, predicted: Values) -> Tensor:
     """Mean intersection over union of each scene's objects: (B,) float64 in [0, 1], 1 perfect.
 
         max over one-to-one matchings k(e) of   1/n Σ_{e present, e > 0} IoU(object e, segment k(e))
@@ -77,25 +82,17 @@ def miou(true_masks: Tensor, present: Tensor, predicted: Tensor) -> Tensor:
     Any slot may serve an object; the background is left out. An object that gets no slot (K < n)
     counts 0, and so does one that is present but hidden. NaN where no object is present.
     """
-    _check_masks(true_masks)
+    iou = _iou(_contingency(true_masks, predicted))[:, 1:]  # (B, E-1, K)
+    present = _cpu(present)
     if present.dtype != torch.bool or present.shape != true_masks.shape[:2]:
-        raise ValueError(
-            f"present must be bool {tuple(true_masks.shape[:2])}, "
-            f"not {present.dtype} {tuple(present.shape)}"
-        )
-    segments = _segments(predicted, true_masks)
+        raise ValueError(f"present must be bool {tuple(true_masks.shape[:2])}, "
+                         f"not {present.dtype} {tuple(present.shape)}")  # fmt: skip
     present = present[:, 1:]
-    iou = _iou(_contingency(true_masks, segments))[:, 1:]  # (B, E-1, K)
-    iou = iou * present[..., None]  # an absent object takes a slot only where it costs nothing
-    total = [
-        table[linear_sum_assignment(table, maximize=True)].sum() for table in iou.cpu().numpy()
-    ]
-    total = torch.tensor(total, dtype=torch.float64, device=iou.device)  # (B,)
-    return total / present.sum(1)  # 0/0 is the NaN of a scene without objects
+    # An absent object takes a slot only where it costs nothing. 0/0 is a scene without objects.
+    return _best_total(iou * present[..., None]) / present.sum(1)
 
 
-@torch.no_grad()
-def match(true_masks: Tensor, predicted: Tensor, least_iou: float = 0.0) -> Tensor:
+def match(true_masks: Values, predicted: Values, least_iou: float = 0.0) -> Tensor:
     """The slot that each entity, the background included, is matched with: (B, E) int64.
 
     The one-to-one matching that maximises the total IoU; -1 for an entity without a slot: it is
@@ -103,19 +100,17 @@ def match(true_masks: Tensor, predicted: Tensor, least_iou: float = 0.0) -> Tens
     no pixel), or there are more entities than slots. For colours and probes, which want to know
     what each slot stands for; `miou` has its own.
 
-    true_masks, predicted: as for `ari`.
+    true_masks, predicted: as for `ari`. The result is on the device of true_masks.
     """
-    _check_masks(true_masks)
-    iou = _iou(_contingency(true_masks, _segments(predicted, true_masks)))  # (B, E, K)
+    iou = _iou(_contingency(true_masks, predicted)).numpy()  # (B, E, K)
     slots = np.full(iou.shape[:2], -1)
-    for row, table in zip(slots, iou.cpu().numpy(), strict=True):
+    for row, table in zip(slots, iou, strict=True):
         entity, slot = linear_sum_assignment(table, maximize=True)
         row[entity] = np.where(table[entity, slot] > least_iou, slot, -1)
-    return torch.from_numpy(slots).to(true_masks.device)
+    return torch.from_numpy(slots).to(getattr(true_masks, "device", "cpu"))
 
 
-@torch.no_grad()
-def box_iou(true: Tensor, present: Tensor, boxes: Tensor, used: Tensor) -> Tensor:
+def box_iou(true: Values, present: Values, boxes: Values, used: Values) -> Tensor:
     """Mean over the objects of a scene of the IoU with their boxes: (B,) float64 in [0, 1].
 
     IoU = area of the intersection / area of the union, of the one-to-one matching with the largest
@@ -125,43 +120,59 @@ def box_iou(true: Tensor, present: Tensor, boxes: Tensor, used: Tensor) -> Tenso
     true (B, E, 4), boxes (B, K, 4): top, left, height, width in pixels, sizes above 0 where used;
     present (B, E), used (B, K) bool: which of them are there.
     """
-    if true.ndim != 3 or boxes.ndim != 3 or true.shape[-1] != 4 or boxes.shape[-1] != 4:
-        raise ValueError(f"boxes must be (B, E, 4) and (B, K, 4), not {tuple(true.shape)} and "
-                         f"{tuple(boxes.shape)}")  # fmt: skip
-    if present.shape != true.shape[:2] or used.shape != boxes.shape[:2] or len(true) != len(boxes):
-        raise ValueError(f"present must be {tuple(true.shape[:2])} and used "
-                         f"{tuple(boxes.shape[:2])}, of as many scenes")  # fmt: skip
+    true, present, boxes, used = map(_cpu, (true, present, boxes, used))
+    if (true.ndim, boxes.ndim, len(true)) != (3, 3, len(boxes)) or (
+        true.shape != (*present.shape, 4) or boxes.shape != (*used.shape, 4)
+    ):
+        raise ValueError(f"boxes must be (B, E, 4) and (B, K, 4), present (B, E), used (B, K), not "
+                         f"{[tuple(x.shape) for x in (true, boxes, present, used)]}")  # fmt: skip
     true, boxes = true.double()[:, :, None], boxes.double()[:, None]  # (B, E, 1, 4), (B, 1, K, 4)
     ends = torch.minimum(true[..., :2] + true[..., 2:], boxes[..., :2] + boxes[..., 2:])
     shared = (ends - torch.maximum(true[..., :2], boxes[..., :2])).clamp(min=0).prod(-1)
     union = true[..., 2:].prod(-1) + boxes[..., 2:].prod(-1) - shared  # (B, E, K)
     both = present[:, :, None] & used[:, None]
-    iou = torch.where(both, shared / union, 0.0).cpu().numpy()
-    total = [table[linear_sum_assignment(table, maximize=True)].sum() for table in iou]
-    return torch.tensor(total, dtype=torch.float64, device=true.device) / present.sum(1)
+    return _best_total(torch.where(both, shared / union, 0.0)) / present.sum(1)
 
 
-@torch.no_grad()
-def mse(image: Tensor, reconstruction: Tensor) -> Tensor:
+def mse(image: Values, reconstruction: Values) -> Tensor:
     """Squared error per value, Σ (image - reconstruction)² / (C H W): (B,) float64, 0 perfect.
 
-    Both (B, C, H, W) floats on the scale [0, 1] of the image. (Some papers print the sum over C, H
-    and W instead.) Raises ValueError also for integers, which would be on the scale of 0 to 255.
+    Both (B, C, H, W) floats on the scale [0, 1] of the image: integers, which would be on that of
+    0 to 255, are refused. (Some papers print the sum over C, H and W instead.)
     """
-    if image.ndim != 4 or image.shape != reconstruction.shape:
-        raise ValueError(
-            f"image and reconstruction must both be (B, C, H, W), "
-            f"not {tuple(image.shape)} and {tuple(reconstruction.shape)}"
-        )
-    if not (image.is_floating_point() and reconstruction.is_floating_point()):
-        raise ValueError("image and reconstruction must be floats on the scale [0, 1]")
+    image, reconstruction = _cpu(image), _cpu(reconstruction)
+    floats = image.is_floating_point() and reconstruction.is_floating_point()
+    if image.ndim != 4 or image.shape != reconstruction.shape or not floats:
+        raise ValueError(f"image and reconstruction must be floats (B, C, H, W), not {image.dtype} "
+                         f"{tuple(image.shape)}, {tuple(reconstruction.shape)}")  # fmt: skip
     if reconstruction.isnan().any():
         raise ValueError("the reconstruction holds NaN")
     return (image.double() - reconstruction.double()).square().mean((1, 2, 3))
 
 
+# -- what latents know -----------------------------------------------------------------------------
+
+
+def probe(latents: Values, targets: Mapping[str, Values]) -> dict[str, float]:
+    """How well a linear map reads each factor off the latents (IODINE, section 4.2, Fig. 5).
+
+    R² (at most 1) of a regression for floats, accuracy of a logistic one for integers. latents
+    (N, D), targets (N,) or (N, C): the first half of the rows fits the maps, the second scores
+    them. What is constant in the first half is left out.
+    """
+    latents = _cpu(latents).numpy()
+    half, scores = len(latents) // 2, {}
+    for name, y in targets.items():
+        y = _cpu(y).numpy()
+        if len(np.unique(y[:half], axis=0)) > 1:
+            probe = LinearRegression() if y.dtype.kind == "f" else LogisticRegression(max_iter=1000)
+            fitted = probe.fit(latents[:half], y[:half])
+            scores[name] = float(fitted.score(latents[half:], y[half:]))
+    return scores
+
+
 def dci(
-    codes: np.ndarray, factors: Mapping[str, np.ndarray], train: int
+    codes: Values, factors: Mapping[str, Values], train: int | None = None
 ) -> dict[str, float | dict[str, float] | None]:
     """Disentanglement, completeness, informativeness of codes (Eastwood & Williams 2018), 1 best.
 
@@ -171,62 +182,115 @@ def dci(
         completeness    = mean over j of 1 - H(R_.j / Σ_d R_dj) / log D
         accuracy, r2    = informativeness: the mean score of the factors that are classes, numbers
 
-    codes (N, D), D > 1; factors: J > 1 arrays (N,), integers for classes, floats for numbers. The
-    first `train` rows fit the trees, the others score them (`informativeness`, by factor). (The
-    authors of EfficientMORL count exact hits for both kinds: never one for a number.) None for the
-    mean of a kind that is not there.
+    codes (N, D), D > 1; factors: integers (N,) for classes, floats (N,) or (N, C) for numbers, each
+    column a factor. The first `train` rows (by default half) fit the trees, the others score them.
+    Left out: what is constant, and `color` beside `color_id`; J > 1 must remain. None for the mean
+    of a kind that is not there. (EfficientMORL's authors count exact hits of numbers too: none.)
     """
-    codes = np.asarray(codes, dtype=np.float64)
-    if codes.ndim != 2 or codes.shape[1] < 2 or len(factors) < 2 or not 0 < train < len(codes):
-        raise ValueError(f"dci needs codes (N, D > 1), two factors and 0 < train < N, not codes "
-                         f"{codes.shape}, {len(factors)} factors and train {train}")  # fmt: skip
-    importance, scores = [], {}
+    codes = _cpu(codes).double().numpy()
+    train = len(codes) // 2 if train is None else train
+    columns = {}
     for name, values in factors.items():
-        if len(values) != len(codes):
-            raise ValueError(f"factor {name} must be ({len(codes)},), not {np.shape(values)}")
-        numbers = values.dtype.kind == "f"
-        probe = GradientBoostingRegressor if numbers else GradientBoostingClassifier
-        trees = probe(random_state=0).fit(codes[:train], values[:train])
+        y = _cpu(values).numpy()
+        if not (name == "color" and "color_id" in factors):
+            columns |= {name: y} if y.ndim == 1 else {f"{name} {i}": v for i, v in enumerate(y.T)}
+    columns = {name: y for name, y in columns.items() if len(np.unique(y[:train])) > 1}
+    if codes.ndim != 2 or codes.shape[1] < 2 or len(columns) < 2 or not 0 < train < len(codes):
+        raise ValueError(f"dci needs codes (N, D > 1), two factors that vary and 0 < train < N, "
+                         f"not codes {codes.shape}, {len(columns)} and train {train}")  # fmt: skip
+    importance, scores = [], {}
+    means = {"accuracy": [], "r2": []}
+    for name, y in columns.items():
+        numbers = y.dtype.kind == "f"
+        trees = GradientBoostingRegressor if numbers else GradientBoostingClassifier
+        trees = trees(random_state=0).fit(codes[:train], y[:train])
         importance.append(trees.feature_importances_)
-        scores[name] = float(trees.score(codes[train:], values[train:]))
+        scores[name] = float(trees.score(codes[train:], y[train:]))
+        means["r2" if numbers else "accuracy"].append(scores[name])
     importance = np.stack(importance, 1)  # (D, J)
-    kinds = {"accuracy": "iub", "r2": "f"}
-    informativeness = {
-        kind: [scores[name] for name, v in factors.items() if v.dtype.kind in letters]
-        for kind, letters in kinds.items()
-    }
     return dict(
         disentanglement=float(_concentration(importance) @ importance.sum(1) / importance.sum()),
         completeness=float(_concentration(importance.T).mean()),
-        **{kind: float(np.mean(s)) if s else None for kind, s in informativeness.items()},
+        **{kind: float(np.mean(values)) if values else None for kind, values in means.items()},
         informativeness=scores,
     )
+
+
+# -- floors: what needs no learning ----------------------------------------------------------------
+
+
+def no_learning(image: Values, num_slots: int, seed: int) -> dict[str, np.ndarray]:
+    """Three ways to take an image (C, H, W) apart: masks (1, K, H, W), bool.
+
+    one_hue: connected components (4 neighbours) of one hue, a pixel's colours over the largest of
+    them; for one channel, of equal brightness; both to a twentieth. kmeans: of colour and place
+    (the whole side counts half as much as black to white), num_slots clusters, best of four starts.
+    voronoi: the nearest of num_slots random points, which never sees the image.
+    """
+    image = _cpu(image).double().numpy()
+    channels, *size = image.shape
+    place = (np.indices(size) + 0.5) / np.reshape(size, (2, 1, 1))  # (2, H, W) in [0, 1]
+    hue = image if channels == 1 else image / image.max(0).clip(1e-9)
+    features = np.concatenate([image, place / 2]).reshape(channels + 2, -1).T  # (H W, C + 2)
+    points = np.random.default_rng(seed).random((num_slots, 2, 1, 1))
+    segments = dict(
+        one_hue=_components(np.round(hue * 20)),
+        kmeans=KMeans(num_slots, n_init=4, random_state=seed).fit_predict(features).reshape(size),
+        voronoi=((place - points) ** 2).sum(1).argmin(0),
+    )
+    return {k: s == np.arange(s.max() + 1)[None, :, None, None] for k, s in segments.items()}
+
+
+def count_floor(counts: Values) -> Tensor:
+    """Whether each count (B,) is the most frequent one: bool, whose mean no constant beats."""
+    counts = _cpu(counts)
+    return counts == counts.mode().values
+
+
+def dataset_floors(scenes: Any, num_slots: int | None = None) -> dict[str, Any]:
+    """What no learning scores on 320 of these scenes, ready for JSON.
+
+    Where each pixel has one owner: ari_fg, ari, miou of `no_learning`, with as many slots as
+    entities by default. Where objects blend: how often the most frequent number of them is right.
+    """
+    num_slots, scores, first = num_slots or scenes.max_entities, {}, scenes.batch(0, 1)
+    if first.coverage is not None:
+        counts = scenes.batch(0, FLOOR_SCENES).present[:, 1:].sum(1)
+        scores["most_frequent_count"] = {"count_accuracy": [count_floor(counts)]}
+    elif first.masks is not None:
+        for i in range(FLOOR_SCENES):  # one by one, as a photograph has thousands of components
+            image, masks, present, *_ = scenes.batch(i, 1)
+            for name, found in no_learning(image[0], num_slots, i).items():
+                floor = scores.setdefault(name, dict(ari_fg=[], ari=[], miou=[]))
+                floor["ari_fg"].append(ari(masks, found))
+                floor["ari"].append(ari(masks, found, foreground=False))
+                floor["miou"].append(miou(masks, present, found))
+    floors = {
+        name: {score: mean_stderr(torch.cat(values)) for score, values in floor.items()}
+        for name, floor in scores.items()
+    }
+    return dict(
+        command=f"python notebooks/results.py floors {scenes.name}", dataset=scenes.name,
+        split=scenes.split, seed=scenes.seed, scenes=FLOOR_SCENES, num_slots=num_slots,
+        floors=floors,
+    )  # fmt: skip
 
 
 def mean_stderr(values: Any) -> dict[str, float | int | None]:
     """`{mean, stderr, n, left_out}` of a tensor, array or list of scores, ready for JSON.
 
-    NaN (and None) are left out and counted in `left_out`; n counts the rest. mean = Σ v / n and
-    stderr = sqrt(Σ (v - mean)² / (n - 1) / n), in the unit of the values. As JSON knows neither NaN
-    nor infinity, what is no finite number is None: the mean of nothing, the standard error of less
-    than two values, and both where a value is infinite (which n counts).
+    NaN and None are left out and counted in `left_out`; n counts the rest. stderr is
+    sqrt(Σ (v - mean)² / (n - 1) / n). What is no finite number is None, as JSON knows neither NaN
+    nor infinity: both of nothing, stderr of one value, both where a value is infinite.
     """
-    if isinstance(values, Tensor):
-        values = values.detach().double().cpu().numpy()
+    values = values.detach().cpu().double() if isinstance(values, Tensor) else values
     values = np.asarray(values, dtype=np.float64).ravel()
     kept = values[~np.isnan(values)]
     with np.errstate(all="ignore"):  # infinite values
         mean = kept.mean() if len(kept) else math.nan
         stderr = kept.std(ddof=1) / math.sqrt(len(kept)) if len(kept) > 1 else math.nan
-    return {
-        "mean": float(mean) if math.isfinite(mean) else None,
-        "stderr": float(stderr) if math.isfinite(stderr) else None,
-        "n": len(kept),
-        "left_out": len(values) - len(kept),
-    }
-
-
-# -- pieces ----------------------------------------------------------------------------------------
+    mean, stderr = (float(v) if math.isfinite(v) else None for v in (mean, stderr))
+    return dict(mean=mean, stderr=stderr, n=len(kept), left_out=len(values) - len(kept))
 
 
 def _concentration(weights: np.ndarray) -> np.ndarray:
@@ -236,36 +300,41 @@ def _concentration(weights: np.ndarray) -> np.ndarray:
     return np.where(weights.any(1), 1 - entropy, 0.0)
 
 
-def _check_masks(masks: Tensor, name: str = "true_masks", axes: str = "(B, E, H, W)") -> None:
-    if masks.ndim != 4:
-        raise ValueError(f"{name} must be {axes}, not {tuple(masks.shape)}")
-    if masks.dtype != torch.bool:
-        raise ValueError(f"{name} must be bool, not {masks.dtype} (of masks of 0/255: masks > 127)")
-    if not (masks.sum(1) == 1).all():
-        raise ValueError(f"{name} must put each pixel into exactly one of {masks.shape[1]} masks")
+def _components(value: np.ndarray) -> np.ndarray:
+    """The connected components of equal values: (C, H, W) -> numbers from 0, (H, W)."""
+    _, kind = np.unique(value.reshape(len(value), -1), axis=1, return_inverse=True)
+    kind = kind.reshape(value.shape[1:])
+    segments, total = np.zeros_like(kind), 0
+    for k in range(kind.max() + 1):
+        part, number = ndimage.label(kind == k)
+        segments += np.where(part > 0, part - 1 + total, 0)
+        total += number
+    return segments
 
 
-def _segments(predicted: Tensor, true_masks: Tensor) -> Tensor:
-    """The slot that each pixel belongs to, one-hot: (B, K, H, W) bool."""
-    scenes, slots, *size = predicted.shape if predicted.ndim == 4 else (0, 0)
-    if not slots or (scenes, *size) != (true_masks.shape[0], *true_masks.shape[2:]):
-        raise ValueError(
-            f"predicted must be (B, K, H, W), K > 0, for true_masks {tuple(true_masks.shape)}, "
-            f"not {tuple(predicted.shape)}"
-        )
-    if predicted.dtype == torch.bool:
-        _check_masks(predicted, "predicted", "(B, K, H, W)")
-        return predicted
-    if not predicted.is_floating_point():
-        raise ValueError(f"predicted must be float or bool, not {predicted.dtype}")
+def _contingency(true_masks: Values, predicted: Values) -> Tensor:
+    """Pixels that entity e and segment k share: (B, E, K) float64, whole numbers."""
+    true_masks, predicted = _cpu(true_masks), _cpu(predicted)
+    if (true_masks.ndim, predicted.ndim) != (4, 4) or (
+        true_masks[:, :1].shape != predicted[:, :1].shape
+    ):
+        raise ValueError(f"masks must be (B, E, H, W) and (B, K, H, W), K > 0, not "
+                         f"{tuple(true_masks.shape)} and {tuple(predicted.shape)}")  # fmt: skip
+    if true_masks.dtype != torch.bool:
+        raise ValueError(f"true masks must be bool, not {true_masks.dtype} (0/255: masks > 127)")
+    if not (predicted.is_floating_point() or predicted.dtype == torch.bool):
+        raise ValueError(f"predicted masks must be float or bool, not {predicted.dtype}")
+    for masks in (true_masks, predicted):
+        if masks.dtype == torch.bool and not (masks.sum(1) == 1).all():
+            raise ValueError("bool masks must put each pixel into exactly one segment")
     if predicted.isnan().any():
         raise ValueError("the predicted masks hold NaN")
-    return rearrange(F.one_hot(predicted.argmax(1), slots), "b h w k -> b k h w").bool()
-
-
-def _contingency(true_masks: Tensor, segments: Tensor) -> Tensor:
-    """Pixels that entity e and segment k share: (B, E, K) float64, whole numbers."""
-    return torch.einsum("behw, bkhw -> bek", true_masks.double(), segments.double())
+    (scenes, entities, *_), slots = true_masks.shape, predicted.shape[1]
+    scene = torch.arange(scenes)[:, None, None]
+    entity, segment = true_masks.byte().argmax(1), (predicted * 1.0).argmax(1)  # (B, H, W)
+    cell = (scene * entities + entity) * slots + segment
+    counts = cell.flatten().bincount(minlength=scenes * entities * slots)
+    return counts.view(scenes, entities, slots).double()
 
 
 def _pairs(count: Tensor) -> Tensor:
@@ -276,3 +345,15 @@ def _iou(counts: Tensor) -> Tensor:
     """Intersection over union of entities and segments, 0 for two empty ones: (B, E, K)."""
     union = counts.sum(2, keepdim=True) + counts.sum(1, keepdim=True) - counts
     return counts / union.clamp(min=1)
+
+
+def _best_total(iou: Tensor) -> Tensor:
+    """The largest sum over one-to-one matchings: (B, E, K) -> (B,) float64."""
+    total = [table[linear_sum_assignment(table, maximize=True)].sum() for table in iou.numpy()]
+    return torch.tensor(total, dtype=torch.float64)
+
+
+def _cpu(values: Values) -> Tensor:
+    """A tensor on the CPU without its graph; of an array, a copy."""
+    values = values if isinstance(values, Tensor) else torch.as_tensor(np.array(values))
+    return values.detach().cpu()

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +14,11 @@ from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 from torch.nn import functional as F
 
-from data import metrics
+import data
+from data import Batch, metrics
 
 NAN = math.nan
+RESULTS = Path(__file__).parents[1] / "notebooks" / "results"
 
 
 def one_hot(labels, number):
@@ -92,7 +96,7 @@ def test_ari_conventions():
 
 def formula_only(true, predicted):
     """Mutant: no special cases."""
-    counts = metrics._contingency(true, metrics._segments(predicted, true))[:, 1:]
+    counts = metrics._contingency(true, predicted)[:, 1:]
     index, a, b, total = (
         metrics._pairs(n).sum(tuple(range(1, n.ndim)))
         for n in (counts, counts.sum(2), counts.sum(1), counts.sum((1, 2)))
@@ -102,7 +106,7 @@ def formula_only(true, predicted):
 
 def not_adjusted(true, predicted):
     """Mutant: the Rand index, the share of pairs that truth and prediction agree on."""
-    counts = metrics._contingency(true, metrics._segments(predicted, true))[:, 1:]
+    counts = metrics._contingency(true, predicted)[:, 1:]
     both, a, b, total = (
         metrics._pairs(n).sum(tuple(range(1, n.ndim)))
         for n in (counts, counts.sum(2), counts.sum(1), counts.sum((1, 2)))
@@ -218,7 +222,7 @@ def with_background(true, present, predicted):
 
 def no_matching(true, present, predicted):
     """Mutant: each object takes its best slot, whoever else has it."""
-    iou = metrics._iou(metrics._contingency(true, metrics._segments(predicted, true)))[:, 1:]
+    iou = metrics._iou(metrics._contingency(true, predicted))[:, 1:]
     return (iou.amax(2) * present[:, 1:]).sum(1) / present[:, 1:].sum(1)
 
 
@@ -360,7 +364,7 @@ def test_other_bad_arguments_are_refused():
             metrics.miou(TRUE, present, SOFT)
     image = torch.zeros(1, 3, 4, 5)
     for other, message in (
-        (image[:, :1], "must both be"),
+        (image[:, :1], "must be floats"),
         (image.byte(), "floats"),
         (image + NAN, "NaN"),
     ):
@@ -427,7 +431,7 @@ def test_box_iou_conventions():
     for bad in (box[..., :3], box[0]):
         with pytest.raises(ValueError, match="boxes must be"):
             metrics.box_iou(bad, yes, box, yes)
-    with pytest.raises(ValueError, match="present must be"):
+    with pytest.raises(ValueError, match="boxes must be"):
         metrics.box_iou(box, yes.expand(1, 2), box, yes)
 
 
@@ -494,5 +498,114 @@ def test_dci_by_hand(monkeypatch):
                                (np.zeros((5, 2)), dict(row=np.arange(5.0)), 3)):  # fmt: skip
         with pytest.raises(ValueError, match="dci needs"):
             metrics.dci(codes, some, train)
-    with pytest.raises(ValueError, match="factor shape must be"):
-        metrics.dci(np.zeros((6, 2)), factors, 3)
+
+
+def test_dci_takes_columns_and_leaves_out_what_says_nothing_new():
+    rng = np.random.default_rng(0)
+    color_id, place = rng.integers(2, size=80), rng.random((80, 2))
+    factors = dict(place=place, color=np.eye(3)[color_id], color_id=color_id, light=np.ones(80))
+    scores = metrics.dci(torch.randn(80, 2), factors)
+    assert [*scores["informativeness"]] == ["place 0", "place 1", "color_id"]
+
+
+# -- linear probes ---------------------------------------------------------------------------------
+
+
+def test_probe_scores_the_second_half_of_the_rows():
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(400, 4))
+    targets = dict(
+        row=latents[:, 0] * 2 - latents[:, 1] + 3,  # linear
+        square=latents[:, 2] ** 2,  # not linear
+        side=(latents[:, 3] > 0).astype(int),  # separable
+        coin=rng.integers(2, size=400),
+        color=latents[:, :3] @ rng.normal(size=(3, 3)),
+        light=np.ones(400),
+        late=np.repeat([0, 1], 200),  # one class in the half that fits
+    )
+    scores = metrics.probe(torch.from_numpy(latents).float(), targets)
+    assert scores.keys() == targets.keys() - {"light", "late"}
+    assert scores["row"] > 0.999 and scores["color"] > 0.999 and scores["side"] > 0.95
+    assert scores["square"] < 0.1 and 0.35 < scores["coin"] < 0.65
+    by_hand = np.linalg.lstsq(np.c_[latents[:200], np.ones(200)], latents[:200, 2] ** 2, rcond=None)
+    error = latents[200:, 2] ** 2 - np.c_[latents[200:], np.ones(200)] @ by_hand[0]
+    r2 = 1 - (error**2).sum() / (latents[200:, 2] ** 2).var() / 200
+    assert scores["square"] == pytest.approx(r2, abs=1e-5)
+
+
+# -- what needs no learning ------------------------------------------------------------------------
+
+
+HUES = dict(K=(0, 0, 0), R=(1, 0, 0), r=(0.5, 0, 0), G=(0, 0.9, 0), Y=(0.8, 0.8, 0))
+
+
+def same_partition(found, labels):
+    return found.shape[1] == len(np.unique(labels)) and metrics.ari(
+        one_hot([labels], 9), found, foreground=False
+    ).item() == 1  # fmt: skip
+
+
+def test_connected_components_by_hand():
+    image = torch.tensor([[HUES[c] for c in row] for row in ("RrKG", "rKKY", "KKKR")])
+    found = metrics.no_learning(image.movedim(-1, 0), num_slots=2, seed=0)["one_hue"]
+    assert same_partition(found, [[0, 0, 1, 2], [0, 1, 1, 3], [1, 1, 1, 4]])
+    found = metrics.no_learning(image[None, ..., 0], num_slots=2, seed=0)["one_hue"]  # brightness
+    assert same_partition(found, [[0, 1, 2, 2], [3, 2, 2, 4], [2, 2, 2, 5]])
+
+
+def test_kmeans_uses_colour_and_place():
+    image = torch.zeros(1, 6, 6)
+    halves = [[0, 0, 0, 1, 1, 1]] * 6
+    image[:, 2:4, 1:5] = 0.2  # too faint to count against place
+    labels = metrics.no_learning(image, num_slots=2, seed=0)["kmeans"]
+    assert same_partition(labels, halves) or same_partition(labels, np.transpose(halves).tolist())
+    image[:, 2:4, 1:5] = 1
+    labels = metrics.no_learning(image, num_slots=2, seed=0)["kmeans"]
+    assert same_partition(labels, image[0].long().tolist())
+
+
+def test_voronoi_never_sees_the_image():
+    image = torch.rand(3, 5, 8)
+    found = metrics.no_learning(image, num_slots=4, seed=1)["voronoi"]
+    assert np.array_equal(found, metrics.no_learning(image * 0, num_slots=4, seed=1)["voronoi"])
+    points = np.random.default_rng(1).random((4, 2))
+    for row, col in np.ndindex(5, 8):
+        distance = np.linalg.norm(points - [(row + 0.5) / 5, (col + 0.5) / 8], axis=1)
+        assert found[0, distance.argmin(), row, col]
+
+
+def fake_scenes(coverage):
+    def batch(start, size):
+        labels = torch.tensor([[0, 1, 1], [0, 2, 2]]).repeat(size, 1, 1)
+        present = torch.ones(size, 3, dtype=torch.bool)
+        present[:, 2] = torch.arange(start, start + size) % 4 != 0
+        return labels[:, None] / 2, one_hot(labels, 3), present, {}, coverage
+
+    batch_of = lambda *span: Batch(*batch(*span))  # noqa: E731
+    return SimpleNamespace(name="n", split="test", seed=3, max_entities=3, batch=batch_of)
+
+
+def test_floors_of_a_dataset():
+    content = metrics.dataset_floors(fake_scenes(None))
+    json.dumps(content, allow_nan=False)
+    assert content["dataset"] == "n" and content["num_slots"] == 3 and content["scenes"] == 320
+    hue, voronoi = content["floors"]["one_hue"], content["floors"]["voronoi"]
+    assert [hue[k]["mean"] for k in ("ari_fg", "ari", "miou")] == [1, 1, 1]
+    assert 0 < voronoi["miou"]["mean"] < 0.9 and voronoi["ari"]["n"] == 320
+    floors = metrics.dataset_floors(fake_scenes(torch.ones(1)))["floors"]
+    assert floors["most_frequent_count"]["count_accuracy"]["mean"] == 0.75
+    assert metrics.count_floor([2, 0, 1, 1]).tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("floors-*.json")), ids=lambda p: p.stem)
+def test_committed_floors_are_the_commands(path):
+    """Of a few scenes; k-means may differ between versions of scikit-learn."""
+    content = json.loads(path.read_text())
+    assert path.name == f"floors-{content['dataset']}.json" and content["split"] == "test"
+    scenes = data.make(content["dataset"], "test", content["seed"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "FLOOR_SCENES", 4)
+        again = metrics.dataset_floors(scenes)
+    assert again.keys() == content.keys() and again["command"] == content["command"]
+    assert again["floors"].keys() == content["floors"].keys()
+    assert again["num_slots"] == content["num_slots"]
