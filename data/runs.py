@@ -18,6 +18,7 @@ import ctypes
 import dataclasses
 import datetime
 import io
+import itertools
 import json
 import math
 import os
@@ -36,13 +37,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows: folders are not locked there
-    fcntl = None
 
 FORMAT = 1  # of checkpoint.pt
 CHECKPOINT_SECONDS = 60.0  # between checkpoints
@@ -296,7 +293,7 @@ def describe(device: torch.device) -> str:
 
 
 class StopFlag:
-    """`with StopFlag() as stop`: Ctrl-C or SIGTERM makes `stop` true; a second one acts at once."""
+    """`with StopFlag() as stop`: Ctrl-C or SIGTERM sets `stop.raised`; a second acts at once."""
 
     def __enter__(self) -> "StopFlag":
         self.raised, self.before = False, {}
@@ -315,9 +312,6 @@ class StopFlag:
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before = {}
-
-    def __bool__(self) -> bool:
-        return self.raised
 
     def __exit__(self, *_: Any) -> None:
         self.restore()
@@ -393,23 +387,8 @@ def load_model(path: str | Path, model_name: str, config_class: type, build: Cal
     return model.eval()
 
 
-def lock(folder: Path) -> Any:
-    """Holds a run's folder until the returned file is closed or the process dies, however it dies;
-    None where another process holds it."""
-    file = open(folder / ".lock", "a")  # noqa: SIM115
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except OSError:  # a file system without locks
-        pass
-    return file
-
-
-def open_folder(config: RunConfig, model_name: str) -> tuple[Path, Any]:
-    """The folder that this run writes to, with its lock.
+def open_folder(config: RunConfig, model_name: str) -> tuple[Path, FileLock]:
+    """The folder that this run writes to, with the lock that it holds while its process lives.
 
     The default folder gets -2, -3, ... where it holds another run or one is at work in it; one
     named with `--out` is then refused. A resumed run continues in its own folder, or in `--out`
@@ -418,30 +397,31 @@ def open_folder(config: RunConfig, model_name: str) -> tuple[Path, Any]:
     source = checkpoint_file(config.resume).parent if config.resume else None
     if source and not (source / "config.json").exists():  # weights that somebody keeps elsewhere
         source = None
-    wanted = Path(config.out or source or f"runs/{model_name}-{config.preset}-{config.seed}")
-    folder, number = wanted, 1
-    try:
-        while True:
+    first = Path(config.out or source or f"runs/{model_name}-{config.preset}-{config.seed}")
+    for number in itertools.count(1):
+        folder = first if number == 1 else Path(f"{first}-{number}")
+        own = source and source.resolve() == folder.resolve()
+        try:
             (folder / "figures").mkdir(parents=True, exist_ok=True)
-            own = source and source.resolve() == folder.resolve()
-            if own and config.eval_only:  # also of a run that is at work
-                return folder, None
-            held = lock(folder)
-            require(held or not own, f"{folder}: another process is training this run")
+            held = FileLock(folder / ".lock", timeout=0)
+            with contextlib.suppress(Timeout):
+                held.acquire()
             full = any((folder / name).exists() for name in ("checkpoint.pt", "evaluation.json"))
-            if held and (own or not full):
-                break
-            require(not config.out,
-                    f"{folder} holds another run; name another --out, or --resume {folder}")
-            number += 1
-            folder = Path(f"{wanted}-{number}")
-        write_json(folder / "config.json", dataclasses.asdict(config))
-        if source and not own and (source / "metrics.jsonl").exists():
-            write(folder / "metrics.jsonl", (source / "metrics.jsonl").read_bytes())
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write to {folder} ({reason}); name another --out") from None
-    return folder, held
+            if own and config.eval_only:  # which another process may be training
+                return folder, held
+            if held.is_locked and (own or not full):
+                write_json(folder / "config.json", dataclasses.asdict(config))
+                if source and not own and (source / "metrics.jsonl").exists():
+                    write(folder / "metrics.jsonl", (source / "metrics.jsonl").read_bytes())
+                return folder, held
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write to {folder} ({reason}); name another --out") from None
+        held.release()
+        require(not own, f"{folder}: another process is training this run")
+        require(not config.out,
+                f"{folder} holds another run; name another --out, or --resume {folder}")
+    raise AssertionError("unreachable")
 
 
 def commit() -> str | None:
@@ -461,46 +441,23 @@ def commit() -> str | None:
 # -- a run -----------------------------------------------------------------------------------------
 
 
+@dataclass
 class Run:
-    """One training run; `start` makes it. Attributes: config, model, optimizer, device, folder,
-    step (training steps taken), minutes (of training), skipped (steps without a finite gradient).
-    """
+    """One training run, made by `start`."""
 
-    def __init__(
-        self, name: str, config: RunConfig, presets: dict[str, dict], model: nn.Module,
-        optimizer: torch.optim.Optimizer, title: str, kernels: str,
-    ):
-        self.name, self.config, self.model, self.optimizer = name, config, model, optimizer
-        self.device = next(model.parameters()).device
-        self.default = make_config(type(config), presets, config.preset)
-        self.step, self.minutes, self.skipped, self.nonfinite_streak = 0, 0.0, 0, 0
-        self.leader, self.folder, self.held = rank() == 0, Path(), None
-        self.graphs: dict[Any, Callable] = {}
-        if config.resume:
-            saved = load_checkpoint(config.resume, name)
-            load_state(model, saved["model"], config.resume)
-            if not config.eval_only:
-                load_state(optimizer, saved["optimizer"], config.resume)
-            self.step = saved["step"]
-            self.minutes, self.skipped = saved.get("minutes", 0.0), saved.get("skipped", 0)
-        if self.leader:
-            self.folder, self.held = open_folder(config, name)
-            self.print_header(title, kernels)
-
-    def print_header(self, title: str, kernels: str) -> None:
-        config = self.config
-        changed = [f"{name} {value}" for name, value in dataclasses.asdict(config).items()
-                   if value != getattr(self.default, name) and name not in ("seed", "out",
-                                                                            "resume")]
-        size = sum(p.numel() for p in self.model.parameters())
-        print(f"{title}, {size:,} parameters")
-        print(f"  preset   {standing(self.name, config.preset)}, seed {config.seed}")
-        if changed:
-            print(f"  changed  {', '.join(changed)}")
-        print(f"  device   {describe(self.device)}")
-        print(f"           {config.precision}, torch {torch.__version__}")
-        print(f"  kernels  {kernels}")
-        print(f"  writes   {self.folder}/", flush=True)
+    name: str  # of the model's file
+    config: Any
+    default: Any  # the preset's config
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    folder: Path = Path()
+    held: FileLock | None = None  # the folder's lock, in the first process
+    step: int = 0  # training steps taken
+    minutes: float = 0.0  # of training
+    skipped: int = 0  # steps without a finite gradient
+    nonfinite_streak: int = 0  # of them, the last in a row
+    graphs: dict[Any, Callable] = dataclasses.field(default_factory=dict)  # one for a set of shapes
 
     def steps(self) -> Iterator[tuple[int, Tensor]]:
         """Each training step with the numbers (B,) of its scenes: this process's part of them.
@@ -512,20 +469,18 @@ class Run:
         if config.eval_only:
             return
         local_batch_size = config.batch_size // world_size()
-        if self.leader:
+        if self.held:
             read_log(self.folder, last_step=self.step)
         self.save()
-        saved = logged = time.monotonic()
+        saved = time.monotonic()
         began = saved - 60 * self.minutes
-        self.last_log = self.step, logged
-        no_terminal = sys.stderr is None or not sys.stderr.isatty()
-        with StopFlag() as stop, tqdm(
-            total=config.steps, initial=self.step, leave=False,
-            disable=no_terminal or not self.leader,
-            bar_format="{n_fmt}/{total_fmt} {bar:9} {elapsed}<{remaining}{postfix}",
-        ) as self.bar:
+        self.last_log = self.step, saved
+        terminal = self.held and sys.stderr and sys.stderr.isatty()
+        layout = "{n_fmt}/{total_fmt} {bar:9} {elapsed}<{remaining}{postfix}"
+        with StopFlag() as stop, tqdm(total=config.steps, initial=self.step, leave=False,
+                                      disable=not terminal, bar_format=layout) as self.bar:
             while self.step < config.steps and not any_process(
-                bool(stop) or self.minutes >= (config.minutes or math.inf), self.device
+                stop.raised or self.minutes >= (config.minutes or math.inf), self.device
             ):
                 first = self.step * config.batch_size + rank() * local_batch_size
                 yield self.step, torch.arange(first, first + local_batch_size, device=self.device)
@@ -534,7 +489,7 @@ class Run:
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self.save()
                     saved = time.monotonic()
-            stopped = any_process(bool(stop), self.device)
+            stopped = any_process(stop.raised, self.device)
         self.save()
         if stopped:
             raise KeyboardInterrupt(f"stopped after step {self.step}; "
@@ -568,9 +523,7 @@ class Run:
                     f"finite (loss {parts['loss']:.4g}); last checkpoint in {self.folder}")
         return parts
 
-    def forward_backward(
-        self, loss: Callable[..., dict[str, Tensor]], *tensors: Tensor
-    ) -> dict[str, Tensor]:
+    def forward_backward(self, loss: Callable, *tensors: Tensor) -> dict[str, Tensor]:
         self.optimizer.zero_grad()
         half = self.config.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
@@ -596,7 +549,7 @@ class Run:
                 for own, value in zip(static, new, strict=True):
                     own.copy_(value)
                 graph.replay()
-                return dict(outputs)
+                return outputs
 
             self.graphs[key] = replay
         return self.graphs[key]
@@ -608,19 +561,18 @@ class Run:
     def log(self, parts: dict[str, Tensor], **scores: Tensor | float) -> None:
         """A line of metrics.jsonl: the 0-d tensors of `update` and this process's scores, which are
         averaged over processes; shown as a bar in a terminal, as a line elsewhere."""
-        values = {name: value for name, value in parts.items() if value.ndim == 0}
         own = [torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in scores.values()]
         average(own)
-        values |= dict(zip(scores, own, strict=True))
-        if not self.leader:
+        if not self.held:
             return
-        numbers = dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(),
-                           strict=True))
+        values = {name: value for name, value in parts.items() if value.ndim == 0}
+        values |= dict(zip(scores, own, strict=True))
         step, now = self.step + 1, time.monotonic()
-        pace = (now - self.last_log[1]) / (step - self.last_log[0])
+        record = dict(step=step, **{name: float(value) for name, value in values.items()},
+                      lr=self.optimizer.param_groups[0]["lr"], skipped=self.skipped,
+                      seconds=60 * self.minutes,
+                      seconds_per_step=(now - self.last_log[1]) / (step - self.last_log[0]))
         self.last_log = step, now
-        record = dict(step=step, **numbers, lr=self.optimizer.param_groups[0]["lr"],
-                      skipped=self.skipped, seconds=60 * self.minutes, seconds_per_step=pace)
         for name, value in record.items():
             if isinstance(value, float):  # six digits; null for what JSON has no number for
                 record[name] = float(f"{value:.6g}") if math.isfinite(value) else None
@@ -634,7 +586,7 @@ class Run:
 
     def save(self) -> None:
         """Writes checkpoint.pt: {format, model_name, config, model, optimizer, step, ...}."""
-        if self.leader:
+        if self.held:
             buffer = io.BytesIO()
             torch.save(dict(
                 format=FORMAT, model_name=self.name, config=dataclasses.asdict(self.config),
@@ -653,59 +605,63 @@ class Run:
         `draw(model, scenes, folder, results)` writes pictures. Only the first process works; the
         others get {}. `show` names the metrics to print.
         """
-        if not self.leader:
+        if not self.held:
             return {}
-        with announced("evaluating test scenes"):
-            results = evaluate(self.model, scenes)
-        versions = dict(python=platform.python_version(), torch=torch.__version__)
+        print("evaluating test scenes, drawing figures", flush=True)
+        results = evaluate(self.model, scenes)
         evaluation = dict(
             model=self.name, preset=self.config.preset,
             command=typed(self.name, self.config, self.default), seed=self.config.seed,
-            device=describe(self.device), versions=versions, commit=commit(),
-            date=datetime.date.today().isoformat(), steps=self.step, minutes=self.minutes,
-            skipped=self.skipped, **results,
+            device=describe(self.device),
+            versions=dict(python=platform.python_version(), torch=torch.__version__),
+            commit=commit(), date=datetime.date.today().isoformat(), steps=self.step,
+            minutes=self.minutes, skipped=self.skipped, **results,
         )
         write_json(self.folder / "evaluation.json", evaluation)
-        with announced("drawing figures"):
-            draw(self.model, scenes, self.folder / "figures", results)
-        metrics = results["metrics"]
-        reached = [f"{name} {metrics[name]['mean']:.4g}" for name in show
-                   if metrics.get(name, {}).get("mean") is not None]
-        print(f"reached  {', '.join(reached)}")
-        print(f"         after {self.step:,} steps in {self.minutes:.1f} min")
-        for name, scores in floors(scenes.name).items():
-            values = [f"{n} {scores[n]['mean']:.4g}" for n in show if n in scores]
-            print(f"floor    {', '.join(values)} ({name.replace('_', ' ')}, no learning)")
+        draw(self.model, scenes, self.folder / "figures", results)
+        reached = shown_means(results["metrics"], show)
+        print(f"reached  {reached} after {self.step:,} steps in {self.minutes:.1f} min")
+        floors = RESULTS / f"floors-{Path(scenes.name).name}.json"
+        if floors.exists():
+            for name, scores in json.loads(floors.read_text())["floors"].items():
+                print(f"floor    {shown_means(scores, show)} ({name.replace('_', ' ')})")
         print(f"look at  {self.folder / 'figures' / picture}")
-        if self.held:
-            self.held.close()
+        self.held.release()
         return evaluation
 
 
+def shown_means(metrics: dict[str, Any], show: Sequence[str]) -> str:
+    means = {name: metrics[name]["mean"] for name in show if name in metrics}
+    return ", ".join(f"{name} {mean:.4g}" for name, mean in means.items() if mean is not None)
+
+
 def start(
-    name: str, config: RunConfig, presets: dict[str, dict], model: nn.Module,
+    name: str, config: Any, presets: dict[str, dict], model: nn.Module,
     optimizer: torch.optim.Optimizer, *, title: str, kernels: str = "none in this model",
     compiled: Sequence[nn.Module] = (),
 ) -> Run:
-    """Opens or resumes a run: folder, header, weights. `compiled`: what `--compile` compiles;
+    """Opens or resumes a run: folder, weights, header. `compiled`: what `--compile` compiles;
     `kernels`: what the header says about who computes the per-pixel operations. UserError."""
-    run = Run(name, config, presets, model, optimizer, title, kernels)
+    default = make_config(type(config), presets, config.preset)
+    run = Run(name, config, default, model, optimizer, next(model.parameters()).device)
+    if config.resume:
+        saved = load_checkpoint(config.resume, name)
+        load_state(model, saved["model"], config.resume)
+        if not config.eval_only:
+            load_state(optimizer, saved["optimizer"], config.resume)
+        run.step = saved["step"]
+        run.minutes, run.skipped = saved.get("minutes", 0.0), saved.get("skipped", 0)
     if config.compile and not config.eval_only:
         for part in compiled:
             part.compile()
+    if rank() == 0:
+        run.folder, run.held = open_folder(config, name)
+        changed = [f"{key} {value}" for key, value in dataclasses.asdict(config).items()
+                   if value != getattr(default, key) and key not in ("seed", "out", "resume")]
+        print(f"{title}, {sum(p.numel() for p in model.parameters()):,} parameters")
+        print(f"  preset   {standing(name, config.preset)}, seed {config.seed}")
+        print(f"  changed  {', '.join(changed) or 'nothing'}")
+        print(f"  device   {describe(run.device)}, {config.precision}, torch {torch.__version__}")
+        print(f"  kernels  {kernels}")
+        print(f"  writes   {run.folder}/", flush=True)
     return run
-
-
-def floors(dataset: str) -> dict[str, Any]:
-    """What no learning scores on the test scenes of a data set, where that is known."""
-    path = RESULTS / f"floors-{Path(dataset).name}.json"
-    return json.loads(path.read_text())["floors"] if path.exists() else {}
-
-
-@contextlib.contextmanager
-def announced(text: str) -> Iterator[None]:
-    """Says what is being done, and afterwards how long it took."""
-    began = time.monotonic()
-    print(f"{text} ...", end=" ", flush=True)
-    yield
-    print(f"{time.monotonic() - began:.0f} s", flush=True)
