@@ -1,0 +1,224 @@
+"""Keeps what runs have measured, and fills the tables of the README with it.
+
+    python notebooks/results.py keep runs/iodine-quick-0        evaluation, weights and figures
+    python notebooks/results.py keep --scores runs/iodine-quick-[1-9]
+    python notebooks/results.py floors tetrominoes              what no learning scores there
+    python notebooks/results.py table                           README.md, between its markers
+
+`keep` writes, named after the run (iodine-quick):
+
+    results/iodine-quick-cpu-0.json    evaluation.json, with `further` scores where the model has
+                                       further_scores(model, scenes)
+    weights/iodine-quick.pt            the checkpoint without its optimizer, in float16 where that
+                                       moves no score by more than a tenth of its standard error
+    figures/iodine-quick-*.png         the pictures that are here already, and those of --figures
+
+A table of README.md stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; TABLES has them.
+"""
+
+import argparse
+import importlib
+import io
+import json
+import re
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NOTEBOOKS = Path(__file__).resolve().parent
+sys.path.insert(0, str(NOTEBOOKS.parent))
+
+import data  # noqa: E402
+from data import metrics, runs  # noqa: E402
+
+RESULTS, WEIGHTS, FIGURES = (NOTEBOOKS / name for name in ("results", "weights", "figures"))
+LIMIT = 2 * 2**20  # bytes of a file of weights: everybody who clones downloads it
+
+# -- keep ------------------------------------------------------------------------------------------
+
+
+def read_run(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """evaluation.json and the checkpoint of a finished run; UserError where one is missing."""
+    path = run / "evaluation.json"
+    runs.require(path.exists(), f"{path}: no such file; only a finished run has one")
+    evaluation = json.loads(path.read_text())
+    checkpoint = runs.load_checkpoint(run, evaluation["model"])
+    runs.require(checkpoint["step"] == evaluation["steps"],
+                 f"{path}: of step {evaluation['steps']}, and the checkpoint is of step "
+                 f"{checkpoint['step']}; evaluate it with --eval-only")
+    return evaluation, checkpoint
+
+
+def pack(checkpoint: dict[str, Any], half: bool) -> bytes:
+    """What load_model reads of a checkpoint, without where it was trained, as a file's bytes."""
+    kept = {name: value for name, value in checkpoint.items() if name != "optimizer"}
+    kept["config"] = checkpoint["config"] | dict(out="", resume="")
+    kept["model"] = {name: value.half() if half and value.is_floating_point() else value
+                     for name, value in checkpoint["model"].items()}
+    buffer = io.BytesIO()
+    torch.save(kept, buffer)
+    return buffer.getvalue()
+
+
+def moved(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The metrics whose mean differs by more than a tenth of its standard error."""
+    return [name for name, score in before.items() if score["mean"] is not None
+            and abs(after[name]["mean"] - score["mean"]) > 0.1 * (score.get("stderr") or 0)]
+
+
+def keep(run: Path, scores_only: bool, pictures: Iterable[str]) -> None:
+    """One finished run into results/, and unless `scores_only` weights/ and figures/."""
+    evaluation, checkpoint = read_run(run)
+    module = importlib.import_module(evaluation["model"])
+    name = f"{evaluation['model']}-{evaluation['preset']}"
+    # runs/iodine-quick-0 is the preset itself; a folder with another name is a variation of it.
+    if not re.fullmatch(rf"{name}-\d+(-\d+)?", run.name):
+        name = run.name.removesuffix(f"-{evaluation['seed']}")
+    test = data.make(checkpoint["config"]["dataset"], "test", evaluation["seed"])
+    if hasattr(module, "further_scores"):
+        evaluation["further"] = module.further_scores(module.load_model(run), test)
+    kind = "cuda" if "NVIDIA" in evaluation["device"] else "cpu"
+    runs.write_json(RESULTS / f"{name}-{kind}-{evaluation['seed']}.json", evaluation)
+    if scores_only:
+        return
+    path = WEIGHTS / f"{name}.pt"
+    runs.write(path, pack(checkpoint, half=True))
+    if moved(evaluation["metrics"], module.evaluate(module.load_model(path), test)["metrics"]):
+        runs.write(path, pack(checkpoint, half=False))
+    runs.require(path.stat().st_size <= LIMIT,
+                 f"{path}: {path.stat().st_size:,} bytes, more than {LIMIT:,}")
+    here = {picture.name.removeprefix(f"{name}-") for picture in FIGURES.glob(f"{name}-*.png")}
+    for picture in here.union(pictures) & {path.name for path in (run / "figures").iterdir()}:
+        shutil.copyfile(run / "figures" / picture, FIGURES / f"{name}-{picture}")
+
+
+def keep_floors(name: str) -> None:
+    """What no learning scores on the test scenes of a data set, into results/."""
+    content = metrics.dataset_floors(data.make(name, "test"))
+    runs.write_json(RESULTS / f"floors-{name}.json", content)
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def values(pattern: str, path: str) -> list[float]:
+    """The number at `path` ("metrics.ari_fg.mean") of every file of results/ that fits."""
+    found = []
+    for file in sorted(RESULTS.glob(pattern)):
+        content = json.loads(file.read_text())
+        for key in path.split("."):
+            content = content[int(key)] if isinstance(content, list) else content[key]
+        found.append(content)
+    return found
+
+
+def spread(numbers: list[float], form: str = "{:.3f}") -> str:
+    """Median and range: 0.961 (0.945 to 0.972)."""
+    if not numbers:
+        return "–"
+    middle, least, most = (form.format(f(numbers)) for f in (statistics.median, min, max))
+    return middle if len(numbers) == 1 else f"{middle} ({least} to {most})"
+
+
+def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# model, preset, metric, goal, published (which paper's table, or that there is none)
+ROWS = [
+    ("iodine", "quick", "ari_fg", 0.9, "–"),
+    ("iodine", "tetrominoes", "ari_fg", 0.9, "0.992 ± 0.004"),
+    ("iodine", "multi_dsprites", "ari_fg", 0.9, "0.767 ± 0.056"),
+    ("iodine", "multi_dsprites_binarized", "ari_fg", 0.9, "0.648 ± 0.172"),
+    ("iodine", "shapes", "ari_fg", 0.9, "0.910 ± 0.119"),
+    ("efficient_morl", "quick", "ari_fg", 0.9, "–"),
+    ("efficient_morl", "tetrominoes", "ari_fg", 0.9, "0.982 ± 0.018"),
+    ("efficient_morl", "multi_dsprites", "ari_fg", 0.9, "0.912 ± 0.004"),
+    ("air", "quick", "count_accuracy", 0.97, "–"),
+    ("air", "multi_mnist", "count_accuracy", 0.97, "0.987 (Pyro)"),
+    ("mvae", "quick", "count_accuracy", 0.75, "–"),
+    ("mvae", "sprites3", "count_accuracy", 0.75, "0.726"),
+]
+
+
+def floor(dataset: str, metric: str) -> str:
+    """The best score of a floor of the data set, with its name."""
+    scores = {name: values[metric]["mean"] for name, values in runs.floors(dataset).items()
+              if metric in values}
+    best = max(scores, key=scores.get, default=None)
+    return f"{scores[best]:.3f} {best.replace('_', ' ')}" if best else "–"
+
+
+def results_table() -> str:
+    rows = []
+    for model, preset, metric, goal, published in ROWS:
+        config = importlib.import_module(model).make_config(preset)
+        pattern = f"{model}-{preset}-c*-[0-9].json"
+        scores, minutes = (values(pattern, path) for path in (f"metrics.{metric}.mean", "minutes"))
+        good = f"{sum(score > goal for score in scores)}/{len(scores)} above {goal}"
+        rows.append([f"`{model}.py`", f"`{preset}`", f"`{config.dataset}`", f"`{metric}`",
+                     spread(scores) if scores else "no result yet", good if scores else "–",
+                     floor(config.dataset, metric), published, spread(minutes, "{:.1f}")])
+    return markdown(["file", "preset", "data", "score", "measured", "seeds", "floor", "published",
+                     "minutes"], rows)
+
+
+def floors_table() -> str:
+    rows = []
+    for name in data.DATASETS:
+        for kind, scores in runs.floors(name).items():
+            cells = [f"{scores[m]['mean']:.3f}" if m in scores else "–"
+                     for m in ("ari_fg", "ari", "miou", "count_accuracy")]
+            rows.append([f"`{name}`", kind.replace("_", " "), *cells])
+    return markdown(["data", "without learning", "`ari_fg`", "`ari`", "`miou`", "`count_accuracy`"],
+                    rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"results": results_table, "floors": floors_table}
+
+
+def fill(text: str) -> str:
+    """The text with every table between its markers as TABLES makes it now."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- begin {name} -->\n", f"\n<!-- end {name} -->"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        runs.require(rest and after, f"README.md: no table {name} between its markers")
+        text = before + begin + table() + end + after
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    kept = commands.add_parser("keep", help="copy finished runs into notebooks/")
+    kept.add_argument("runs", nargs="+", type=Path, help="folders that training has written")
+    kept.add_argument("--scores", action="store_true", help="the evaluation alone")
+    kept.add_argument("--figures", nargs="*", default=[], help="pictures that are new here")
+    floors = commands.add_parser("floors", help="score data sets without learning")
+    floors.add_argument("datasets", nargs="+")
+    commands.add_parser("table", help="fill the tables of README.md")
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "keep":
+            for run in arguments.runs:
+                keep(run, arguments.scores, arguments.figures)
+        elif arguments.command == "floors":
+            for name in arguments.datasets:
+                keep_floors(name)
+        else:
+            readme = NOTEBOOKS.parent / "README.md"
+            readme.write_text(fill(readme.read_text()))
+    except (runs.UserError, OSError, ValueError) as error:
+        print(f"results.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""What all models share, one test for all of them: presets, two steps, weights, documentation."""
+
+import ast
+import dataclasses
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import air
+import data
+import efficient_morl
+import iodine
+import kernels
+import mvae
+from data import runs
+
+ROOT = Path(__file__).parent.parent
+MODELS = {module.__name__: module for module in (iodine, efficient_morl, air, mvae)}
+WEIGHTS = sorted((ROOT / "notebooks" / "weights").glob("*.pt"))
+PRESETS = [(name, preset) for name, module in MODELS.items() for preset in module.PRESETS]
+models = pytest.mark.parametrize("name", MODELS)
+# Small enough that two steps and an evaluation take a second.
+TINY = {
+    "iodine": dict(decoder_channels=(4,), refinement_channels=(4,), latent_size=4),
+    "efficient_morl": dict(decoder_channels=(4,), encoder_channels=(4,), latent_size=4),
+    "air": dict(lstm_size=16, latent_size=4, encoder_sizes=(8,), decoder_sizes=(8,)),
+    "mvae": dict(encoder_channels=(4, 4, 4), hidden_size=8, latent_size=4),
+}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with kernels.use("auto"):
+        yield
+
+
+@pytest.fixture
+def quick_evaluation(monkeypatch):
+    """A few scenes and no pictures."""
+    for module in MODELS.values():
+        monkeypatch.setattr(module, "evaluate", lambda model, scenes, *_: dict(metrics={}))
+        monkeypatch.setattr(module, "draw", lambda *_: None)
+
+
+def tiny(name: str, **changes) -> runs.RunConfig:
+    small = dict(steps=2, batch_size=4, log_every=1, device="cpu")
+    return MODELS[name].make_config("quick", **small | TINY[name] | changes)
+
+
+def command_line(monkeypatch, capsys, name: str, *arguments: object) -> tuple[int, str]:
+    """Exit status and standard error of `python NAME.py ARGUMENTS`."""
+    module = MODELS[name]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    try:
+        runs.main(name, module.Config, module.PRESETS, module.train)
+    except SystemExit as stop:
+        return stop.code, capsys.readouterr().err
+    return 0, capsys.readouterr().err
+
+
+# -- presets and options ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
+def test_every_preset_can_be_built_and_called(name, preset):
+    module = MODELS[name]
+    config = module.make_config(preset, device="cpu")
+    module.check(config)
+    model = module.build(config, data.make(config.dataset, device="cpu"))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@models
+def test_at_most_thirty_fields_each_with_a_comment(name):
+    module = MODELS[name]
+    own = {f.name for f in dataclasses.fields(module.Config)} - common_fields()
+    assert len(own) <= 30
+    lines = (ROOT / f"{name}.py").read_text().splitlines()
+    for field in own:
+        definition = next(line for line in lines if re.match(rf"    {field}: ", line))
+        assert "  # " in definition or lines[lines.index(definition) - 1].lstrip().startswith("#")
+
+
+def common_fields() -> set[str]:
+    return {field.name for field in dataclasses.fields(runs.RunConfig)}
+
+
+@models
+def test_the_docstring_names_every_departure_of_quick(name):
+    """The defaults of Config are the paper's; each field that quick changes stands in the table."""
+    module = MODELS[name]
+    text = re.sub(r"[ \n]+", " ", module.__doc__)
+    quick, paper = module.make_config("quick"), module.Config()
+    for field in dataclasses.fields(module.Config):
+        if field.name not in ("preset", "steps") and (
+            getattr(quick, field.name) != getattr(paper, field.name)
+        ):
+            assert re.search(rf"\b{field.name}\b", text), field.name
+
+
+@models
+def test_no_function_is_longer_than_sixty_lines(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            limit = 30 if node.name == "train" else 60
+            assert node.end_lineno - node.lineno < limit, node.name
+
+
+@models
+@pytest.mark.parametrize("line", [
+    "--dataset nonsense", "--batch-size 0", "--lr nan", "--latent-size 0", "--preset nonsense",
+    "--resume nowhere", "--eval-only", "--device nonsense",
+])  # fmt: skip
+def test_what_cannot_be_is_refused_in_one_line(monkeypatch, capsys, name, line):
+    status, error = command_line(monkeypatch, capsys, name, *line.split())
+    assert status == 2 and len(error.splitlines()) == 1 and error.startswith(f"{name}.py: ")
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+@models
+def test_triton_where_it_cannot_run_is_refused_in_one_line(monkeypatch, capsys, name):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    status, error = command_line(monkeypatch, capsys, name, "--kernels", "triton")
+    assert status == 2 and len(error.splitlines()) == 1
+    assert "--kernels" in error or "triton" in error
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+@models
+def test_same_seed_same_training_and_resume_is_exact(name, quick_evaluation):
+    module = MODELS[name]
+    for folder, steps in dict(a=4, b=2).items():
+        module.train(tiny(name, steps=steps, out=folder))
+    line = ["--resume", "b", "--steps", "4"]
+    module.train(runs.parse(name, module.Config, module.PRESETS, line))
+    a, b = (torch.load(f"{folder}/checkpoint.pt", weights_only=True) for folder in "ab")
+    for key, value in a["model"].items():
+        assert torch.equal(value, b["model"][key]), key
+    logs = [[{k: v for k, v in json.loads(line).items() if "seconds" not in k}
+             for line in Path(folder, "metrics.jsonl").read_text().splitlines()] for folder in "ab"]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+
+
+@models
+def test_a_run_writes_what_it_says(name, capsys):
+    """With its real evaluation and figures, on the smallest network; numpy's numbers as options."""
+    module = MODELS[name]
+    result = module.train(tiny(name, lr=np.float64(1e-3), seed=np.int64(1), out=Path("run")))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].startswith("look at  run") and Path(printed[-1].split()[-1]).exists()
+    assert any(line.startswith("  kernels  ") for line in printed)
+    assert json.loads(Path("run/evaluation.json").read_text()) == json.loads(json.dumps(result))
+    for score in result["metrics"].values():
+        assert {"mean", "stderr", "n"} <= score.keys()
+    assert result["command"].startswith(f"python {name}.py --seed 1 --steps 2")
+    module.load_model("run")
+
+
+# -- what is committed -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("options", ["--eval-only", "--eval-only --device cpu --kernels torch"])
+def test_committed_weights_open_with_every_option(monkeypatch, capsys, quick_evaluation, path,
+                                                  options):
+    name = path.stem.partition("-")[0]
+    if name == "mvae" or name == "air":
+        options = options.replace(" --kernels torch", "")
+    status, error = command_line(monkeypatch, capsys, name, "--resume", path, *options.split())
+    assert status == 0, error
+    assert Path("runs").is_dir() and not list(path.parent.glob("*.json.tmp"))
+    status, error = command_line(monkeypatch, capsys, name, "--resume", path, "--steps", 10**6)
+    assert status == 2 and "weights alone" in error
+    assert path.stat().st_size <= 2 * 2**20
+
+
+@models
+def test_script_block_is_requirements(name):
+    """`uv run` installs what requirements.txt has, but for tests and notebooks."""
+    text = (ROOT / f"{name}.py").read_text()
+    block = re.match(r"# /// script\n(.*?)# ///\n", text, re.S)[1]
+    block = tomllib.loads(re.sub("^# ?", "", block, flags=re.M))
+    lines = (ROOT / "requirements.txt").read_text().replace('"', "'").splitlines()
+    needed = {line for line in lines if re.match(r"[a-z]", line)}
+    tools = ("pytest", "hypothesis", "ruff", "jupyterlab", "ipykernel", "nbclient", "nbformat")
+    assert block["requires-python"] == ">=3.11"
+    assert set(block["dependencies"]) == {n for n in needed if not n.startswith(tools)}
