@@ -90,6 +90,7 @@ def _factory(module: str, maker: str, **options) -> Callable[..., Scenes]:
 
 
 _mini = partial(_factory, "mini_sprites", "MiniSprites")
+_mini_16 = partial(_mini, size=16, sprite=5, min_objects=2, max_objects=4)
 _tetrominoes = partial(_factory, "tetrominoes", "Tetrominoes")
 _dsprites = partial(_factory, "multi_dsprites", "MultiDSprites")
 _sprites = partial(_factory, "blended_sprites", "BlendedSprites")
@@ -98,8 +99,10 @@ _digits = partial(_factory, "digits", "MultiMNIST")
 # name -> constructor(name, split, seed, device, **options)
 DATASETS: dict[str, Callable[..., Scenes]] = {
     "mini_sprites": _mini(size=12, sprite=4, min_objects=2, max_objects=3),
-    "mini_sprites_16": _mini(size=16, sprite=5, min_objects=2, max_objects=4),
-    "mini_sprites_16_shaded": _mini(size=16, sprite=5, min_objects=2, max_objects=4, shaded=True),
+    "mini_sprites_16": _mini_16(),
+    "mini_sprites_16_shaded": _mini_16(shaded=True),
+    "mini_sprites_16_same_color": _mini_16(colors="same", touching=True),
+    "mini_sprites_16_grey": _mini_16(colors="grey", touching=True),
     "mini_tetrominoes": _tetrominoes(tile="flat", cell=2),
     "tetrominoes": _tetrominoes(tile="shaded", cell=5),
     "shapes": _factory("shapes", "Shapes"),
@@ -110,6 +113,10 @@ DATASETS: dict[str, Callable[..., Scenes]] = {
     "sprites_8": _sprites(size=64, max_objects=8),
     "sprites_3_32": _sprites(size=32, max_objects=3),
     "sprites_8_32": _sprites(size=32, max_objects=8),
+    "sprites_3_scaled": _sprites(size=64, max_objects=3, scaled=True),
+    "sprites_8_scaled": _sprites(size=64, max_objects=8, scaled=True),
+    "sprites_3_32_scaled": _sprites(size=32, max_objects=3, scaled=True),
+    "sprites_8_32_scaled": _sprites(size=32, max_objects=8, scaled=True),
     "multi_mnist": _digits(),
     "multi_mnist_3": _digits(min_objects=3, max_objects=3),
     "multi_mnist_small": _digits(shrink=2.0, shrink_std=0.15),

@@ -3,8 +3,7 @@
 Specified by Nash et al. 2017 (section 4, appendix A): 64 x 64 images of dSprites' shapes with
 random colours, orientations and places; sprites are independent, including whether they exist, up
 to a fixed number, three or eight; where they overlap, their RGB values are summed and clipped at
-one; training data is always new. By dSprites: square, ellipse, heart; scales 0.5 to 1; binary
-sprites.
+one; training data is always new. By dSprites: square, ellipse, heart; binary sprites.
 
 Assumed:
 - A sprite exists with probability 1/2. So the number is binomial, and of scenes of up to three one
@@ -12,17 +11,21 @@ Assumed:
 - Colour: hue uniform, saturation and value 1. Uniform RGB would hold sprites too dark to count. And
   since a pure hue lacks a primary, a pixel with all three is covered twice, which no colour tells
   if all are allowed.
-- Shape, scale, orientation and centre: uniform, as in data/multi_dsprites.py, whose outlines these
-  are. Centres keep a quarter of the image from its edge, so that each sprite is inside the image.
+- One scale, 0.75, as the paper lists colours, orientations and places only. It is none of dSprites'
+  six; at it the model is known to learn to count.
+- Shape, orientation and centre: uniform, as in data/multi_dsprites.py, whose outlines these are.
+  Centres keep a quarter of the image from its edge, so that each sprite is inside the image.
 
-`sprites_3_32` and `sprites_8_32` are ours: 32 x 32, all lengths halved.
+Ours: `sprites_3_32` and `sprites_8_32`, 32 x 32, all lengths halved; and of each of the four a
+`_scaled` one, the same scenes with scales uniform in [0.5, 1].
 
 Sprites are entities 1 .. N, each of which exists or not, so `present` has gaps by design.
 `present` means exists, also of a sprite that others cover. `coverage` is 0 or 1: 1 where the
 pixel's centre is inside the sprite's outline, whatever else is there; of the background, where no
 sprite is. So image = min(1, sum over e of coverage_e color_e), and a pixel's coverages sum to the
 number of sprites there, or to 1 where there is none. In the exclusive `masks` the largest entity
-has the pixel, so the mask of a sprite that exists can be empty (of eight, one sprite in a hundred).
+has the pixel, so the mask of a sprite that exists can be empty (of eight, one sprite in 500; where
+scales differ, one in a hundred).
 Factors: shape (int64; 0 square, 1 ellipse, 2 heart), color (B, E, 3), scale, orientation (radians,
 counter-clockwise as seen; a square is the same after a quarter turn, an ellipse after half a turn),
 row, col of the centre in pixels, where pixel i covers [i, i + 1].
@@ -40,7 +43,8 @@ SIZES = (32, 64)
 
 
 class BlendedSprites(Scenes):
-    """At most `max_objects` sprites in size x size pixels, `size` one of SIZES."""
+    """At most `max_objects` sprites in size x size pixels, `size` one of SIZES; `scaled`: of random
+    scale."""
 
     num_channels = 3
 
@@ -52,8 +56,12 @@ class BlendedSprites(Scenes):
         device: str | torch.device = "cpu",
         size: int = 64,
         max_objects: int = 3,
+        scaled: bool = False,
     ):
         super().__init__(name, split, seed, device)
+        # Whether scaled or not: all else of a scene is the same.
+        self.key = draws.make_key(name.removesuffix("_scaled"), split, seed)
+        self.scaled = scaled
         if size not in SIZES:
             raise ValueError(f"no sprites of {size} px; choose from {SIZES}")
         if max_objects < 1:
@@ -64,6 +72,8 @@ class BlendedSprites(Scenes):
 
     def scenes(self, index: Tensor) -> Batch:
         u = draws.uniform(self.key, index, (7, self.max_objects))
+        if not self.scaled:
+            u[:, 3] = 0.5  # scale 0.75
         exists = u[:, 0] < 0.5  # (B, N)
         color = pure_hue(u[:, 1])  # (B, N, 3)
         shape, scale, orientation, cos, sin, row, col = self.geometry.pose(u[:, 2:])

@@ -54,7 +54,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import Batch, Scenes, add_background, draws, stamp
-from data.options import UserError, require
+from data.runs import UserError, require
 
 SIZE = 50
 SIDE = 28  # of MNIST's pictures

@@ -1,7 +1,7 @@
-"""Small squares, discs and triangles in pure colours on black: the quick presets' data.
+"""Small squares, discs and triangles on black: the quick presets' data.
 
-Ours throughout; no paper specifies it. It is what a laptop can learn in minutes and still has what
-matters here: a varying number of objects, repeated shapes and repeated colours.
+Ours throughout; no paper specifies it. A laptop can learn it in minutes, and it still has a varying
+number of objects, repeated shapes and repeated colours.
 
 - The number of objects is uniform in min_objects .. max_objects; shape (0 square, 1 disc,
   2 triangle) and colour (0 to 5: red, green, blue, cyan, magenta, yellow) are uniform, with
@@ -11,10 +11,17 @@ matters here: a varying number of objects, repeated shapes and repeated colours.
   chosen among those that are left, so nothing is rejected and no scene can fail.
 - `shaded` multiplies an object's colour by a brightness uniform in [0.5, 1] and by a gradient that
   falls from 1 at the box's top left to 0.7 at its bottom right.
+- `exclude` is a (shape, colour) that only the test split shows (Greff et al. 2019, Fig. 7); the
+  others stay uniform.
+
+Connected components of one hue find nearly all objects where each has its own colour. Only form
+tells them apart in `mini_sprites_16_same_color` (one colour a scene) and `mini_sprites_16_grey`
+(one channel, one brightness a scene, uniform in [0.5, 1]), where each box but the first touches an
+earlier one, at an edge or a corner (`touching`): there such components score ARI-FG 0.33 in both.
 
 `present` means exists, and so visible, as nothing overlaps; objects are entities 1 .. number.
-Factors: shape, color_id (int64); color (B, E, 3), as it is multiplied; row, col of the bounding
-box's top left pixel; brightness (1 where not shaded).
+Factors: shape, color_id (int64, none in grey); color (B, E, C), as it is multiplied; row, col of
+the bounding box's top left pixel; brightness (1 where neither shaded nor grey).
 
 Axes: B scenes, E entities, N = E - 1 objects, P positions along one side, C H W image.
 """
@@ -26,12 +33,14 @@ from data import Batch, Scenes, add_background, draws, stamp
 
 PURE_COLORS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0))
 SHAPES = ("square", "disc", "triangle")
+COLORS = ("own", "same", "grey")  # of the objects of a scene
 
 
 class MiniSprites(Scenes):
-    """size and sprite are sides in pixels. Raises ValueError where max_objects might not fit."""
+    """size and sprite are sides in pixels; colors is one of COLORS.
 
-    num_channels = 3
+    Raises ValueError where max_objects might not fit, and for an `exclude` that cannot be.
+    """
 
     def __init__(
         self,
@@ -44,6 +53,9 @@ class MiniSprites(Scenes):
         min_objects: int = 2,
         max_objects: int = 3,
         shaded: bool = False,
+        colors: str = "own",
+        touching: bool = False,
+        exclude: tuple[int, int] | None = None,
     ):
         super().__init__(name, split, seed, device)
         # Of positions 2 * sprite - 1 apart, one object blocks at most one, so this many objects
@@ -54,12 +66,21 @@ class MiniSprites(Scenes):
                 f"{min_objects} to {max_objects} objects of {sprite} px need not fit into {size} px"
                 f" (at most {room} always do)"
             )
+        if colors not in COLORS:
+            raise ValueError(f"unknown colors {colors!r}; choose from {', '.join(COLORS)}")
+        pairs = [(i, j) for i in range(len(SHAPES)) for j in range(len(PURE_COLORS))]
+        if exclude and (colors != "own" or exclude not in pairs):
+            raise ValueError(f"exclude must be a shape and a colour, of {pairs[0]} to {pairs[-1]}, "
+                             f"of sprites of their own colours, not {exclude}")  # fmt: skip
+        self.excluded = pairs.index(exclude) if exclude and split != "test" else None
+        self.num_channels = 1 if colors == "grey" else 3
         self.height = self.width = self.size = size
-        self.sprite, self.shaded = sprite, shaded
+        self.sprite, self.shaded, self.colors, self.touching = sprite, shaded, colors, touching
         self.min_objects, self.max_objects = min_objects, max_objects
         self.max_entities = max_objects + 1
         self.stencils = make_stencils(sprite, shaded).to(self.device)  # (3, sprite+2, sprite+2)
-        self.colors = torch.tensor(PURE_COLORS, dtype=torch.float32, device=self.device)
+        palette = [(1,)] * len(PURE_COLORS) if colors == "grey" else PURE_COLORS
+        self.palette = torch.tensor(palette, dtype=torch.float32, device=self.device)
 
     def scenes(self, index: Tensor) -> Batch:
         u = draws.uniform(self.key, index, (5, self.max_objects))
@@ -68,31 +89,38 @@ class MiniSprites(Scenes):
             u_number[:, :1], self.max_objects - self.min_objects + 1
         )
         exists = torch.arange(self.max_objects, device=self.device) < number  # (B, N)
-        shape = draws.pick(u_shape, len(SHAPES)) * exists
-        color_id = draws.pick(u_color, len(PURE_COLORS)) * exists
-        color = self.colors[color_id] * exists[..., None]  # (B, N, 3)
-        row, col = self.place(u_position)  # (B, N)
+        shape, color_id = draws.pick(u_shape, len(SHAPES)), draws.pick(u_color, len(PURE_COLORS))
+        if self.excluded is not None:
+            pair = draws.pick(u_shape, len(SHAPES) * len(PURE_COLORS) - 1)
+            pair += pair >= self.excluded
+            shape, color_id = pair // len(PURE_COLORS), pair % len(PURE_COLORS)
+        if self.colors != "own":
+            color_id, u_light = color_id[:, :1].expand_as(shape), u_light[:, :1].expand_as(shape)
+        color_id = color_id * exists
         # A multiple of 2**-24 halved is exact, and so is its sum with one half.
-        light = u_light * 0.5 + 0.5 if self.shaded else torch.ones_like(u_light)
+        grey = self.colors == "grey"
+        light = u_light * 0.5 + 0.5 if self.shaded or grey else torch.ones_like(u_light)
+        color = self.palette[color_id] * exists[..., None]  # (B, N, C)
+        row, col = self.place(u_position)  # (B, N)
 
         levels = stamp(self.stencils, shape, row, col, self.size)  # (B, N, H, W)
-        levels = levels * exists[..., None, None]
-        if self.shaded:
-            levels = levels * light[..., None, None]
+        levels = levels * (light * exists)[..., None, None]
         # Boxes do not overlap, so each sum has one term at most and is exact in any order.
-        image = (levels[:, :, None] * color[..., None, None]).sum(1)  # (B, 3, H, W)
+        image = (levels[:, :, None] * color[..., None, None]).sum(1)  # (B, C, H, W)
         masks = add_background(levels > 0)  # (B, E, H, W)
         masks[:, 0] = ~masks.any(1)
         present = add_background(exists)
         present[:, 0] = True
         factors = {
-            "shape": shape,
+            "shape": shape * exists,
             "color_id": color_id,
             "color": color,
             "row": row * exists.float(),
             "col": col * exists.float(),
             "brightness": light * exists,
         }
+        if grey:
+            del factors["color_id"]
         return Batch(image, masks, present, {k: add_background(v) for k, v in factors.items()})
 
     def place(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,18 +131,20 @@ class MiniSprites(Scenes):
         side = self.size - self.sprite + 1  # P
         positions = torch.arange(side, device=u.device)
         free = torch.ones(len(u), side * side, dtype=torch.bool, device=u.device)  # (B, P*P)
+        beside = torch.zeros_like(free)  # where a box would touch one that is there
         rows, cols = [], []
         for k in range(self.max_objects):
-            seen = free.cumsum(1)
-            # The chosen position is the first at which `chosen` + 1 free ones have been seen.
+            # A free box moved towards another, a pixel at a time, is beside it before it overlaps.
+            allowed = free & beside if self.touching and k else free
+            seen = allowed.cumsum(1)
+            # The chosen position is the first at which `chosen` + 1 allowed ones have been seen.
             chosen = draws.pick(u[:, k : k + 1], seen[:, -1:])
             place = (seen <= chosen).sum(1, keepdim=True)  # (B, 1)
             row = place // side
             col = place - row * side
-            blocked_rows = (positions - row).abs() < self.sprite  # (B, P)
-            blocked_cols = (positions - col).abs() < self.sprite
-            blocked = blocked_rows[:, :, None] & blocked_cols[:, None]  # (B, P, P)
-            free = free & ~blocked.flatten(1)
+            down, across = (positions - row).abs(), (positions - col).abs()  # (B, P)
+            apart = torch.maximum(down[:, :, None], across[:, None]).flatten(1)  # (B, P*P)
+            free, beside = free & (apart >= self.sprite), beside | (apart == self.sprite)
             rows.append(row)
             cols.append(col)
         return torch.cat(rows, 1), torch.cat(cols, 1)
