@@ -12,6 +12,7 @@ Axes: B scenes, E entities (0 is the background), N = E - 1 objects, S stencils,
 import importlib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +29,8 @@ class Batch(NamedTuple):
     entities are ordered, is in each generator's docstring."""
 
     image: Tensor  # (B, C, H, W) float32 in [0, 1]
-    masks: Tensor  # (B, E, H, W) bool, exactly one entity per pixel, the topmost wins
-    present: Tensor  # (B, E) bool, present[:, 0] True
+    masks: Tensor | None  # (B, E, H, W) bool, exactly one entity per pixel, the topmost wins
+    present: Tensor | None  # (B, E) bool, present[:, 0] True; None, as masks, where unknown
     factors: dict[str, Tensor]  # (B, E, ...): int64 classes, float32 the rest; absent and 0: zero
     coverage: Tensor | None = None  # (B, E, H, W) float32 in [0, 1], only where objects blend
 
@@ -132,12 +133,15 @@ def make(
     name: str, split: str = "train", seed: int = 0, device: str | torch.device = "cpu",
     **options: Any,
 ) -> Scenes:
-    """The scenes of a dataset; `options` go to its class (`folder` of the digits, for instance).
+    """The scenes of a dataset, or of a file or folder of the user's own (data/files.py).
 
-    Raises ValueError, in one line, for an unknown name or split.
+    `options` go to its class (`folder` of the digits, `size` of files, for instance). Raises
+    ValueError, in one line, for an unknown name or split.
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
-    return DATASETS[name](name, split, seed, device, **options)
+    if name in DATASETS:
+        return DATASETS[name](name, split, seed, device, **options)
+    if any(mark in name for mark in "/\\.@") or (name and Path(name).exists()):
+        return _factory("files", "FromDisk")(name, split, seed, device, **options)
+    raise ValueError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}, or give a path")
