@@ -57,7 +57,8 @@ def read_scenes(path: Path) -> Iterator[Scene]:
         try:
             yield to_scene(parse_example(payload))
         except (ValueError, LookupError) as error:
-            reason = f"no feature {error}" if isinstance(error, KeyError) else error
+            reasons = {KeyError: f"no feature {error}", IndexError: "no tf.train.Example"}
+            reason = reasons.get(type(error), error)
             raise ValueError(f"{path}: record {number}: {reason}") from None
 
 

@@ -314,103 +314,61 @@ def test_the_centred_square_is_resized_with_its_masks(tmp_path):
 # -- errors ----------------------------------------------------------------------------------------
 
 
-def broken(kind: str, folder: Path) -> Path:
-    path = folder / "file"
-    whole = record(example(features("tetrominoes", 0)))
-    image, masks = np.zeros((4, 8, 8, 3), np.uint8), np.zeros((4, 2, 8, 8), np.uint8)
-    masks[:, 0] = 1
-    scene = features("tetrominoes", 0)
-    contents = {
-        "truncated": whole + whole[:-5],
-        "truncated header": whole + whole[:5],
-        "truncated gzip": gzip.compress(whole * 3)[:-40],
-        "damaged gzip": gzip.compress(whole, 0)[:5000] + gzip.compress(whole, 9)[50:],
-        "text": b"What is this? It is no TFRecord file.",
-        "damaged": whole + b"\1" + whole[1:],
-        "empty": b"",
-        "two scenes": whole * 2,
-        "no example": record(b"\x0a\x7f"),
-        "wrong sizes": record(example(scene | {"image": scene["image"][:-1]})),
-        "no masks": record(example({"image": scene["image"]})),
-        "overlap": record(example(scene | {"mask": scene["mask"] * 0 + 255})),
-        "uncovered": record(example(scene | {"mask": scene["mask"] * 0})),
-    }
-    arrays = {
-        "npz overlap": dict(image=image, masks=masks * 0 + 1),
-        "npz uncovered": dict(image=image, masks=masks * 0),
-        "npz 255": dict(image=image, masks=masks * 255),
-        "npz floats as labels": dict(image=image, masks=masks[:, 0] * 0.5),
-        "npz other size": dict(image=image, masks=masks[:, :, 1:]),
-        "npz other number": dict(image=image, masks=masks[1:]),
-        "npz no image": dict(images=image),
-        "npz objects": dict(image=image, masks=np.array([None] * 4)),
-        "npz 0 .. 255 floats": dict(image=image + 254.5),
-        "npz NaN": dict(image=image * np.nan),
-        "npz int": dict(image=image.astype(int)),
-        "npz five channels": dict(image=np.zeros((4, 8, 8, 5), np.uint8)),
-    }
-    if kind in contents:
-        path.write_bytes(contents[kind])
-    elif kind in arrays:
-        path = folder / "file.npz"
-        np.savez(path, **arrays[kind])
-    elif kind == "no npy":
-        path = folder / "file.npy"
-        path.write_bytes(b"no array at all")
-    elif kind == "truncated npy":
-        path = Path(numbered(folder / "file.npy", 9))
-        path.write_bytes(path.read_bytes()[:-1])
-    elif kind == "no npz":
-        path = folder / "file.npz"
-        path.write_bytes(b"text")
-    elif kind != "missing":
-        path.mkdir()
-        if kind == "no picture":
-            (path / "a.png").write_bytes(b"text")
-    return path
-
-
-ERRORS = {
-    "truncated": "truncated or damaged in record 1",
-    "truncated header": "truncated or damaged in record 1",
-    "truncated gzip": "truncated or damaged in record",
-    "damaged gzip": "truncated or damaged in record",
-    "text": "no TFRecord file",
-    "damaged": "damaged (wrong checksum in record 1)",
-    "empty": "empty",
-    "two scenes": "2 scenes; each of the three splits needs one",
-    "no example": "record 0: no tf.train.Example",
-    "wrong sizes": "image of 3570 bytes, masks of 4900: no known data set",
-    "no masks": "record 0: no feature 'mask'",
-    "overlap": "record 0: masks overlap",
-    "uncovered": "record 0: masks leave pixels uncovered",
-    "npz overlap": "masks 0: masks overlap",
-    "npz uncovered": "masks 0: masks leave pixels uncovered",
-    "npz 255": "one-hot masks hold 0 and 1, not 255",
-    "npz floats as labels": "labels must be integers, not float64",
-    "npz other size": "masks (4, 2, 7, 8) do not fit image (4, 8, 8, 3)",
-    "npz other number": "masks (3, 2, 8, 8) do not fit image (4, 8, 8, 3)",
-    "npz no image": "no array `image`, but images.npy",
-    "npz objects": "masks.npy holds Python objects",
-    "npz 0 .. 255 floats": "image 0 is not in [0, 1]",
-    "npz NaN": "image 0 is not in [0, 1]",
-    "npz int": "image must be uint8 or float in [0, 1], not int64",
-    "npz five channels": "image is (4, 8, 8, 5), not (N, H, W, 1 or 3)",
-    "no npy": "the magic string is not correct",
-    "truncated npy": "mmap length is greater than file size",
-    "no npz": "File is not a zip file",
-    "no picture": "cannot identify image file",
-    "empty folder": "no PNG or JPEG picture in this folder",
-    "missing": "no data set has this name, and no file or folder",
-}
+SCENE = features("tetrominoes", 0)
+WHOLE = record(example(SCENE))
+IMAGE, MASKS = np.zeros((4, 8, 8, 3), np.uint8), np.zeros((4, 2, 8, 8), np.uint8)
+MASKS[:, 0] = 1
+ERRORS = {  # what fails: the file's name, its bytes, arrays or picture (None: no file), the message
+    "truncated": ("file", WHOLE + WHOLE[:-5], "truncated or damaged in record 1"),
+    "truncated header": ("file", WHOLE + WHOLE[:5], "truncated or damaged in record 1"),
+    "truncated gzip": ("file", gzip.compress(WHOLE * 3)[:-40], "truncated or damaged in record"),
+    "damaged gzip": ("file", gzip.compress(WHOLE)[:3000] + b"\xff" * 9999, "truncated or damaged"),
+    "text": ("file", b"What is this? It is no TFRecord file.", "no TFRecord file"),
+    "damaged": ("file", WHOLE + b"\1" + WHOLE[1:], "damaged (wrong checksum in record 1)"),
+    "empty": ("file", b"", "empty"),
+    "too small": ("file", WHOLE * 2, "2 scenes; each of the three splits needs one"),
+    "no example": ("file", record(b"\x0a\x7f"), "record 0: no tf.train.Example"),
+    "cut short": ("file", record(b"\x0a"), "record 0: no tf.train.Example"),
+    "other size": ("file", record(example(SCENE | {"image": SCENE["image"][:-1]})),
+                   "image of 3570 bytes, masks of 4900: no known data set"),
+    "no masks": ("file", record(example({"image": SCENE["image"]})), "record 0: no feature 'mask'"),
+    "overlap": ("file", record(example(SCENE | {"mask": SCENE["mask"] | 255})),
+                "record 0: masks overlap"),
+    "uncovered": ("file", record(example(SCENE | {"mask": SCENE["mask"] * 0})),
+                  "record 0: masks leave pixels uncovered"),
+    "npz overlap": ("f.npz", dict(image=IMAGE, masks=MASKS | 1), "masks 0: masks overlap"),
+    "npz uncovered": ("f.npz", dict(image=IMAGE, masks=MASKS * 0), "leave pixels uncovered"),
+    "npz 255": ("f.npz", dict(image=IMAGE, masks=MASKS * 255), "masks hold 0 and 1, not 255"),
+    "npz float labels": ("f.npz", dict(image=IMAGE, masks=MASKS[:, 0] / 2), "must be integers"),
+    "npz other size": ("f.npz", dict(image=IMAGE, masks=MASKS[:, :, 1:]), "do not fit image"),
+    "npz other number": ("f.npz", dict(image=IMAGE, masks=MASKS[1:]), "do not fit image"),
+    "npz no image": ("f.npz", dict(images=IMAGE), "no array `image`, but images.npy"),
+    "npz objects": ("f.npz", dict(image=IMAGE, masks=np.array([None] * 4)), "Python objects"),
+    "npz large floats": ("f.npz", dict(image=IMAGE + 254.5), "image 0 is not in [0, 1]"),
+    "npz NaN": ("f.npz", dict(image=IMAGE * np.nan), "image 0 is not in [0, 1]"),
+    "npz int": ("f.npz", dict(image=IMAGE.astype(int)), "uint8 or float in [0, 1], not int64"),
+    "npz five channels": ("f.npz", dict(image=np.zeros((4, 8, 8, 5))), "image is (4, 8, 8, 5)"),
+    "no npy": ("f.npy", b"no array at all", "the magic string is not correct"),
+    "truncated npy": ("f.npy", b"\x93NUMPY\1\0\x76\0", "EOF"),
+    "no npz": ("f.npz", b"text", "File is not a zip file"),
+    "no picture": ("a.png", b"text", "cannot identify image file"),
+    "empty folder": ("a.txt", b"text", "no PNG or JPEG picture in this folder"),
+    "missing": ("file", None, "no data set has this name, and no file or folder"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_what_cannot_be_read_is_one_clear_line(tmp_path, kind):
-    path = broken(kind, tmp_path)
+    name, content, message = ERRORS[kind]
+    path = tmp_path / name
+    if isinstance(content, dict):
+        np.savez(path, **content)
+    elif content is not None:
+        path.write_bytes(content)
+    path = tmp_path if kind in ("no picture", "empty folder") else path
     with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
         data.make(str(path))
-    assert str(path) in str(caught.value) and ERRORS[kind] in str(caught.value)
+    assert str(path) in str(caught.value) and message in str(caught.value)
     assert not list(tmp_path.glob("*.scenes.*"))  # nothing half-made stays
 
 
