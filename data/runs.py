@@ -292,29 +292,28 @@ def describe(device: torch.device) -> str:
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-class StopFlag:
-    """`with StopFlag() as stop`: Ctrl-C or SIGTERM sets `stop.raised`; a second acts at once."""
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that gets Ctrl-C's or SIGTERM's number; a second signal acts as it did before."""
+    raised, before = [], {}
 
-    def __enter__(self) -> "StopFlag":
-        self.raised, self.before = False, {}
-        with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.on_signal)
-        return self
-
-    def on_signal(self, *_: Any) -> None:
-        self.raised = True
-        self.restore()
+    def on_signal(number: int, _: Any) -> None:
+        raised.append(number)
+        restore()
         if rank() == 0:
             print("\nstopping after this step (again: at once)", file=sys.stderr or sys.stdout)
 
-    def restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
+    def restore() -> None:
+        for number in list(before):
+            signal.signal(number, before.pop(number))
 
-    def __exit__(self, *_: Any) -> None:
-        self.restore()
+    with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, on_signal)
+    try:
+        yield raised
+    finally:
+        restore()
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -477,10 +476,10 @@ class Run:
         self.last_log = self.step, saved
         terminal = self.held and sys.stderr and sys.stderr.isatty()
         layout = "{n_fmt}/{total_fmt} {bar:9} {elapsed}<{remaining}{postfix}"
-        with StopFlag() as stop, tqdm(total=config.steps, initial=self.step, leave=False,
+        with stop_signals() as raised, tqdm(total=config.steps, initial=self.step, leave=False,
                                       disable=not terminal, bar_format=layout) as self.bar:
             while self.step < config.steps and not any_process(
-                stop.raised or self.minutes >= (config.minutes or math.inf), self.device
+                bool(raised) or self.minutes >= (config.minutes or math.inf), self.device
             ):
                 first = self.step * config.batch_size + rank() * local_batch_size
                 yield self.step, torch.arange(first, first + local_batch_size, device=self.device)
@@ -489,7 +488,7 @@ class Run:
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self.save()
                     saved = time.monotonic()
-            stopped = any_process(stop.raised, self.device)
+            stopped = any_process(bool(raised), self.device)
         self.save()
         if stopped:
             raise KeyboardInterrupt(f"stopped after step {self.step}; "
