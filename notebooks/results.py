@@ -107,12 +107,15 @@ def keep_floors(name: str) -> None:
 
 
 def values(pattern: str, path: str) -> list[float]:
-    """The number at `path` ("metrics.ari_fg.mean") of every file of results/ that fits."""
+    """The number at `path` ("metrics.ari_fg.mean") of every file of results/ that has it."""
     found = []
     for file in sorted(RESULTS.glob(pattern)):
         content = json.loads(file.read_text())
-        for key in path.split("."):
-            content = content[int(key)] if isinstance(content, list) else content[key]
+        try:
+            for key in path.split("."):
+                content = content[int(key)] if isinstance(content, list) else content[key]
+        except (KeyError, IndexError):
+            continue
         found.append(content)
     return found
 
@@ -180,7 +183,60 @@ def floors_table() -> str:
                     rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"results": results_table, "floors": floors_table}
+def table(rows: dict[str, str], columns: dict[str, tuple[str, str]], first: str) -> str:
+    """Rows: label -> files, or files:prefix of the path. Columns: heading -> (path, format)."""
+    lines = []
+    for label, source in rows.items():
+        pattern, _, prefix = source.partition(":")
+        lines.append([label, *(spread(values(pattern, prefix + path), form)
+                               for path, form in columns.values())])
+    return markdown([first, *columns], lines)
+
+
+def stages_table() -> str:
+    names = ["layer 1", "layer 2", "layer 3", "1 step of refinement (as trained)", "2 steps",
+             "3 steps"]
+    rows = {name: f"efficient_morl-quick-cpu-*.json:settings.{i}.metrics."
+            for i, name in enumerate(names)}
+    columns = {"`ari_fg`": ("ari_fg.mean", "{:.3f}"), "`mse`": ("mse.mean", "{:.4f}"),
+               "KL of all layers, nats": ("kl_hierarchy.mean", "{:.0f}"),
+               "KL of the refined posterior, nats": ("kl.mean", "{:.0f}")}
+    return table(rows, columns, "decoded after")
+
+
+def estimators_table() -> str:
+    names = ("enumerate", "vimco", "concrete", "rebar", "nvil")
+    rows = {f"`{name}`": f"air-quick-cpu-0.json:further.variance.{name}." for name in names}
+    columns = {name: (name, "{:.2g}") for name in ("variance", "bias", "chance")}
+    return table(rows, columns, "`--estimator`")
+
+
+def backgrounds_table() -> str:
+    cells = {"black": ("air-quick-cpu-?.json", "air-quick-black-background-cpu-?.json")}
+    for name in ("gradient", "grid", "noise"):
+        cells[name] = f"air-quick-{name}-cpu-?.json", f"air-quick-{name}-background-cpu-?.json"
+    return markdown(["background", "AIR", "`--background`"], [
+        [name, *(spread(values(pattern, "metrics.count_accuracy.mean")) for pattern in patterns)]
+        for name, patterns in cells.items()
+    ])  # fmt: skip
+
+
+def mvae_table() -> str:
+    rows = {"max": "mvae-quick-cpu-?.json:", "sum": "mvae-quick-sum-cpu-?.json:",
+            "VAE": "mvae-quick-vae-cpu-?.json:",
+            "max, after one step of training": "mvae-quick-untrained-cpu-?.json:"}
+    columns = {"ELBO, nats": ("metrics.elbo.mean", "{:.1f}"),
+               "KL, nats": ("metrics.kl.mean", "{:.1f}"),
+               "places": ("metrics.count_accuracy.mean", "{:.3f}"),
+               "peaks": ("metrics.count_accuracy_peaks.mean", "{:.3f}"),
+               "leak": ("further.leak.mean", "{:.3f}")}
+    return table(rows, columns, "objects joined by")
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "results": results_table, "floors": floors_table, "stages": stages_table,
+    "estimators": estimators_table, "backgrounds": backgrounds_table, "mvae": mvae_table,
+}  # fmt: skip
 
 
 def fill(text: str) -> str:
