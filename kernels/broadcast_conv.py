@@ -40,10 +40,7 @@ def broadcast_conv(z: Tensor, weight: Tensor, response: Tensor) -> Tensor:
     cases = cases.unflatten(1, (size, size, -1))  # (N, k, k, O)
     response = response.to(cases.dtype)
     if is_channels_last(response):
-        out = stretch(stretch(cases, 1, height), 2, width)  # (N, H, W, O)
-        response = response.permute(1, 2, 0).expand(len(z), -1, -1, -1)  # so its gradient is a sum
-        # Out of place, as no view may leave: autograd copies what an activation does to one.
-        return out.permute(0, 3, 1, 2) + response.permute(0, 3, 1, 2)  # (N, O, H, W)
+        return add_columns(stretch(cases, 1, height), response.permute(1, 2, 0))
     cases = cases.permute(0, 3, 1, 2).contiguous()  # (N, O, k, k)
     if size == 1:
         return cases + response
@@ -67,6 +64,21 @@ def stretch(cases: Tensor, dim: int, size: int) -> Tensor:
     shape = list(cases.shape)
     shape[dim] = size - 2 * half
     return torch.cat([first, middle.expand(shape), last], dim)
+
+
+def add_columns(cases: Tensor, response: Tensor) -> Tensor:
+    """(N, H, k, O) stretched to W columns, plus (H, W, O), as (N, O, H, W) in channels-last memory.
+
+    The result is no view, and neither is what it is put together from: an activation may work on it
+    in place, of which autograd would make a copy for a view.
+    """
+    half, pieces = cases.shape[2] // 2, []
+    parts = response.split([half, response.shape[1] - 2 * half, half], 1)
+    for case, part in zip(cases.split([half, 1, half], 2), parts, strict=True):
+        shape = len(cases), *part.shape  # (N, H, columns, O)
+        pieces.append(case.expand(shape).permute(0, 3, 1, 2)
+                      + part.expand(shape).permute(0, 3, 1, 2))  # fmt: skip
+    return torch.cat(pieces, 3) if half else pieces[1]
 
 
 def is_channels_last(response: Tensor) -> bool:
