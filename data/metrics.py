@@ -5,12 +5,11 @@ Conventions, which differ between published implementations and move the numbers
 - The argmax over slots turns soft masks into segments; the lowest slot number wins a tie.
 - A scene that a score is undefined for (no foreground, nothing present) scores NaN; `mean_stderr`
   leaves it out and counts it.
-- What is no set of masks is refused, not repaired: 0/255 masks multiply the pair counts of the ARI
-  and shift it a little, which nobody notices.
+- What is no set of masks is refused, not repaired: masks of 0/255 shift the ARI a little, unseen.
 
-Arguments are tensors or arrays. Everything is computed in float64 on the CPU, as some devices have
-no float64, and without gradients. ValueError, in one line, for shapes that do not fit, true masks
-that are not bool or not exclusive, and predictions that hold NaN.
+Arguments are tensors or arrays. All is computed in float64 on the CPU, as some devices have none,
+and without gradients. ValueError, in one line, for shapes that do not fit, true masks that are not
+bool or not exclusive, and predictions that hold NaN.
 
 Axes: B scenes, E entities (0 is the background), K slots, C H W image.
 """
@@ -28,12 +27,10 @@ from sklearn.cluster import KMeans
 from sklearn.ensemble import GradientBoostingClassifier, GradientBoostingRegressor
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from torch import Tensor
+from torch.nn import functional as F
 
 Values = Tensor | np.ndarray
 FLOOR_SCENES = 320  # of the test split, as many as a run evaluates
-
-
-# -- segmentation ----------------------------------------------------------------------------------
 
 
 def ari(true_masks: Values, predicted: Values, foreground: bool = True) -> Tensor:
@@ -45,10 +42,8 @@ def ari(true_masks: Values, predicted: Values, foreground: bool = True) -> Tenso
         ARI = (index - a b / total) / ((a + b) / 2 - a b / total)
 
     0 is the mean over segments of scattered pixels; those in one piece score more (`no_learning`).
-
     true_masks: (B, E, H, W) bool, exactly one entity per pixel, entity 0 the background.
     predicted: (B, K, H, W), floats, whose argmax over K decides, or exclusive bool.
-
     `foreground` leaves out the pixels of entity 0: the papers' ARI, blind to what the slots do with
     the background. NaN for a scene without foreground. A single object makes the formula 0/0 where
     it is found whole; as in scikit-learn, which sees the foreground pixels only, that scores 1, and
@@ -57,7 +52,6 @@ def ari(true_masks: Values, predicted: Values, foreground: bool = True) -> Tenso
     counts = _contingency(true_masks, predicted)  # (B, E, K)
     if foreground:
         counts = counts[:, 1:]
-
     number = counts.sum((1, 2))  # pixels, (B,)
     both = _pairs(counts).sum((1, 2))  # pairs of pixels together in truth and prediction, (B,)
     only_true = _pairs(counts.sum(2)).sum(1) - both
@@ -78,29 +72,23 @@ def miou(true_masks: Values, present: Values, predicted: Values) -> Tensor:
         max over one-to-one matchings k(e) of   1/n Σ_{e present, e > 0} IoU(object e, segment k(e))
 
     true_masks, predicted: as for `ari`. present: (B, E) bool; present[:, 0] is not read.
-
     Any slot may serve an object; the background is left out. An object that gets no slot (K < n)
     counts 0, and so does one that is present but hidden. NaN where no object is present.
     """
     iou = _iou(_contingency(true_masks, predicted))[:, 1:]  # (B, E-1, K)
-    present = _cpu(present)
-    if present.dtype != torch.bool or present.shape != true_masks.shape[:2]:
-        raise ValueError(f"present must be bool {tuple(true_masks.shape[:2])}, "
-                         f"not {present.dtype} {tuple(present.shape)}")  # fmt: skip
-    present = present[:, 1:]
+    present, size = _cpu(present), tuple(true_masks.shape[:2])
+    if present.dtype != torch.bool or present.shape != size:
+        raise ValueError(f"present must be bool {size}, not {present.dtype} {tuple(present.shape)}")
     # An absent object takes a slot only where it costs nothing. 0/0 is a scene without objects.
-    return _best_total(iou * present[..., None]) / present.sum(1)
+    return _best_total(iou * present[:, 1:, None]) / present[:, 1:].sum(1)
 
 
 def match(true_masks: Values, predicted: Values, least_iou: float = 0.0) -> Tensor:
     """The slot that each entity, the background included, is matched with: (B, E) int64.
 
-    The one-to-one matching that maximises the total IoU; -1 for an entity without a slot: it is
-    empty, its IoU with the slot that would be left for it is not above `least_iou` (0: they share
-    no pixel), or there are more entities than slots. For colours and probes, which want to know
-    what each slot stands for; `miou` has its own.
-
-    true_masks, predicted: as for `ari`. The result is on the device of true_masks.
+    The one-to-one matching that maximises the total IoU; -1 for an entity without a slot: there are
+    more entities than slots, or its IoU with the slot that is left is not above `least_iou` (0:
+    they share no pixel). true_masks, predicted: as for `ari`. The result is where true_masks is.
     """
     iou = _iou(_contingency(true_masks, predicted)).numpy()  # (B, E, K)
     slots = np.full(iou.shape[:2], -1)
@@ -111,19 +99,17 @@ def match(true_masks: Values, predicted: Values, least_iou: float = 0.0) -> Tens
 
 
 def box_iou(true: Values, present: Values, boxes: Values, used: Values) -> Tensor:
-    """Mean over the objects of a scene of the IoU with their boxes: (B,) float64 in [0, 1].
+    """Mean IoU of a scene's objects with their boxes: (B,) float64 in [0, 1], 1 perfect.
 
-    IoU = area of the intersection / area of the union, of the one-to-one matching with the largest
-    sum. An object without a box counts 0; a box without an object costs nothing. NaN for a scene
-    without objects.
+    That of the one-to-one matching with the largest sum. An object without a box counts 0; a box
+    without an object costs nothing. NaN for a scene without objects.
 
     true (B, E, 4), boxes (B, K, 4): top, left, height, width in pixels, sizes above 0 where used;
     present (B, E), used (B, K) bool: which of them are there.
     """
     true, present, boxes, used = map(_cpu, (true, present, boxes, used))
-    if (true.ndim, boxes.ndim, len(true)) != (3, 3, len(boxes)) or (
-        true.shape != (*present.shape, 4) or boxes.shape != (*used.shape, 4)
-    ):
+    fits = true.shape == (*present.shape, 4) and boxes.shape == (*used.shape, 4)
+    if not (fits and true.ndim == boxes.ndim == 3 and len(true) == len(boxes)):
         raise ValueError(f"boxes must be (B, E, 4) and (B, K, 4), present (B, E), used (B, K), not "
                          f"{[tuple(x.shape) for x in (true, boxes, present, used)]}")  # fmt: skip
     true, boxes = true.double()[:, :, None], boxes.double()[:, None]  # (B, E, 1, 4), (B, 1, K, 4)
@@ -141,16 +127,12 @@ def mse(image: Values, reconstruction: Values) -> Tensor:
     0 to 255, are refused. (Some papers print the sum over C, H and W instead.)
     """
     image, reconstruction = _cpu(image), _cpu(reconstruction)
+    fits = image.ndim == 4 and image.shape == reconstruction.shape
     floats = image.is_floating_point() and reconstruction.is_floating_point()
-    if image.ndim != 4 or image.shape != reconstruction.shape or not floats:
-        raise ValueError(f"image and reconstruction must be floats (B, C, H, W), not {image.dtype} "
-                         f"{tuple(image.shape)}, {tuple(reconstruction.shape)}")  # fmt: skip
-    if reconstruction.isnan().any():
-        raise ValueError("the reconstruction holds NaN")
+    if not (fits and floats) or reconstruction.isnan().any():
+        raise ValueError(f"image and reconstruction must both be floats (B, C, H, W) without NaN, "
+                         f"not {tuple(image.shape)} and {tuple(reconstruction.shape)}")  # fmt: skip
     return (image.double() - reconstruction.double()).square().mean((1, 2, 3))
-
-
-# -- what latents know -----------------------------------------------------------------------------
 
 
 def probe(latents: Values, targets: Mapping[str, Values]) -> dict[str, float]:
@@ -160,20 +142,17 @@ def probe(latents: Values, targets: Mapping[str, Values]) -> dict[str, float]:
     (N, D), targets (N,) or (N, C): the first half of the rows fits the maps, the second scores
     them. What is constant in the first half is left out.
     """
-    latents = _cpu(latents).numpy()
-    half, scores = len(latents) // 2, {}
-    for name, y in targets.items():
-        y = _cpu(y).numpy()
+    z, scores = _cpu(latents).numpy(), {}
+    half = len(z) // 2
+    for name, values in targets.items():
+        y = _cpu(values).numpy()
         if len(np.unique(y[:half], axis=0)) > 1:
             probe = LinearRegression() if y.dtype.kind == "f" else LogisticRegression(max_iter=1000)
-            fitted = probe.fit(latents[:half], y[:half])
-            scores[name] = float(fitted.score(latents[half:], y[half:]))
+            scores[name] = float(probe.fit(z[:half], y[:half]).score(z[half:], y[half:]))
     return scores
 
 
-def dci(
-    codes: Values, factors: Mapping[str, Values], train: int | None = None
-) -> dict[str, float | dict[str, float] | None]:
+def dci(codes: Values, factors: Mapping[str, Values], train: int | None = None) -> dict[str, Any]:
     """Disentanglement, completeness, informativeness of codes (Eastwood & Williams 2018), 1 best.
 
     Gradient-boosted trees predict each factor j from all codes d; R_dj is how much they use d.
@@ -183,13 +162,12 @@ def dci(
         accuracy, r2    = informativeness: the mean score of the factors that are classes, numbers
 
     codes (N, D), D > 1; factors: integers (N,) for classes, floats (N,) or (N, C) for numbers, each
-    column a factor. The first `train` rows (by default half) fit the trees, the others score them.
-    Left out: what is constant, and `color` beside `color_id`; J > 1 must remain. None for the mean
-    of a kind that is not there. (EfficientMORL's authors count exact hits of numbers too: none.)
+    column a factor. The first `train` rows (half) fit the trees, the others score them. Left out:
+    what is constant, and `color` beside `color_id`; J > 1 must remain. None for the mean of a kind
+    that is not there. (EfficientMORL's authors count exact hits of numbers too: there are none.)
     """
-    codes = _cpu(codes).double().numpy()
-    train = len(codes) // 2 if train is None else train
-    columns = {}
+    codes, columns = _cpu(codes).double().numpy(), {}
+    train = train or len(codes) // 2
     for name, values in factors.items():
         y = _cpu(values).numpy()
         if not (name == "color" and "color_id" in factors):
@@ -198,8 +176,7 @@ def dci(
     if codes.ndim != 2 or codes.shape[1] < 2 or len(columns) < 2 or not 0 < train < len(codes):
         raise ValueError(f"dci needs codes (N, D > 1), two factors that vary and 0 < train < N, "
                          f"not codes {codes.shape}, {len(columns)} and train {train}")  # fmt: skip
-    importance, scores = [], {}
-    means = {"accuracy": [], "r2": []}
+    importance, scores, means = [], {}, {"accuracy": [], "r2": []}
     for name, y in columns.items():
         numbers = y.dtype.kind == "f"
         trees = GradientBoostingRegressor if numbers else GradientBoostingClassifier
@@ -216,15 +193,12 @@ def dci(
     )
 
 
-# -- floors: what needs no learning ----------------------------------------------------------------
-
-
 def no_learning(image: Values, num_slots: int, seed: int) -> dict[str, np.ndarray]:
     """Three ways to take an image (C, H, W) apart: masks (1, K, H, W), bool.
 
-    one_hue: connected components (4 neighbours) of one hue, a pixel's colours over the largest of
-    them; for one channel, of equal brightness; both to a twentieth. kmeans: of colour and place
-    (the whole side counts half as much as black to white), num_slots clusters, best of four starts.
+    one_hue: connected components (4 neighbours) of one hue, a pixel's colours over the largest, or
+    of one brightness where there is one channel, to a twentieth. kmeans: of colour and place (the
+    side counts half as much as black to white), num_slots clusters, the best of four starts.
     voronoi: the nearest of num_slots random points, which never sees the image.
     """
     image = _cpu(image).double().numpy()
@@ -243,8 +217,7 @@ def no_learning(image: Values, num_slots: int, seed: int) -> dict[str, np.ndarra
 
 def count_floor(counts: Values) -> Tensor:
     """Whether each count (B,) is the most frequent one: bool, whose mean no constant beats."""
-    counts = _cpu(counts)
-    return counts == counts.mode().values
+    return _cpu(counts) == _cpu(counts).mode().values
 
 
 def dataset_floors(scenes: Any, num_slots: int | None = None) -> dict[str, Any]:
@@ -253,37 +226,32 @@ def dataset_floors(scenes: Any, num_slots: int | None = None) -> dict[str, Any]:
     Where each pixel has one owner: ari_fg, ari, miou of `no_learning`, with as many slots as
     entities by default. Where objects blend: how often the most frequent number of them is right.
     """
-    num_slots, scores, first = num_slots or scenes.max_entities, {}, scenes.batch(0, 1)
+    num_slots, floors, first = num_slots or scenes.max_entities, {}, scenes.batch(0, 1)
     if first.coverage is not None:
         counts = scenes.batch(0, FLOOR_SCENES).present[:, 1:].sum(1)
-        scores["most_frequent_count"] = {"count_accuracy": [count_floor(counts)]}
+        floors["most_frequent_count"] = {"count_accuracy": count_floor(counts)}
     elif first.masks is not None:
         for i in range(FLOOR_SCENES):  # one by one, as a photograph has thousands of components
             image, masks, present, *_ = scenes.batch(i, 1)
             for name, found in no_learning(image[0], num_slots, i).items():
-                floor = scores.setdefault(name, dict(ari_fg=[], ari=[], miou=[]))
-                floor["ari_fg"].append(ari(masks, found))
-                floor["ari"].append(ari(masks, found, foreground=False))
-                floor["miou"].append(miou(masks, present, found))
-    floors = {
-        name: {score: mean_stderr(torch.cat(values)) for score, values in floor.items()}
-        for name, floor in scores.items()
-    }
-    return dict(
-        command=f"python notebooks/results.py floors {scenes.name}", dataset=scenes.name,
-        split=scenes.split, seed=scenes.seed, scenes=FLOOR_SCENES, num_slots=num_slots,
-        floors=floors,
-    )  # fmt: skip
+                floor = floors.setdefault(name, dict(ari_fg=[], ari=[], miou=[]))
+                floor["ari_fg"].append(ari(masks, found).item())
+                floor["ari"].append(ari(masks, found, foreground=False).item())
+                floor["miou"].append(miou(masks, present, found).item())
+    for floor in floors.values():
+        floor.update({name: mean_stderr(values) for name, values in floor.items()})
+    command = f"python notebooks/results.py floors {scenes.name}"
+    return dict(command=command, dataset=scenes.name, split=scenes.split, seed=scenes.seed,
+                scenes=FLOOR_SCENES, num_slots=num_slots, floors=floors)  # fmt: skip
 
 
 def mean_stderr(values: Any) -> dict[str, float | int | None]:
     """`{mean, stderr, n, left_out}` of a tensor, array or list of scores, ready for JSON.
 
-    NaN and None are left out and counted in `left_out`; n counts the rest. stderr is
-    sqrt(Σ (v - mean)² / (n - 1) / n). What is no finite number is None, as JSON knows neither NaN
-    nor infinity: both of nothing, stderr of one value, both where a value is infinite.
+    NaN and None are left out and counted; n counts the rest. stderr = sqrt(Σ (v - mean)² / (n - 1)
+    / n). None, as JSON knows neither NaN nor infinity, for what is no finite number.
     """
-    values = values.detach().cpu().double() if isinstance(values, Tensor) else values
+    values = _cpu(values).double() if isinstance(values, Tensor) else values
     values = np.asarray(values, dtype=np.float64).ravel()
     kept = values[~np.isnan(values)]
     with np.errstate(all="ignore"):  # infinite values
@@ -300,41 +268,34 @@ def _concentration(weights: np.ndarray) -> np.ndarray:
     return np.where(weights.any(1), 1 - entropy, 0.0)
 
 
-def _components(value: np.ndarray) -> np.ndarray:
+def _components(values: np.ndarray) -> np.ndarray:
     """The connected components of equal values: (C, H, W) -> numbers from 0, (H, W)."""
-    _, kind = np.unique(value.reshape(len(value), -1), axis=1, return_inverse=True)
-    kind = kind.reshape(value.shape[1:])
-    segments, total = np.zeros_like(kind), 0
-    for k in range(kind.max() + 1):
-        part, number = ndimage.label(kind == k)
-        segments += np.where(part > 0, part - 1 + total, 0)
-        total += number
-    return segments
+    height, width = values.shape[1:]
+    # Pixels are at the even places; between two of them is a bridge where they are equal.
+    grid = np.zeros((2 * height - 1, 2 * width - 1), dtype=bool)
+    grid[::2, ::2] = True
+    grid[1::2, ::2] = (values[:, 1:] == values[:, :-1]).all(0)
+    grid[::2, 1::2] = (values[:, :, 1:] == values[:, :, :-1]).all(0)
+    return ndimage.label(grid)[0][::2, ::2] - 1
 
 
 def _contingency(true_masks: Values, predicted: Values) -> Tensor:
     """Pixels that entity e and segment k share: (B, E, K) float64, whole numbers."""
-    true_masks, predicted = _cpu(true_masks), _cpu(predicted)
-    if (true_masks.ndim, predicted.ndim) != (4, 4) or (
-        true_masks[:, :1].shape != predicted[:, :1].shape
-    ):
+    true, predicted = _cpu(true_masks), _cpu(predicted)
+    if true.ndim != 4 or predicted.ndim != 4 or true[:, :1].shape != predicted[:, :1].shape:
         raise ValueError(f"masks must be (B, E, H, W) and (B, K, H, W), K > 0, not "
-                         f"{tuple(true_masks.shape)} and {tuple(predicted.shape)}")  # fmt: skip
-    if true_masks.dtype != torch.bool:
-        raise ValueError(f"true masks must be bool, not {true_masks.dtype} (0/255: masks > 127)")
-    if not (predicted.is_floating_point() or predicted.dtype == torch.bool):
-        raise ValueError(f"predicted masks must be float or bool, not {predicted.dtype}")
-    for masks in (true_masks, predicted):
+                         f"{tuple(true.shape)} and {tuple(predicted.shape)}")  # fmt: skip
+    known = predicted.is_floating_point() or predicted.dtype == torch.bool
+    if true.dtype != torch.bool or not known:
+        raise ValueError(f"true masks must be bool, predicted ones float or bool, not {true.dtype} "
+                         f"and {predicted.dtype} (of masks of 0/255: masks > 127)")  # fmt: skip
+    for masks in (true, predicted):
         if masks.dtype == torch.bool and not (masks.sum(1) == 1).all():
             raise ValueError("bool masks must put each pixel into exactly one segment")
     if predicted.isnan().any():
         raise ValueError("the predicted masks hold NaN")
-    (scenes, entities, *_), slots = true_masks.shape, predicted.shape[1]
-    scene = torch.arange(scenes)[:, None, None]
-    entity, segment = true_masks.byte().argmax(1), (predicted * 1.0).argmax(1)  # (B, H, W)
-    cell = (scene * entities + entity) * slots + segment
-    counts = cell.flatten().bincount(minlength=scenes * entities * slots)
-    return counts.view(scenes, entities, slots).double()
+    segments = F.one_hot((predicted * 1.0).argmax(1), predicted.shape[1])  # (B, H, W, K)
+    return torch.einsum("behw, bhwk -> bek", true.double(), segments.double())
 
 
 def _pairs(count: Tensor) -> Tensor:

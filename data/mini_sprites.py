@@ -7,8 +7,8 @@ number of objects, repeated shapes and repeated colours.
   2 triangle) and colour (0 to 5: red, green, blue, cyan, magenta, yellow) are uniform, with
   repetition.
 - Objects are placed one after the other, each uniformly over the pixel positions where its
-  bounding box lies inside the image and overlaps no earlier one. Boxes may touch. Positions are
-  chosen among those that are left, so nothing is rejected and no scene can fail.
+  bounding box lies inside the image and overlaps no earlier one. Boxes may touch. As positions are
+  chosen among those that are left, no scene can fail.
 - `shaded` multiplies an object's colour by a brightness uniform in [0.5, 1] and by a gradient that
   falls from 1 at the box's top left to 0.7 at its bottom right.
 - `exclude` is a (shape, colour) that only the test split shows (Greff et al. 2019, Fig. 7); the
@@ -62,10 +62,8 @@ class MiniSprites(Scenes):
         # fit wherever the ones before them went.
         room = ((size - sprite) // (2 * sprite - 1) + 1) ** 2 if 1 <= sprite <= size else 0
         if not 1 <= min_objects <= max_objects <= room:
-            raise ValueError(
-                f"{min_objects} to {max_objects} objects of {sprite} px need not fit into {size} px"
-                f" (at most {room} always do)"
-            )
+            raise ValueError(f"{min_objects} to {max_objects} objects of {sprite} px need not fit "
+                             f"into {size} px (at most {room} always do)")  # fmt: skip
         if colors not in COLORS:
             raise ValueError(f"unknown colors {colors!r}; choose from {', '.join(COLORS)}")
         pairs = [(i, j) for i in range(len(SHAPES)) for j in range(len(PURE_COLORS))]
@@ -85,9 +83,8 @@ class MiniSprites(Scenes):
     def scenes(self, index: Tensor) -> Batch:
         u = draws.uniform(self.key, index, (5, self.max_objects))
         u_shape, u_color, u_position, u_light, u_number = u.unbind(1)  # (B, N) each
-        number = self.min_objects + draws.pick(
-            u_number[:, :1], self.max_objects - self.min_objects + 1
-        )
+        span = self.max_objects - self.min_objects + 1
+        number = self.min_objects + draws.pick(u_number[:, :1], span)
         exists = torch.arange(self.max_objects, device=self.device) < number  # (B, N)
         shape, color_id = draws.pick(u_shape, len(SHAPES)), draws.pick(u_color, len(PURE_COLORS))
         if self.excluded is not None:

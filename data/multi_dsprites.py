@@ -14,8 +14,7 @@ Assumed:
   26 wide; each covers about 475 pixels, so that size tells nothing of shape.
 - On grey: hue uniform, saturation and value 1. Background brightness, RGB colours: uniform.
 - Orientation has 4096 steps (0.02 px at a sprite's rim), its sine and cosine come from a table.
-- A pixel is a sprite's where its centre lies inside the outline. No anti-aliasing: every pixel has
-  exactly one owner.
+- A pixel is a sprite's where its centre lies inside the outline, without anti-aliasing.
 
 Entities are in depth order, a later one occludes an earlier one. `present` means visible: a sprite
 that others hide completely is absent, its mask empty, its factors zero, so `present` can have gaps.

@@ -364,7 +364,7 @@ def test_other_bad_arguments_are_refused():
             metrics.miou(TRUE, present, SOFT)
     image = torch.zeros(1, 3, 4, 5)
     for other, message in (
-        (image[:, :1], "must be floats"),
+        (image[:, :1], "must both be floats"),
         (image.byte(), "floats"),
         (image + NAN, "NaN"),
     ):
@@ -504,7 +504,7 @@ def test_dci_takes_columns_and_leaves_out_what_says_nothing_new():
     rng = np.random.default_rng(0)
     color_id, place = rng.integers(2, size=80), rng.random((80, 2))
     factors = dict(place=place, color=np.eye(3)[color_id], color_id=color_id, light=np.ones(80))
-    scores = metrics.dci(torch.randn(80, 2), factors)
+    scores = metrics.dci(torch.randn(80, 2), factors, train=40)
     assert [*scores["informativeness"]] == ["place 0", "place 1", "color_id"]
 
 
