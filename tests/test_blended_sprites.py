@@ -1,7 +1,6 @@
-"""Blended sprites: statistics, coverage and masks, scenes painted a second time.
+"""Blended sprites: statistics, coverage and masks; test_data.py has what all datasets share.
 
-That a scene is the same everywhere is tested with all datasets, in test_data.py. Seeds are fixed,
-so a statistical bound that holds once always holds.
+Seeds are fixed, so a statistical bound that holds once always holds.
 """
 
 import colorsys
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from test_data import BLENDED, SIZES, UNSURE, is_uniform, paint_dsprite, sample
+from test_data import BLENDED, SIZES, UNSURE, is_uniform, sample
 
 import data
 from data.blended_sprites import BlendedSprites
@@ -39,9 +38,6 @@ def blend(batch: data.Batch) -> torch.Tensor:
     """The sum of the colours that cover each pixel, not clipped: float64 (B, 3, H, W)."""
     coverage, color = batch.coverage.double(), batch.factors["color"].double()
     return torch.einsum("behw,bec->bchw", coverage, color)
-
-
-# ------------------------------------------------------------------------------ coverage and masks
 
 
 @pytest.mark.parametrize("name", BLENDED)
@@ -76,26 +72,6 @@ def test_sums_are_clipped_and_only_then(name):
 
 
 @pytest.mark.parametrize("name", BLENDED)
-def test_repainted(name):
-    """Sprite by sprite, in float64."""
-    size = SIZES[name][1]
-    batch = sample(name, 256)
-    f = {key: value.double().numpy() for key, value in batch.factors.items()}
-    differing = 0
-    for b in range(96):
-        image, owner = np.zeros((size, size, 3)), np.zeros((size, size), int)
-        for e in np.flatnonzero(batch.present[b].numpy())[1:]:
-            inside = paint_dsprite(f, b, e, size)
-            differing += (inside != batch.coverage[b, e].numpy()).sum()
-            image[inside] += f["color"][b, e]
-            owner[inside] = e
-        error = abs(np.minimum(image, 1) - batch.image[b].permute(1, 2, 0).numpy()).max(-1)
-        differing += (error > 1e-6).sum()
-        differing += (owner != batch.masks[b].int().argmax(0).numpy()).sum()
-    assert differing <= 3  # one pixel's centre that float32 puts across an outline
-
-
-@pytest.mark.parametrize("name", BLENDED)
 def test_sprites_are_whole(name):
     """Nothing is cut off: all of a sprite lies around its centre, and its area is its scale's."""
     size = SIZES[name][1]
@@ -123,9 +99,6 @@ def test_hidden_sprites_stay(name):
     assert (batch.coverage[hidden].sum((1, 2)) > 0).all()
     assert (batch.factors["scale"][hidden] >= 0.5).all()
     assert (batch.factors["color"][hidden].amax(1) == 1).all()
-
-
-# -------------------------------------------------------------------------------------- statistics
 
 
 @pytest.mark.parametrize("name", BLENDED)
@@ -175,9 +148,6 @@ def test_factors_are_independent(name):
     pair = columns[both, :2, :-1].double().flatten(1).numpy()
     r = np.corrcoef(pair.T)[: len(keys) + 2, len(keys) + 2 :]
     assert abs(r).max() < 4.5 / len(pair) ** 0.5
-
-
-# -------------------------------------------------------------------------------------- the options
 
 
 @pytest.mark.parametrize("name", ["sprites_3", "sprites_8_32"])

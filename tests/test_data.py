@@ -92,29 +92,21 @@ def paint_dsprite(f: dict[str, np.ndarray], b: int, e: int, size: int = 64) -> n
     return abs(z) ** 2 - np.cbrt(z.real**2 * z.imag**3) <= 1
 
 
-# ---------------------------------------------------------------------------------------- draws
-
-
-def python_word(key: int, index: int, counter: int) -> int:
-    """One word in Python's own unbounded integers, as the docstring of draws.py has it."""
+def test_words_equal_unbounded_integers():
+    """In Python's own integers, as the docstring of draws.py has it."""
 
     def mix(x: int, salt: int = 0) -> int:
         x = ((x ^ x >> 16) * 0x21F0AAAD) % 2**32
         x = (((x ^ x >> 15) ^ salt) * 0x735A2D97) % 2**32
         return x ^ x >> 15
 
-    key = draws.make_key(key)
-    a = mix(mix(index % 2**32 ^ key % 2**32) ^ index >> 32 ^ key >> 32)
-    b = mix(mix(index % 2**32 ^ key >> 32) ^ index >> 32 ^ key % 2**32)
-    return mix(a ^ mix(0x6A09E667 + counter), b)
-
-
-def test_words_equal_unbounded_integers():
-    index = [0, 1, 2**31 - 1, 2**32 - 1, 2**32, 2**40 + 7, 2**62 + 12345]
     for key in (0, 1, -1, 2**32 - 1, 2**100, draws.make_key("a", 3)):
-        words = draws._words(key, torch.tensor(index), 5)
-        expected = [[python_word(key, i, c) for c in range(5)] for i in index]
-        assert words.tolist() == expected
+        upper, lower = divmod(draws.make_key(key), 2**32)
+        for i in [0, 1, 2**31 - 1, 2**32 - 1, 2**32, 2**40 + 7, 2**62 + 12345]:
+            a = mix(mix(i % 2**32 ^ lower) ^ i >> 32 ^ upper)
+            b = mix(mix(i % 2**32 ^ upper) ^ i >> 32 ^ lower)
+            expected = [mix(a ^ mix(0x6A09E667 + counter), b) for counter in range(5)]
+            assert draws._words(key, torch.tensor([i]), 5)[0].tolist() == expected
 
 
 def test_draws_are_pinned():
@@ -195,10 +187,7 @@ def test_integers_and_pick(high):
         assert is_uniform(values, high) if high > 1 else values.max() == 0
     with pytest.raises(ValueError, match="high"):
         draws.integers(1, index, 0)
-
-
-def test_pick_never_reaches_high():
-    largest = torch.tensor(1 - 2.0**-24)
+    largest = torch.tensor(1 - 2.0**-24)  # never reaches high
     high = torch.cat([torch.arange(1, 100000), 2**24 - torch.arange(1, 1000)])
     assert torch.equal(draws.pick(largest, high), high - 1)
 
@@ -226,9 +215,6 @@ def test_normal():
         assert abs(r) < 4 / n**0.5
     assert draws.normal(1, torch.arange(5), ()).shape == (5,)
     assert torch.isfinite(draws.normal(1, torch.arange(5), (100001,))).all()
-
-
-# ----------------------------------------------------------------------------- every dataset
 
 
 def test_every_dataset_is_listed():
@@ -287,8 +273,11 @@ def test_splits_seeds_and_scenes_differ(name):
     assert len(pictures) >= count - 2 > 96  # the smallest datasets repeat a scene by chance, rarely
 
 
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA device")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA device")
+@on_cuda
 @pytest.mark.parametrize("name", SIZES)
 def test_cuda_draws_the_same_scenes(name):
     cpu, cuda = data.make(name), data.make(name, device="cuda")
@@ -297,15 +286,15 @@ def test_cuda_draws_the_same_scenes(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA device")
+@on_cuda
 def test_cuda_draws_the_same_numbers():
     index = torch.arange(2**33 - 500, 2**33 + 500)
-    one, other = (draws.uniform(9, i, (33,)) for i in (index, index.cuda()))
-    assert torch.equal(one, other.cpu())
-    one, other = (draws.integers(9, i, 1000, (33,)) for i in (index, index.cuda()))
-    assert torch.equal(one, other.cpu())
-    one, other = (draws.normal(9, i, (33,)) for i in (index, index.cuda()))
-    torch.testing.assert_close(one, other.cpu(), rtol=1e-5, atol=1e-5)
+    for draw, tolerance in (
+        (draws.uniform, 0), (lambda *args: draws.integers(*args[:2], 1000, args[2]), 0),
+        (draws.normal, 1e-5),
+    ):  # fmt: skip
+        one, other = (draw(9, i, (33,)) for i in (index, index.cuda()))
+        torch.testing.assert_close(one, other.cpu(), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", HARD)
@@ -370,43 +359,70 @@ def test_import_is_cheap():
         assert module not in done.stdout
 
 
-# --------------------------------------------------------------------------------- mini_sprites
-
-PICTURES = {
-    4: ["#### #### #### ####", ".##. #### #### .##.", ".##. .##. #### ####"],
+PICTURES = {  # of mini_sprites, by side
+    4: ["####/####/####/####", ".##./####/####/.##.", ".##./.##./####/####"],
     5: [
-        "##### ##### ##### ##### #####",
-        ".###. ##### ##### ##### .###.",
-        "..#.. .###. .###. ##### #####",
+        "#####/#####/#####/#####/#####",
+        ".###./#####/#####/#####/.###.",
+        "..#../.###./.###./#####/#####",
     ],
 }
+LEVELS = [191, 255, 255, 255, 223] + [127, 159, 159, 159, 191] * 3 + [95, 63, 63, 63, 127]
+TILES = {"tetrominoes": np.reshape(LEVELS, (5, 5)) / 255, "mini_tetrominoes": np.ones((2, 2))}
 
 
-@pytest.mark.parametrize("name", MINI)
-def test_mini_sprites_repainted(name):
-    scenes, batch = data.make(name), sample(name, 256)
-    side, shaded = scenes.sprite, scenes.shaded
-    f = {k: v.numpy() for k, v in batch.factors.items()}
-    touching = 0
-    for b in range(256):
-        image = np.zeros((scenes.height, scenes.width, scenes.num_channels))
-        owner = np.zeros((scenes.height, scenes.width), int)
+def cells(picture: str) -> np.ndarray:
+    return np.array([[c == "#" for c in row] for row in picture.split("/")], dtype=float)
+
+
+def paint(name: str, f: dict[str, np.ndarray], b: int, e: int, size: int) -> np.ndarray:
+    """The light of entity (b, e), 0 outside: float64 (size, size)."""
+    if name in DSPRITES + BLENDED:
+        return paint_dsprite(f, b, e, size).astype(float)
+    shape = int(f["shape"][b, e])
+    if name in MINI:
+        side = 4 if name == "mini_sprites" else 5
+        light = cells(PICTURES[side][shape]) * f["brightness"][b, e]
+        if name.endswith("shaded"):
+            light *= 1 - 0.3 * np.indices((side, side)).sum(0) / (2 * side - 2)
+    elif name in TETRO:
+        light = np.kron(cells(tetrominoes.PIECES[shape]), TILES[name])
+    else:
+        rows = np.arange(9)
+        width = [(rows + 1) // 2 * 2 + 1, (9 - rows) // 2 * 2 + 1, rows * 0 + 9][shape]
+        light = (abs(2 * np.arange(9) - 8) < width[:, None]).astype(float)
+    image, top, left = np.zeros((size, size)), int(f["row"][b, e]), int(f["col"][b, e])
+    image[top : top + light.shape[0], left : left + light.shape[1]] = light
+    return image
+
+
+@pytest.mark.parametrize("name", HARD + BLENDED)
+def test_repainted(name):
+    """Object by object, in float64: images, masks, coverage."""
+    batch, size = sample(name, 256), SIZES[name][1]
+    f = {key: value.double().numpy() for key, value in batch.factors.items()}
+    differing = touching = 0
+    for b in range(96):
+        owner, image = np.zeros((size, size), int), np.zeros((size, size, SIZES[name][0]))
+        ground = batch.image[b][:, batch.masks[b, 0]]
+        image += ground[:, 0].numpy()
+        assert torch.equal(ground, ground[:, :1].expand_as(ground))
         for e in np.flatnonzero(batch.present[b].numpy())[1:]:
-            picture = PICTURES[side][f["shape"][b, e]].split()
-            top, left = int(f["row"][b, e]), int(f["col"][b, e])
-            for i, j in itertools.product(range(side), range(side)):
-                if picture[i][j] == "#":
-                    assert owner[top + i, left + j] == 0  # objects do not overlap
-                    owner[top + i, left + j] = e
-                    light = f["brightness"][b, e] * (1 - 0.3 * (i + j) / (2 * side - 2) * shaded)
-                    image[top + i, left + j] = light * f["color"][b, e]
-        assert np.array_equal(owner, batch.masks[b].int().argmax(0).numpy())
-        assert np.allclose(image, batch.image[b].permute(1, 2, 0), atol=1e-6, rtol=0)
-        boxes = [(f["row"][b, e], f["col"][b, e]) for e in range(1, batch.present[b].sum())]
-        for (r, c), (s, d) in itertools.combinations(boxes, 2):
-            assert max(abs(r - s), abs(c - d)) >= side
-            touching += max(abs(r - s), abs(c - d)) == side
-    assert touching > 20
+            light = paint(name, f, b, e, size)
+            assert not (name in MINI + TETRO and owner[light > 0].any())  # no overlap
+            color = (light[..., None] * (f["color"][b, e] if "color" in f else 1))[light > 0]
+            image[light > 0] = color + image[light > 0] * (name in BLENDED)
+            owner[light > 0] = e
+            if name in BLENDED:
+                differing += (light != batch.coverage[b, e].numpy()).sum()
+        error = abs(image.clip(max=1) - batch.image[b].permute(1, 2, 0).numpy()).max(-1)
+        differing += (error > 1e-6).sum()
+        differing += (owner != batch.masks[b].int().argmax(0).numpy()).sum()
+        for one, other in ((owner[1:], owner[:-1]), (owner[:, 1:], owner[:, :-1])):
+            touching += ((one != other) & (one > 0) & (other > 0)).any()
+    assert touching > 10  # objects may share an edge
+    # One pixel's centre may be put across an outline by float32.
+    assert differing <= (4 if name in DSPRITES + BLENDED else 0)
 
 
 @pytest.mark.parametrize("name", MINI)
@@ -470,70 +486,15 @@ def test_mini_sprites_other_sizes():
         assert batch.present.all() and (pixels[squares] == sprite**2).all()
 
 
-# ---------------------------------------------------------------------------------- tetrominoes
-
-LEVELS = (
-    "191 255 255 255 223 127 159 159 159 191 127 159 159 159 191 "
-    "127 159 159 159 191 95 63 63 63 127"
-)
-SHADED = np.array(LEVELS.split(), dtype=np.float32).reshape(5, 5) / np.float32(255)
-FLAT = np.ones((2, 2), dtype=np.float32)
-
-
-def paint_piece(number: int, tile: np.ndarray) -> np.ndarray:
-    rows = tetrominoes.PIECES[number].split("/")
-    cells = np.array([[c == "#" for c in row] for row in rows], dtype=np.float32)
-    return np.kron(cells, tile)
-
-
-def test_the_pieces_are_the_19():
-    """All fixed tetrominoes, each once, without margins."""
-    fixed = {frozenset({(0, 0)})}
-    for _ in range(3):
-        steps = ((1, 0), (-1, 0), (0, 1), (0, -1))
-        grown = {p | {(i + a, j + b)} for p in fixed for i, j in p for a, b in steps}
-        grown = {p for p in grown if len(p) > max(map(len, fixed))}
-        origins = {p: (min(i for i, _ in p), min(j for _, j in p)) for p in grown}
-        fixed = {frozenset((i - r, j - c) for i, j in p) for p, (r, c) in origins.items()}
-    assert len(fixed) == 19
-
-    def cells(piece: str) -> frozenset:
-        rows = piece.split("/")
-        return frozenset(
-            (i, j) for i, row in enumerate(rows) for j, c in enumerate(row) if c == "#"
-        )
-
-    pieces = [cells(piece) for piece in tetrominoes.PIECES.values()]
-    assert set(pieces) == fixed and len(pieces) == 19
+def test_the_pieces_are_the_19_fixed_tetrominoes():
+    free = map(cells, ("####", "##/##", "###/.#.", "##./.##", "###/#.."))
+    fixed = {
+        str(np.rot90(side, turns).tolist())
+        for piece in free for side in (piece, piece.T) for turns in range(4)
+    }  # fmt: skip
+    pieces = [str(cells(piece).tolist()) for piece in tetrominoes.PIECES.values()]
+    assert set(pieces) == fixed and len(pieces) == len(fixed) == 19
     assert list(tetrominoes.PIECES) == [*range(1, 20)]
-
-
-@pytest.mark.parametrize("name", TETRO)
-def test_tetrominoes_repainted(name):
-    scenes, batch = data.make(name), sample(name, 256)
-    tile = SHADED if name == "tetrominoes" else FLAT
-    f = {k: v.numpy() for k, v in batch.factors.items()}
-    touching = 0
-    for b in range(256):
-        image = np.zeros((3, scenes.size, scenes.size), np.float32)
-        owner = np.zeros((scenes.size, scenes.size), int)
-        for e in (1, 2, 3):
-            piece = paint_piece(f["shape"][b, e], tile)
-            top, left = int(f["row"][b, e]), int(f["col"][b, e])
-            place = np.s_[top : top + piece.shape[0], left : left + piece.shape[1]]
-            assert not owner[place][piece > 0].any()  # pieces do not overlap
-            owner[place] += e * (piece > 0)
-            image[:, *place] += f["color"][b, e][:, None, None] * piece
-        assert np.array_equal(image, batch.image[b].numpy())
-        assert np.array_equal(owner, batch.masks[b].int().argmax(0).numpy())
-        touching += touch(owner)
-    assert 26 < touching < 230  # some scenes, not all
-
-
-def touch(owner: np.ndarray) -> bool:
-    """Do two objects share an edge?"""
-    pairs = [(owner[1:], owner[:-1]), (owner[:, 1:], owner[:, :-1])]
-    return any(((a != b) & (a > 0) & (b > 0)).any() for a, b in pairs)
 
 
 def test_tetrominoes_levels_and_areas():
@@ -549,21 +510,17 @@ def test_tetrominoes_levels_and_areas():
 def test_tetrominoes_positions(name):
     """The same distribution as plain rejection, one scene at a time, by another generator."""
     scenes, batch = data.make(name), sample(name)
-    tile = np.ones((scenes.cell, scenes.cell))
     rng = np.random.default_rng(0)
-    pieces = [paint_piece(number, tile) for number in tetrominoes.PIECES]
+    pieces = [np.kron(cells(p), TILES[name] > 0) for p in tetrominoes.PIECES.values()]
     plain = []
     while len(plain) < 1500:
         chosen = [pieces[i] for i in rng.integers(19, size=3)]
         while True:
-            sum_ = np.zeros((scenes.size, scenes.size))
-            corners = [
-                [rng.integers(scenes.size - extent + 1) for extent in piece.shape]
-                for piece in chosen
-            ]
+            total = np.zeros((scenes.size, scenes.size))
+            corners = [[rng.integers(scenes.size - n + 1) for n in p.shape] for p in chosen]
             for piece, (top, left) in zip(chosen, corners, strict=True):
-                sum_[top : top + piece.shape[0], left : left + piece.shape[1]] += piece
-            if sum_.max() == 1:
+                total[top : top + piece.shape[0], left : left + piece.shape[1]] += piece
+            if total.max() == 1:
                 break
         plain.append(corners)
     plain = np.array(plain)  # (n, 3, 2)
@@ -582,55 +539,21 @@ def test_tetrominoes_attempts_suffice():
     """The worst three shapes: one attempt is valid with probability 0.10, see the docstring."""
     scenes = data.make("tetrominoes")
     worst = torch.full((2000, 3), list(tetrominoes.PIECES).index(15))
-    u = draws.uniform(1, torch.arange(2000), (2, 3))  # a single attempt
-    row, col = scenes.place(worst, u)
+    row, col = scenes.place(worst, draws.uniform(1, torch.arange(2000), (2, 3)))  # one attempt
     images = np.zeros((2000, 35, 35))
-    piece = paint_piece(15, np.ones((5, 5)))
+    piece = np.kron(cells(tetrominoes.PIECES[15]), np.ones((5, 5)))
     for image, rows, cols in zip(images, row.tolist(), col.tolist(), strict=True):
         for top, left in zip(rows, cols, strict=True):
             image[top : top + piece.shape[0], left : left + piece.shape[1]] += piece
-    valid = (images.max((1, 2)) == 1).mean()
-    assert 0.08 < valid < 0.13
+    assert 0.08 < (images.max((1, 2)) == 1).mean() < 0.13
     assert (1 - 0.10) ** tetrominoes.ATTEMPTS < 1e-11
 
 
-# ---------------------------------------------------------------------------- shapes and dsprites
-
-
-def test_shapes_repainted():
+def test_shapes_places():
     batch = sample("shapes")
-    f = {k: v.numpy() for k, v in batch.factors.items()}
-    rows = np.arange(9)
-    for b in range(256):
-        owner = np.zeros((28, 28), int)
-        for e in np.flatnonzero(batch.present[b].numpy())[1:]:
-            width = {0: (rows + 1) // 2 * 2 + 1, 1: (9 - rows) // 2 * 2 + 1, 2: rows * 0 + 9}
-            for i, w in enumerate(width[int(f["shape"][b, e])]):
-                left = int(f["col"][b, e]) + (9 - w) // 2
-                owner[int(f["row"][b, e]) + i, left : left + w] = e
-        assert np.array_equal(owner, batch.masks[b].int().argmax(0).numpy())
-        assert np.array_equal(owner > 0, batch.image[b, 0].numpy() == 1)
     assert batch.image.unique().tolist() == [0, 1]
-    top = batch.factors["row"].long()[:, 3], batch.factors["col"].long()[:, 3]  # never hidden
-    assert is_uniform(top[0], 20) and is_uniform(top[1], 20)
-
-
-@pytest.mark.parametrize("name", DSPRITES)
-def test_dsprites_repainted(name):
-    count, batch = 128, sample(name)
-    f = {k: v.double().numpy() for k, v in batch.factors.items()}
-    differing = 0
-    for b in range(count):
-        owner = np.zeros((64, 64), int)
-        for e in np.flatnonzero(batch.present[b].numpy())[1:]:
-            owner[paint_dsprite(f, b, e)] = e
-        differing += (owner != batch.masks[b].int().argmax(0).numpy()).sum()
-        for e in np.flatnonzero(batch.present[b].numpy())[1:]:
-            pixels = batch.image[b][:, batch.masks[b, e]]
-            assert torch.equal(pixels, batch.factors["color"][b, e][:, None].expand_as(pixels))
-        ground = batch.image[b][:, batch.masks[b, 0]]
-        assert torch.equal(ground, ground[:, :1].expand_as(ground))
-    assert differing <= 2  # of 128 * 4096 pixels: centres that float32 puts across an outline
+    for key in ("row", "col"):  # of the last, which is never hidden
+        assert is_uniform(batch.factors[key].long()[:, 3], 20)
 
 
 @pytest.mark.parametrize("name", DSPRITES)

