@@ -620,13 +620,17 @@ class Run:
         draw(self.model, scenes, self.folder / "figures", results)
         reached = shown_means(results["metrics"], show)
         print(f"reached  {reached} after {self.step:,} steps in {self.minutes:.1f} min")
-        floors = RESULTS / f"floors-{Path(scenes.name).name}.json"
-        if floors.exists():
-            for name, scores in json.loads(floors.read_text())["floors"].items():
-                print(f"floor    {shown_means(scores, show)} ({name.replace('_', ' ')})")
+        for name, scores in floors(scenes.name).items():
+            print(f"floor    {shown_means(scores, show)} ({name.replace('_', ' ')})")
         print(f"look at  {self.folder / 'figures' / picture}")
         self.held.release()
         return evaluation
+
+
+def floors(dataset: str) -> dict[str, Any]:
+    """What no learning scores on a data set's test scenes: {method: {metric: {"mean", ...}}}."""
+    path = RESULTS / f"floors-{dataset}.json"
+    return json.loads(path.read_text())["floors"] if path.exists() else {}
 
 
 def shown_means(metrics: dict[str, Any], show: Sequence[str]) -> str:

@@ -173,14 +173,17 @@ def results_table() -> str:
 
 
 def floors_table() -> str:
+    """One row a data set; scores of one method joined by slashes."""
+    kinds = "one_hue", "kmeans", "voronoi", "most_frequent_count"
     rows = []
     for name in data.DATASETS:
-        for kind, scores in runs.floors(name).items():
-            cells = [f"{scores[m]['mean']:.3f}" if m in scores else "–"
-                     for m in ("ari_fg", "ari", "miou", "count_accuracy")]
-            rows.append([f"`{name}`", kind.replace("_", " "), *cells])
-    return markdown(["data", "without learning", "`ari_fg`", "`ari`", "`miou`", "`count_accuracy`"],
-                    rows)
+        floors = runs.floors(name)
+        if floors:
+            rows.append([f"`{name}`", *(" / ".join(f"{score['mean']:.3f}"
+                                                   for score in floors.get(kind, {}).values()) or "–"
+                                        for kind in kinds)])
+    return markdown(["data", "components of one hue", "k-means", "random Voronoi cells",
+                     "most frequent number"], rows)
 
 
 def table(rows: dict[str, str], columns: dict[str, tuple[str, str]], first: str) -> str:
@@ -242,11 +245,11 @@ TABLES: dict[str, Callable[[], str]] = {
 def fill(text: str) -> str:
     """The text with every table between its markers as TABLES makes it now."""
     for name, table in TABLES.items():
-        begin, end = f"<!-- begin {name} -->\n", f"\n<!-- end {name} -->"
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        runs.require(begin in text and end in text.partition(begin)[2],
+                     f"README.md: no table {name} between its markers")
         before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        runs.require(rest and after, f"README.md: no table {name} between its markers")
-        text = before + begin + table() + end + after
+        text = f"{before}{begin}\n\n{table()}\n\n{end}{rest.partition(end)[2]}"
     return text
 
 
