@@ -4,6 +4,7 @@ All of it is deterministic: seeds are fixed, so a statistical bound that holds o
 """
 
 import functools
+import hashlib
 import itertools
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from scipy import stats
 
 import data
-from data import draws, mini_sprites, multi_dsprites, tetrominoes
+from data import blended_sprites, draws, mini_sprites, multi_dsprites, tetrominoes
 
 SIZES = {  # C, H = W, fewest and most objects
     "mini_sprites": (3, 12, 2, 3),
@@ -40,6 +41,21 @@ BLENDED = [n for n in SIZES if n.startswith("sprites")]  # see also test_blended
 MINI = [n for n in SIZES if n.startswith("mini_sprites")]
 TETRO = [n for n in SIZES if "tetrominoes" in n]
 DSPRITES = [n for n in SIZES if n.startswith("multi_dsprites")]
+PINNED = {  # a hash of the first four test images
+    "mini_sprites": "fa1513a9", "mini_sprites_16": "2d3edfa6",
+    "mini_sprites_16_shaded": "fea81bdd", "mini_sprites_16_same_color": "73118a65",
+    "mini_sprites_16_grey": "16e7f867", "mini_tetrominoes": "c8fdabaf", "tetrominoes": "38e5e92b",
+    "shapes": "d2b471c0", "multi_dsprites_binarized": "216448c4",
+    "multi_dsprites_colored_on_grayscale": "7e1a416f",
+    "multi_dsprites_colored_on_colored": "419d648f", "sprites_3": "522dcbb8",
+    "sprites_8": "f6ba784f", "sprites_3_32": "122ad93b", "sprites_8_32": "ffebc2f6",
+    "multi_mnist": "c754f8f9", "multi_mnist_3": "d94ed3a7", "multi_mnist_small": "3edc25ae",
+    "multi_mnist_color": "d05a076b", "sprites_3_scaled": "6ef87625",
+    "sprites_8_scaled": "3417fd50", "sprites_3_32_scaled": "7115b915",
+    "sprites_8_32_scaled": "7a38caeb", "multi_mnist_grey": "1d4bc855",
+    "multi_mnist_gradient": "99062451", "multi_mnist_grid": "cc96e9da",
+    "multi_mnist_noise": "b435163a",
+}  # fmt: skip
 UNSURE = 1e-4  # a p-value below this is taken for a defect
 
 
@@ -263,6 +279,13 @@ def test_a_scene_is_the_same_everywhere(name):
 
 
 @pytest.mark.parametrize("name", SIZES)
+def test_scenes_are_pinned(name):
+    """Published numbers and weights rest on these scenes: a change here is a change of data."""
+    levels = (data.make(name, "test").batch(0, 4).image * 255).round().byte()
+    assert hashlib.blake2b(levels.numpy().tobytes(), digest_size=4).hexdigest() == PINNED[name]
+
+
+@pytest.mark.parametrize("name", SIZES)
 def test_splits_seeds_and_scenes_differ(name):
     pictures, count = set(), 0
     for split, seed in itertools.product(data.SPLITS, (0, 1)):
@@ -342,6 +365,8 @@ def test_bad_requests():
         (lambda: mini_sprites.MiniSprites(exclude=(0, 0), colors="grey"), ["(0, 0)"]),
         (lambda: tetrominoes.Tetrominoes(tile="shaded", cell=2), ["shaded", "flat"]),
         (lambda: multi_dsprites.MultiDSprites(colors="red"), ["'red'", "binarized"]),
+        (lambda: blended_sprites.BlendedSprites(size=48), ["48 px", "(32, 64)"]),
+        (lambda: blended_sprites.BlendedSprites(max_objects=0), ["at least 1, not 0"]),
     ]
     for request, words in requests:
         with pytest.raises(ValueError) as caught:
@@ -474,16 +499,14 @@ def test_an_excluded_pair_is_only_in_the_test_split():
     assert_same(plain, data.make("mini_sprites_16", "test", exclude=(1, 2)).batch(0, 64))
 
 
-def test_mini_sprites_other_sizes():
-    """Whatever the constructor admits never fails to place its objects."""
-    for size, sprite, most in ((3, 1, 9), (7, 2, 4), (5, 5, 1), (24, 4, 9)):
-        scenes = mini_sprites.MiniSprites(
-            size=size, sprite=sprite, min_objects=most, max_objects=most
-        )
-        batch = scenes.batch(0, 200)
-        squares = batch.factors["shape"][:, 1:] == 0
-        pixels = batch.masks.flatten(2).sum(2)[:, 1:]
-        assert batch.present.all() and (pixels[squares] == sprite**2).all()
+@pytest.mark.parametrize(("size", "sprite", "most"), [(3, 1, 9), (7, 2, 4), (5, 5, 1), (24, 4, 9)])
+@pytest.mark.parametrize("touching", [False, True])
+def test_mini_sprites_are_always_placed(size, sprite, most, touching):
+    options = dict(size=size, sprite=sprite, min_objects=most, max_objects=most, touching=touching)
+    batch = mini_sprites.MiniSprites(**options).batch(0, 200)
+    squares = batch.factors["shape"][:, 1:] == 0
+    pixels = batch.masks.flatten(2).sum(2)[:, 1:]
+    assert batch.present.all() and (pixels[squares] == sprite**2).all()
 
 
 def test_the_pieces_are_the_19_fixed_tetrominoes():
@@ -587,23 +610,16 @@ def test_dsprites_statistics(name):
 @pytest.mark.parametrize("shape", range(3))
 def test_dsprites_areas(shape):
     """Each shape covers about 475 pixels at scale 1 and stays inside the image when turned."""
-    scenes = data.make("multi_dsprites_binarized")
-    angle = torch.linspace(0, 6.28, 64)[None]
-    same = torch.full((1, 64), 16.0)
-    inside = scenes.geometry.outline(
-        torch.full((1, 64), shape), torch.ones(1, 64), angle.cos(), angle.sin(), same, same
-    )[0]
+    outline = data.make("multi_dsprites_binarized").geometry.outline
+    angle, kind, one = torch.linspace(0, 6.28, 64), torch.full((64,), shape), torch.ones(64)
+    inside = outline(kind, one, angle.cos(), angle.sin(), one * 16, one * 16)
     area = inside.flatten(1).sum(1)
     assert (area > 455).all() and (area < 500).all()
-    far = torch.full((1, 64), 48.0)
-    opposite = scenes.geometry.outline(
-        torch.full((1, 64), shape), torch.ones(1, 64), -angle.cos(), -angle.sin(), far, far
-    )[0]
+    opposite = outline(kind, one, -angle.cos(), -angle.sin(), one * 48, one * 48)
     assert torch.equal(inside, opposite.flip(1, 2))  # nothing is cut off on any side
     if multi_dsprites.SHAPES[shape] == "heart":  # orientation 0: lobes up, symmetric
-        upright = inside[0]
-        assert torch.equal(upright[:, :32], upright[:, :32].flip(1))
-        assert upright[:16].sum() > 1.5 * upright[16:].sum()
+        assert torch.equal(inside[0, :, :32], inside[0, :, :32].flip(1))
+        assert inside[0, :16].sum() > 1.5 * inside[0, 16:].sum()
 
 
 @pytest.mark.parametrize("name", ["shapes", *DSPRITES])
