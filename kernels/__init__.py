@@ -2,22 +2,19 @@
 
     kernels.use("torch")                # until further notice
     with kernels.use("triton"): ...     # for a block
-    kernels.backend(tensor)             # what would run for it: "triton" or "torch"
+    kernels.backend(tensor)             # what runs for it: "triton" or "torch"
+    kernels.describe("cuda")            # the same with the reason, for the header of a run
 
-"auto", the default, takes a Triton kernel for CUDA tensors where the op has one, and plain torch
-everywhere else. Nothing here needs triton to be installed, or a GPU.
+"auto", the default, takes the Triton kernels for CUDA tensors, and plain torch everywhere else.
+Nothing here needs triton to be installed, or a GPU. To learn Triton, read masks.py and mixture.py.
 """
 
 import importlib.util
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor
-
-# Op name -> its Triton version, which takes what the public op takes. An op's file adds its own.
-TRITON: dict[str, Callable] = {}
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 _choice = "auto"
@@ -39,16 +36,16 @@ def use(name: str) -> ExitStack:
     return restore
 
 
-def backend(where: Tensor | torch.device | str = "cpu", op: str | None = None) -> str:
-    """What runs for a tensor or device: "triton" or "torch"; `op` names one op, else any.
+def backend(where: Tensor | torch.device | str = "cpu") -> str:
+    """What runs for a tensor or device: "triton" or "torch".
 
-    Raises RuntimeError where `use("triton")` is in force and this tensor or op cannot have it.
+    Raises RuntimeError where `use("triton")` is in force and Triton cannot run there.
     """
     device = where.device if isinstance(where, Tensor) else torch.device(where)
     # The interpreter is for tests: "auto" never picks it, it is far slower than torch.
     if _choice == "torch" or (_choice == "auto" and device.type != "cuda"):
         return "torch"
-    reason = _triton_obstacle(device, op)
+    reason = _triton_obstacle(device)
     if reason and _choice == "triton":
         raise RuntimeError(f"kernels: triton cannot run here: {reason}")
     return "torch" if reason else "triton"
@@ -79,15 +76,13 @@ def layout(x: Tensor, kernel_size: int, stride: int = 1) -> torch.memory_format:
     return torch.contiguous_format if planes else torch.channels_last
 
 
-def _triton_obstacle(device: torch.device | None = None, op: str | None = None) -> str | None:
+def _triton_obstacle(device: torch.device | None = None) -> str | None:
     """The first reason why Triton cannot run, in one line; None if it can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (pip install triton, Linux only)"
-    if op is not None and op not in TRITON:
-        return f"{op} has no Triton kernel; choose torch or auto"
+        return "the package triton is not installed: pip install triton, Linux only"
     if not interpreted and not torch.cuda.is_available():
-        return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
+        return "there is no CUDA device; TRITON_INTERPRET=1 runs the kernels on a CPU, slowly"
     if not interpreted and device is not None and device.type != "cuda":
         return f"the tensor is on {device.type}, not on CUDA"
     return None
@@ -99,10 +94,11 @@ def _set_choice(name: str) -> None:
 
 
 # Last, because the files of the ops look up the names above. An op has the name of its file, so
-# `kernels.mixture` is the function, and `from kernels.mixture import ...` still reads the file.
+# `kernels.masks` is the function, and `from kernels.masks import ...` still reads the file.
 from kernels.broadcast_conv import broadcast_conv  # noqa: E402
+from kernels.leave_one_out import leave_one_out  # noqa: E402
 from kernels.masks import masks  # noqa: E402
-from kernels.mixture import Mixture, mixture, mixture_log_likelihood  # noqa: E402
+from kernels.mixture import mixture_log_likelihood  # noqa: E402
 from kernels.refinement_inputs import (  # noqa: E402
     CHANNELS,
     RefinementInputs,
@@ -112,15 +108,14 @@ from kernels.refinement_inputs import (  # noqa: E402
 
 __all__ = [
     "CHANNELS",
-    "Mixture",
     "RefinementInputs",
     "backend",
     "broadcast_conv",
     "channel_slices",
     "describe",
     "layout",
+    "leave_one_out",
     "masks",
-    "mixture",
     "mixture_log_likelihood",
     "refinement_inputs",
     "use",

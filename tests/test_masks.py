@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from kernel_checks import DEVICE, backend, guarded_memory, triton_only
+from kernel_checks import DEVICE, backend, few_examples, guarded_memory, set_block, triton_only
 from torch import Tensor
 
 ops = importlib.import_module("kernels.masks")
@@ -18,12 +18,6 @@ TOLERANCE = {  # of numbers of size 1; a half of twice the last digit is a last 
     torch.float16: 2e-3,
     torch.bfloat16: 1.6e-2,
 }
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """What the interpreter takes is their number, whatever they have to do."""
-    monkeypatch.setattr(ops, "BLOCK", 512)
 
 
 def make_logits(*shape: int, dtype=torch.float64, scale=4.0, seed=0) -> Tensor:
@@ -53,7 +47,7 @@ def check(logits: Tensor) -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 4, 7, 11])
-@pytest.mark.parametrize("size", [(1, 1), (1, 7), (8, 8), (35, 35), (64, 64)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (3, 11), (8, 8)])
 def test_every_shape(backend, slots, size):
     check(make_logits(2, slots, *size))
 
@@ -65,7 +59,7 @@ def test_every_type(backend, dtype):
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (5, 7), (16, 5)])
 def test_many_blocks_of_few_pixels(backend, size, monkeypatch):
-    monkeypatch.setattr(ops, "BLOCK", 4)
+    set_block(monkeypatch, 4)
     check(make_logits(3, 3, *size))
 
 
@@ -101,6 +95,7 @@ def test_any_strides(backend, layout):
 def test_extreme_logits(backend, dtype):
     rows = [[1e4, -1e4, 0], [-1e4, -1e4, -1e4], [88, 89, 90], [0, -math.inf, 0]]
     rows += [[-math.inf, -math.inf, 3], [3e38, -3e38, 1e30], [torch.finfo(dtype).min] * 3]
+    rows += [[1e30, 1e30, 1e30]]
     logits = torch.tensor(rows, dtype=torch.float64, device=DEVICE).to(dtype)
     logits = logits[:, :, None, None].expand(-1, -1, 2, 3).requires_grad_()
     masks = ops.masks(logits)
@@ -117,20 +112,8 @@ def test_what_has_no_masks_is_nan(backend, slots):
     assert ops.masks(logits).isnan().all()
 
 
-def test_permuting_slots_permutes_masks(backend):
-    logits = make_logits(2, 5, 3, 4)
-    order = torch.tensor([3, 0, 4, 2, 1], device=DEVICE)
-    permuted = ops.masks(logits[:, order])
-    torch.testing.assert_close(permuted, ops.masks(logits)[:, order], rtol=0, atol=1e-15)
-
-
-def test_image_alone_equals_image_in_a_batch(backend):
-    logits = make_logits(3, 5, 7, 4, dtype=torch.float32)
-    assert torch.equal(ops.masks(logits[1:2]), ops.masks(logits)[1:2])
-
-
 def test_outputs_are_written_whole_and_nothing_beside_them(triton_only, monkeypatch):
-    monkeypatch.setattr(ops, "BLOCK", 16)
+    set_block(monkeypatch, 16)
     with guarded_memory(monkeypatch) as buffers:
         check(make_logits(2, 3, 7, 5))
     assert len(buffers) == 2
@@ -138,14 +121,6 @@ def test_outputs_are_written_whole_and_nothing_beside_them(triton_only, monkeypa
 
 def test_gradcheck(backend):
     torch.autograd.gradcheck(ops.masks, make_logits(1, 3, 1, 2, scale=1.0).requires_grad_())
-
-
-def test_backward_twice(backend):
-    logits = make_logits(2, 3, 5, 4).requires_grad_()
-    masks, cotangent = ops.masks(logits), make_logits(2, 3, 5, 4, seed=1)
-    (first,) = torch.autograd.grad(masks, logits, cotangent, retain_graph=True)
-    (second,) = torch.autograd.grad(masks, logits, cotangent)
-    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("by", ["logits", "cotangent"])
@@ -160,9 +135,9 @@ def test_second_derivative_raises(triton_only, by):
 
 def test_operators_are_well_defined(triton_only):
     logits = make_logits(2, 3, 2, 4).transpose(2, 3).requires_grad_()
-    torch.library.opcheck(ops._masks, (logits,))
+    torch.library.opcheck(ops._forward, (logits,))
     masks = ops.masks(logits.detach())
-    torch.library.opcheck(ops._masks_backward, (masks.transpose(2, 3).contiguous().mT, masks))
+    torch.library.opcheck(ops._backward, (masks.transpose(2, 3).contiguous().mT, masks))
 
 
 def test_torch_compile_sees_through(backend):
@@ -178,9 +153,7 @@ def test_torch_compile_sees_through(backend):
     torch.testing.assert_close(gradient, expected)
 
 
-@settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@few_examples
 @given(
     shape=st.tuples(*[st.integers(1, 3), st.integers(1, 6), st.integers(1, 9), st.integers(1, 9)]),
     order=st.permutations(range(4)),
@@ -195,19 +168,12 @@ def test_drawn_shapes_strides_and_values(backend, shape, order, steps, dtype, sc
     check(logits)
 
 
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [((3, 5, 4), "must be"), ((2, 0, 5, 4), "K > 0"), ((1, 2, 3, 5, 4), "must be")],
-)
-def test_bad_shapes_are_refused_in_one_line(shape, message):
-    with pytest.raises(ValueError, match=message) as error:
-        ops.masks(torch.zeros(shape, device=DEVICE))
-    assert "\n" not in str(error.value)
-
-
-def test_integers_are_refused():
-    with pytest.raises(ValueError, match="floating point"):
-        ops.masks(torch.zeros(2, 3, 5, 4, dtype=torch.int64))
+@pytest.mark.parametrize("shape", [(3, 5, 4), (2, 0, 5, 4), (1, 2, 3, 5, 4)])
+def test_bad_inputs_are_refused_in_one_line(shape):
+    for logits in torch.zeros(shape), torch.zeros(2, 3, 5, 4, dtype=torch.int64):
+        with pytest.raises(ValueError, match="floating point and") as error:
+            ops.masks(logits)
+        assert "\n" not in str(error.value)
 
 
 def test_no_images_and_no_pixels(backend):

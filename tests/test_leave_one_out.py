@@ -1,0 +1,129 @@
+"""kernels/leave_one_out.py, torch and Triton, against mixtures that never had the slot."""
+
+import importlib
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from kernel_checks import (
+    DEVICE,
+    LAYOUTS,
+    assert_near,
+    backend,
+    brute_leave_one_out,
+    drawn_inputs,
+    extreme_inputs,
+    few_examples,
+    guarded_memory,
+    set_block,
+    slot_inputs,
+    triton_only,
+)
+from torch import Tensor
+
+import kernels
+
+ops = importlib.import_module("kernels.leave_one_out")
+__all__ = ["backend", "triton_only"]  # fixtures
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
+
+
+def check(image: Tensor, decoded: Tensor, sigma=0.3, tolerance=0.0) -> None:
+    """Against the fallback in float64, itself held against brute force below."""
+    wide = torch.tensor(sigma, dtype=torch.float64, device=DEVICE)
+    expected = ops.leave_one_out_torch(image.double(), decoded, wide)
+    actual = ops.leave_one_out(image, decoded, sigma)
+    assert actual.dtype == torch.promote_types(decoded.dtype, torch.float32)
+    assert_near(actual, expected, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("colours", [1, 3])
+@pytest.mark.parametrize("slots", [1, 2, 3, 4, 5, 7, 11])
+def test_equals_brute_force(backend, slots, colours):
+    image, decoded = slot_inputs(2, slots, colours)
+    actual = ops.leave_one_out(image, decoded, 0.3)
+    assert_near(actual, brute_leave_one_out(image, decoded, 0.3))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (31, 1), (4, 8), (3, 11), (35, 35)])
+def test_every_image_size(backend, size, monkeypatch):
+    set_block(monkeypatch, 32 if size[0] < 32 else 512)
+    image, decoded = slot_inputs(2, 3, 3, *size)
+    actual = ops.leave_one_out(image, decoded, 0.3)
+    assert_near(actual, brute_leave_one_out(image, decoded, 0.3))
+
+
+def test_of_the_only_slot_it_is_the_likelihood(backend):
+    image, decoded = slot_inputs(slots=1)
+    expected = kernels.mixture_log_likelihood(image, decoded, 0.3)
+    assert_near(ops.leave_one_out(image, decoded, 0.3)[:, 0], expected, tolerance=1e-14)
+
+
+def test_permuting_slots_permutes_it_and_no_gradient_flows(backend):
+    image, decoded = slot_inputs(slots=5)
+    order = torch.tensor([3, 0, 4, 2, 1], device=DEVICE)
+    first = ops.leave_one_out(image, decoded.requires_grad_(), 0.3)
+    assert not first.requires_grad
+    assert_near(ops.leave_one_out(image, decoded[:, order], 0.3), first[:, order])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "logits", [[0, -math.inf, -math.inf], [0, -math.inf, 0], [1e30, 0, 0], [-1e30, 0, 1e30], [0, 0]]
+)
+def test_logits_far_apart_are_the_model_without_the_slot(backend, logits, dtype):
+    image, decoded = (value.to(dtype) for value in slot_inputs(1, len(logits)))
+    decoded[0, :, 3] = torch.tensor(logits, dtype=dtype, device=DEVICE)[:, None, None]
+    actual = ops.leave_one_out(image, decoded, 0.3)
+    for k in range(len(logits)):
+        others = decoded[:, [j for j in range(len(logits)) if j != k]]
+        assert_near(actual[:, k], kernels.mixture_log_likelihood(image, others, 0.3), str(k))
+
+
+@pytest.mark.parametrize("case", extreme_inputs())
+def test_float32_survives_extremes(backend, case):
+    check(*extreme_inputs()[case], sigma=0.03)
+
+
+def test_where_one_slot_owns_the_pixel_nothing_cancels(backend):
+    """log(total − own) would have lost all digits, as own is total in float32."""
+    image, decoded = (value.float() for value in slot_inputs(1, 3))
+    decoded[:, 1] = torch.cat([image, torch.full_like(image[:, :1], 30)], 1)
+    check(image, decoded, sigma=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(backend, dtype):
+    check(*(value.to(dtype) for value in slot_inputs()))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(backend, layout):
+    image, decoded = slot_inputs()
+    check(LAYOUTS[layout](image[:, None])[:, 0], LAYOUTS[layout](decoded))
+
+
+@few_examples
+@given(drawn=drawn_inputs())
+def test_drawn_inputs(backend, drawn):
+    check(*drawn)
+
+
+def test_outputs_are_written_whole_and_nothing_beside_them(triton_only, monkeypatch):
+    set_block(monkeypatch, 16)
+    with guarded_memory(monkeypatch):
+        check(*slot_inputs(2, 2, 3, 7, 5))
+
+
+def test_operator_is_well_defined(triton_only):
+    image, decoded = slot_inputs(1, 2, 1, 2, 3)
+    arguments = image, decoded.movedim(2, -1).contiguous(), image.new_tensor(0.3)
+    torch.library.opcheck(ops._leave_one_out, arguments)
+
+
+def test_in_a_compiled_graph(backend):
+    image, decoded = slot_inputs(1, 3)
+    compiled = torch.compile(ops.leave_one_out, backend="aot_eager", fullgraph=True)
+    sigma = image.new_tensor(0.3)
+    assert_near(compiled(image, decoded, sigma), ops.leave_one_out(image, decoded, sigma))
