@@ -128,8 +128,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "multi_dsprites": LARGE
     | dict(dataset="multi_dsprites_colored_on_grayscale", num_slots=6, geco=False),
 }
-# The architecture for CLEVR6 at 96 x 96, for tests and benchmarks.
-CLEVR6 = LARGE | dict(dataset="", num_slots=7, likelihood="mixture")
+CLEVR6 = LARGE | dict(dataset="", num_slots=7, likelihood="mixture")  # 96 x 96, for benchmarks
 
 
 def make_config(preset: str = "quick", **overrides: Any) -> Config:
@@ -402,11 +401,10 @@ class EfficientMORL(nn.Module):
         num_layers = self.config.num_layers
         first, *others = noise[:, num_layers - 1 : 2 * num_layers].unbind(1)  # (B, K, D) each
         keys, values = self.encoder(image)
-        lam = self.initial.expand(*first.shape[:2], -1)  # (B, K, 2D)
+        lam = self.initial.expand(*first.shape[:2], -1)  # lambda^0 (B, K, 2D)
         posteriors, samples, attention = [lam], [sample(lam, first)], []
         for epsilon in others:
-            layer_below = samples[-1], posteriors[-1]
-            lam, shares = full_precision(self.layer, keys, values, *layer_below)
+            lam, shares = full_precision(self.layer, keys, values, samples[-1], lam)
             posteriors.append(lam)
             samples.append(sample(lam, epsilon))
             attention.append(shares.unflatten(-1, self.size))
@@ -480,7 +478,7 @@ class EfficientMORL(nn.Module):
                         kl = reduce(kl_divergence(normal(lam), prior), "b k d -> b", "sum")
                     decoded = self.decode(sample(lam, epsilon))
                     nll = self.nll(image, decoded)
-                    loss = self.objective(nll, kl).sum()  # not the mean: f sees no batch size
+                    loss = self.objective(nll, kl).sum()  # not the mean: batch size has no effect
                 step = Step(decoded, lam, nll, kl)
                 steps.append(step if training else Step(*(value.detach() for value in step)))
                 if i + 1 < own.shape[1]:

@@ -695,12 +695,12 @@ def test_scenes_without_masks_have_the_scores_that_need_none(num_steps, tmp_path
                         WithoutMasks(name, split, seed, device, size=12, sprite=4))
     few = functools.partial(efficient_morl.evaluate, count=4)
     monkeypatch.setattr(efficient_morl, "evaluate", few)
-    monkeypatch.setattr(efficient_morl, "draw", lambda *_: None)
     config = tiny(tmp_path, geco=True, geco_start=0, num_steps=num_steps, test_steps=num_steps)
     kl = {"kl"} if num_steps else {"kl_hierarchy"}
     assert efficient_morl.train(config)["metrics"].keys() == {"mse", "elbo", "nll"} | kl
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 2 and records[1]["nll_weight"] > 1 and "ari_fg" not in records[0]
+    assert {p.stem for p in (tmp_path / "figures").glob("*.png")} == {"decomposition", "stages"}
     model = efficient_morl.load_model(tmp_path)
     assert efficient_morl.further_scores(model, data.make("mini_sprites", "test")) == {}
 
