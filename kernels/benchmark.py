@@ -379,8 +379,9 @@ class Report:
         self.heading = heading
         self.rows.append(row)
         values = [row.get(name, "") for name in others]
-        numbers = [f"{v:9.3g}" if isinstance(v, float) else f"{v!s:>9}" for v in values]
-        line = f"{row[first]:28}" + "".join(numbers)
+        numbers = [f"{v:.3g}" if isinstance(v, float) and abs(v) < 100 else
+                   f"{v:.0f}" if isinstance(v, float) else str(v) for v in values]
+        line = f"{row[first]:28}" + "".join(f"{number:>9}" for number in numbers)
         if "wrong" in row:
             line = f"\033[31m{row[first]:28} WRONG, not timed: {row['wrong']}\033[0m"
         print(line if sys.stdout.isatty() else re.sub(r"\033\[\d*m", "", line), flush=True)
