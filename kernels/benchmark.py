@@ -82,7 +82,7 @@ STEP_TOLERANCE = {"float32": 1e-3, "tf32": 0.03, "bfloat16": 0.3}  # 0.3: nonsen
 MODELS = {  # what the loss takes after the image: (model, scenes, index of the scenes) -> tensors
     iodine: lambda model, *at: [model.noise(*at)],
     efficient_morl: lambda model, *at: [model.noise(*at, model.num_steps(0))],
-    air: lambda model, *at: [*model.noise(*at), model.log_prior(0)],
+    air: lambda model, *at: model.noise(*at),
     mvae: lambda model, *at: [model.noise(*at)],
 }
 PIXELS = 64, 96, 128  # a side, of the images in `compare`
