@@ -145,7 +145,11 @@ def partner(x: Tensor) -> Tensor:
 
 
 class MVAE(nn.Module):
-    """And the VAE: the same layers, but all places together make one code of N * D latents."""
+    """The MVAE; with `--model vae` the baseline of appendix A.
+
+    The VAE has the same layers, but a linear layer, `to_code`, turns all places together into one
+    code of N * D latents, which g decodes as one object.
+    """
 
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
@@ -187,11 +191,11 @@ class MVAE(nn.Module):
         """loc and log scale of every place's candidate (B, S, D); of the VAE's code (B, N, D)."""
         features = self.encoder(image)  # (B, 2D, h, w)
         if self.to_code is None:
-            features = rearrange(features, "b d h w -> b (h w) d")
+            features = rearrange(features, "b d h w -> b (h w) d")  # (B, S, 2D)
         else:
             features = self.to_code(features.flatten(1))  # (B, 2ND)
             features = rearrange(features, "b (two n d) -> b n (two d)", two=2,
-                                 n=self.config.num_slots)
+                                 n=self.config.num_slots)  # (B, N, 2D)
         features = features.to(torch.promote_types(features.dtype, torch.float32))  # of autocast
         loc, log_variance = features.chunk(2, -1)
         return loc, log_variance / 2
@@ -204,7 +208,7 @@ class MVAE(nn.Module):
         """
         kl = gaussian_kl(loc, log_scale)  # (B, S)
         kl, chosen = kl.topk(min(number, kl.shape[1]))  # (B, N)
-        chosen = repeat(chosen, "b n -> b n d", d=loc.shape[-1])
+        chosen = repeat(chosen, "b n -> b n d", d=loc.shape[-1])  # (B, N, D)
         return loc.gather(1, chosen), log_scale.gather(1, chosen), kl
 
     def encode(self, image: Tensor, number: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,7 +224,7 @@ class MVAE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Logits (B, C, H, W) of p(x|z) for any number of objects (B, N, D), N > 0."""
         if self.to_code is not None:
-            z = rearrange(z, "b n d -> b 1 (n d)")
+            z = rearrange(z, "b n d -> b 1 (n d)")  # one object
         objects = self.g(rearrange(z, "b n d -> (b n) d"))  # (B * N, C', H/2, W/2)
         return self.h(reduce(objects, "(b n) c h w -> b c h w", self.config.aggregation, b=len(z)))
 
@@ -229,7 +233,7 @@ class MVAE(nn.Module):
         loc, log_scale, kl = self.encode(image, noise.shape[1])
         logits = self.decode(loc + log_scale.exp() * noise)
         nll = F.binary_cross_entropy_with_logits(logits, image, reduction="none")
-        nll, kl = nll.flatten(1).sum(1), kl.sum(1)
+        nll, kl = nll.flatten(1).sum(1), kl.sum(1)  # (B,)
         return -nll - kl, nll, kl
 
     def loss(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
@@ -245,7 +249,7 @@ class MVAE(nn.Module):
     def kl_map(self, image: Tensor) -> Tensor:
         """KL of every place's candidate (B, h, w), nats; of the MVAE only."""
         kl = gaussian_kl(*self.posterior_map(image))  # (B, S)
-        return kl.unflatten(1, self.map_size)
+        return kl.unflatten(1, self.map_size)  # (B, h, w)
 
     def mean_image(self, z: Tensor) -> Tensor:
         """Means of the pixels (B, C, H, W) in [0, 1], of codes (B, N, D)."""
