@@ -773,34 +773,6 @@ def test_an_even_encoder_kernel_is_refused():
         efficient_morl.check(tiny(encoder_kernel=4))
 
 
-# -- learning --------------------------------------------------------------------------------------
-
-
-def test_it_learns_eight_scenes_by_heart():
-    """With a third of the error of the best single image for all. To learn them object by object,
-    it would have to see ever new ones."""
-    scenes = MiniSprites(size=8, sprite=3, min_objects=2, max_objects=2)
-    config = tiny(
-        latent_size=8, hidden_size=32, decoder_channels=(32, 32, 32), encoder_channels=(32, 32),
-        init_gain=1.4, coordinate_gain=7.0,
-    )  # fmt: skip
-    model, index = efficient_morl.build(config, scenes), torch.arange(8)
-    optimizer = torch.optim.Adam(model.parameters())
-    image, steps = scenes.scenes(index).image, 300
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 30, 2 - 2 * step / steps)
-        parts = model.loss(image, model.noise(scenes, index + 8 * step, 1))
-        optimizer.zero_grad()
-        parts["loss"].backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimizer.step()
-    last = model.infer(image, model.noise(scenes, index + 10**6, 1))[-1]
-    mean, _, _ = efficient_morl.reconstruct(last.decoded)
-    single = image.mean(0, keepdim=True).expand_as(image)
-    error, of_one = (metrics.mse(image, x).mean().item() for x in (mean, single))
-    assert error < of_one / 3, of_one / error
-
-
 # -- mutants ---------------------------------------------------------------------------------------
 
 CHECKS: dict[str, Callable[..., None]] = {
