@@ -40,11 +40,11 @@ The defaults of Config are the paper's (appendix C). `quick` trades them for min
 
     field                                 paper            quick
     dataset, num_slots                    tetrominoes, 4   mini_sprites_16_shaded, 5
-    latent_size, decoder_channels         32, 4 of 32      16, 3 of 32
+    latent_size, decoder_channels         32, 4 x 32       16, 3 x 32
     decoder_kernel, coordinate_gain       5, 1             1, 5: 1x1 layers need it for sharp edges
     sigma, kl_weight                      0.1, 1           0.4, 0.1: objects first, edges later
     num_steps, step_weights               5, t/T           7, from_zero: the first decode is blind
-    refinement_channels                   3 of 32          32, 64
+    refinement_channels                   3 x 32           32, 64
     refinement_kernel, refinement_stride  5, 1             3, 2: smaller images
     pooling, activation                   mean, elu        max, relu: objects are small; faster
     update_gain                           1                0.1: else lambda grows with each step

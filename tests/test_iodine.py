@@ -636,12 +636,14 @@ class WithoutMasks(MiniSprites):
         return super().scenes(index)._replace(masks=None, present=None, factors={})
 
 
-def test_images_without_masks_are_scored_without_them():
+def test_images_without_masks_are_scored_and_drawn_without_them(tmp_path):
     scenes = WithoutMasks(size=8, sprite=3, min_objects=2, max_objects=2)
     model = iodine.build(small("quick", decoder_kernel=1, num_steps=2), scenes)
     results = iodine.evaluate(model, scenes, count=8)
     assert results["metrics"].keys() == {"mse", "elbo", "nll", "kl"}
     assert iodine.further_scores(model, scenes) == {}
+    iodine.draw(model, scenes, tmp_path, results)
+    assert len(list(tmp_path.glob("*.png"))) == 3
 
 
 def test_a_scene_whose_inference_diverges_is_left_out_and_counted():
@@ -732,16 +734,25 @@ MUTANTS: dict[str, tuple[str, str, dict]] = {  # name: (text of iodine.py, its m
                                 "unflatten(0, z.shape[:2][::-1]).transpose(0, 1)", {}),
     "sum instead of mean pooling": ("x = x.mean((-2, -1))", "x = x.sum((-2, -1))", {}),
     # eq. 1 and the inputs of appendix C
-    "a mixture for each colour": (
-        "squares * (-0.5 / sigma**2)", "squares * (-0.5 / sigma**2) / means.shape[2]", {}),
+    "a mixture for each colour": (  # as several ports have it: sum_c log sum_k m_k N(x_c)
+        "return joint.logsumexp(1)[:, 0]",
+        "return sum((mask_logits.log_softmax(1) + log_density(image[:, [c]],"
+        " means[:, :, [c]], sigma)).logsumexp(1)[:, 0] for c in range(means.shape[2]))", {}),
     "normaliser of one colour": ("- means.shape[2] * (log_sigma", "- (log_sigma", {}),
     "gradient wrt masks": ("grad_mask = mask - r", "grad_mask = (mask - r) / mask", {}),
     "gradient wrt means of the other sign": ("r * (means - image[:, None])",
                                              "r * (image[:, None] - means)", {}),
     "gradient wrt means without the mask": ("grad_means = r *", "grad_means = mask_posterior *",
                                             {}),
-    "gradients and likelihoods not stopped": ("with torch.no_grad():  # SG",
-                                              "with torch.enable_grad():", {}),
+    "none of the inputs stopped": ("with torch.no_grad():  # SG", "with torch.enable_grad():", {}),
+    "likelihood not stopped": ("        normalised = torch.cat(", "        torch.set_grad_enabled("
+                               "True); normalised = torch.cat(", {}),
+    "gradient wrt means not stopped": (  # its values are the same, its graph is the formula's
+        "    return packed, log_likelihood[:, 0, 0],",
+        "    free = F.layer_norm(x := joint.softmax(1) * (means - image) / sigma**2, x.shape[2:])\n"
+        "    free = (free - free.detach()) * norm_weight[:3, None, None]\n"
+        "    packed = packed + F.pad(free, (0, 0, 0, 0, 9, 5))\n"
+        "    return packed, log_likelihood[:, 0, 0],", {}),
     "posterior with the masks": ("mask_posterior = log_n", "mask_posterior = joint", {}),
     "leave-one-out not renormalised": (
         "logsumexp_of_others(joint) - logsumexp_of_others(log_masks)",
