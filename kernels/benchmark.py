@@ -223,7 +223,8 @@ def benchmark_ops(options: Options, device: torch.device, info: dict[str, Any]) 
             report.add(f"{op}, {size}, batch {batch}, {direction}",
                        group | dict(implementation=name) | row)
             if name != "eager" and (backward or op == "leave_one_out"):
-                bars[f"{size}, {op}, {name}"] = row.get("x eager"), None
+                label = f"{op}, {size}, {name}".replace("_", " ")  # lines break at spaces
+                bars[label] = row.get("x eager"), None
     figures.bars(report.chart, bars, report.title,
                  "times as fast as eager, forward and backward", log=True)
     right = report.write()
