@@ -287,6 +287,7 @@ class Candidate:
     def step(self) -> None:
         self.backward()
         self.optimizer.step()
+        self.optimizer.zero_grad()  # so that memory is measured from where it starts
 
 
 def presets(options: Options, device: torch.device) -> Iterator[tuple[str, dict]]:
