@@ -228,23 +228,23 @@ def pack_kernel(
         others = tl.load(leave_one_out + index * num_pixels + pixel, mask=inside, other=0.0)
         pair = normalise(side_by_side(likelihood, others), statistics, first + CHANNELS)
         pair = pair * tl.load(pair_gain) + tl.load(pair_gain + CHANNELS + 2)
-        row = packed + (index * num_pixels + pixel[:, None]) * (3 * COLOURS + 6 + COORDINATES)
+        row = packed + (index * num_pixels + pixel) * (3 * COLOURS + 6 + COORDINATES)  # (BLOCK,)
         store_columns(row, x, COLOURS, inside)
         store_columns(row + COLOURS, slot, COLOURS, inside)
         store_columns(row + 2 * COLOURS, side_by_side(mask, logit), 2, inside)
-        store_columns(row + 2 * COLOURS + 2, posterior[:, None], 1, inside)
+        tl.store(row + 2 * COLOURS + 2, posterior, mask=inside)
         store_columns(row + 2 * COLOURS + 3, gradient, CHANNELS, inside)
         store_columns(row + 3 * COLOURS + 4, pair, 2, inside)
         for n in range(COORDINATES):
             fixed = tl.load(coordinates + n * num_pixels + pixel, mask=inside, other=0.0)
-            store_columns(row + 3 * COLOURS + 6 + n, fixed[:, None], 1, inside)
+            tl.store(row + 3 * COLOURS + 6 + n, fixed, mask=inside)
 
 
 @jit
 def store_columns(row, tile, WIDTH: tl.constexpr, inside):
-    """The first WIDTH columns of a tile, from where `row` points to in every row."""
+    """The first WIDTH columns of a tile, from where `row` points to for every pixel."""
     column = tl.arange(0, tile.shape[1])[None, :]
-    tl.store(row + column, tile, mask=inside[:, None] & (column < WIDTH))
+    tl.store(row[:, None] + column, tile, mask=inside[:, None] & (column < WIDTH))
 
 
 @jit

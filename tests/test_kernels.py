@@ -1,19 +1,24 @@
-"""The package kernels/ from outside: the choice of back-end, without triton, without a GPU."""
+"""The package kernels/ from outside: what operations share, the choice of back-end, launches."""
 
+import contextlib
 import importlib.util
 import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from kernel_checks import DEVICE, assert_near, backend, slot_inputs, triton_only
+from torch import Tensor
 
 import kernels
 from kernels import launch as host
 
+__all__ = ["backend", "triton_only"]  # fixtures
 ROOT = Path(kernels.__file__).parents[1]
 
 # Calls every operation forward and backward, and says what could be imported and chosen.
@@ -68,6 +73,92 @@ def test_without_triton_or_without_a_gpu_everything_runs_in_torch(without_triton
     assert before == "5 operations on torch" and after == "torch (the device is cpu)"
     reason = "triton is not installed" if without_triton else "there is no CUDA device"
     assert error.startswith("kernels: triton cannot run here:") and reason in error
+
+
+# -- what all operations share -------------------------------------------------------------------
+
+
+def refinement_inputs(image: Tensor, decoded: Tensor, sigma: float | Tensor) -> list[Tensor]:
+    vector, maps = torch.linspace(-1, 1, 6).to(image), image.new_ones(2, *image.shape[2:])
+    inputs = kernels.refinement_inputs(image, decoded, vector, vector + 1, maps, sigma)
+    return [inputs.packed, inputs.log_likelihood, inputs.grad_decoded]
+
+
+OPERATIONS: dict[str, Callable[..., list[Tensor]]] = {  # of image, decoded and sigma
+    "leave_one_out": lambda *arguments: [kernels.leave_one_out(*arguments)],
+    "masks": lambda image, decoded, sigma: [kernels.masks(decoded[:, :, -1] / sigma)],
+    "mixture": lambda *arguments: [kernels.mixture_log_likelihood(*arguments)],
+    "refinement_inputs": refinement_inputs,
+}
+every_operation = pytest.mark.parametrize("name", OPERATIONS)
+every_derivative = pytest.mark.parametrize("name", list(OPERATIONS)[1:])
+
+
+def total(name: str, *arguments: Tensor | float) -> Tensor:
+    """A number that depends on every output."""
+    return sum(output.square().sum() for output in OPERATIONS[name](*arguments))
+
+
+@every_derivative
+def test_backward_twice_but_no_second_derivative(triton_only, name):
+    image, decoded = slot_inputs(1, 2)
+    result = total(name, image, decoded.requires_grad_(), 0.3)
+    (first,) = torch.autograd.grad(result, decoded, retain_graph=True)
+    (second,) = torch.autograd.grad(result, decoded, create_graph=True)
+    assert torch.equal(first, second)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (decoded.sum() + second.square().sum()).backward()
+
+
+@every_operation
+def test_in_a_compiled_graph_sigma_may_change(backend, name):
+    image, decoded = slot_inputs(1, 2)
+    decoded.requires_grad_()
+
+    def function(decoded: Tensor, sigma: Tensor) -> Tensor:
+        return total(name, image, decoded * 1.0, sigma) + decoded.square().sum()
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for sigma in image.new_tensor([0.3, 0.2]):
+        actual, expected = compiled(decoded, sigma), function(decoded, sigma)
+        torch.testing.assert_close(actual, expected)
+        (gradient,) = torch.autograd.grad(actual, decoded)
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, decoded)[0])
+
+
+@every_operation
+def test_an_image_is_as_in_a_batch_slots_permute_and_inputs_stay(backend, name):
+    image, decoded = slot_inputs(3, 7)
+    before, order = (image.clone(), decoded.clone()), [3, 0, 6, 4, 2, 1, 5]
+    alone = OPERATIONS[name](image[1:2], decoded[1:2, order], 0.3)
+    for actual, expected in zip(alone, OPERATIONS[name](image, decoded, 0.3), strict=True):
+        has_slots = expected.shape[1] == len(order)
+        assert_near(actual, expected[1:2, order] if has_slots else expected[1:2])
+    assert torch.equal(image, before[0]) and torch.equal(decoded, before[1])
+
+
+@every_operation
+@pytest.mark.parametrize("shape", [(0, 3, 5, 4), (2, 3, 0, 4)])
+def test_no_images_and_no_pixels(backend, name, shape):
+    if name == "refinement_inputs" and shape[2] == 0:
+        pytest.skip("nothing has no mean")
+    image = torch.zeros(shape, device=DEVICE)
+    decoded = torch.zeros(shape[0], 2, 4, *shape[2:], device=DEVICE, requires_grad=True)
+    for output in OPERATIONS[name](image, decoded, 0.3):
+        assert output.numel() == 0 and output.shape[-2:] == shape[2:]
+        assert not output.requires_grad or not output.sum().backward(retain_graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA device")
+@every_derivative
+def test_same_bits_every_time(triton_only, name):
+    image, decoded = (value.float() for value in slot_inputs(8, 7, 3, 128, 128))
+    decoded.requires_grad_()
+    results = [total(name, image, decoded, 0.1) for _ in range(3)]
+    gradients = [torch.autograd.grad(result, decoded)[0] for result in results]
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
 # -- the choice of back-end ----------------------------------------------------------------------
@@ -162,38 +253,24 @@ def test_kernels_have_few_arguments_each_with_a_comment():
     assert number == 8
 
 
-class Recorder:
-    """Stands in for a kernel and keeps what it is launched with."""
-
-    def __init__(self):
-        self.launches = []
-
-    def __getitem__(self, grid):
-        return lambda *arguments, **options: self.launches.append((grid, arguments, options))
-
-
 def test_launch_selects_the_device_and_says_that_multiply_adds_are_fused(monkeypatch):
     """Triton launches on the current device, whatever the tensors are on."""
-    selected, kernel = [], Recorder()
+    selected, launches = [], []
 
-    class Selected:
-        def __init__(self, device):
-            self.device = device
+    class Kernel:
+        def __class_getitem__(cls, grid):
+            return lambda *arguments, **options: launches.append((grid, arguments, options))
 
-        def __enter__(self):
-            selected.append(self.device)
+    def select(device: str) -> contextlib.AbstractContextManager:
+        selected.append(device)
+        return contextlib.nullcontext()
 
-        def __exit__(self, *_):
-            selected.append(None)
-
-    monkeypatch.setattr(torch.cuda, "device", Selected)
+    monkeypatch.setattr(torch.cuda, "device", select)
     tensor = SimpleNamespace(is_cuda=True, device="cuda:1")
-    host.launch(kernel, (2, 3), tensor, 7, BLOCK=64)
-    host.launch(kernel, (2, 0), tensor, 7, BLOCK=64)  # an empty grid
-    assert selected == ["cuda:1", None]
-    assert kernel.launches == [
-        ((2, 3), (tensor, 7), dict(num_warps=4, enable_fp_fusion=True, BLOCK=64))
-    ]
+    host.launch(Kernel, (2, 3), tensor, 7, BLOCK=64)
+    host.launch(Kernel, (2, 0), tensor, 7, BLOCK=64)  # an empty grid
+    constants = dict(num_warps=4, enable_fp_fusion=True, BLOCK=64)
+    assert selected == ["cuda:1"] and launches == [((2, 3), (tensor, 7), constants)]
 
 
 def test_every_launch_goes_through_launch():
