@@ -118,10 +118,8 @@ def make(
     name: str, split: str = "train", seed: int = 0, device: str | torch.device = "cpu",
     **options: Any,
 ) -> Scenes:
-    """The scenes of a dataset, or of a file or folder of the user's own (data/files.py).
-
-    `options` go to its class (`folder` of the digits). ValueError for an unknown name or split.
-    """
+    """The scenes of a dataset, or of a file or folder of the user's own (data/files.py); `options`
+    go to its class (`folder` of the digits). ValueError for an unknown name or split."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
     if name in DATASETS:
