@@ -258,8 +258,8 @@ class AIR(nn.Module):
             cell = torch.sigmoid(f + 1) * cell + torch.sigmoid(i_gate) * torch.tanh(g)
             h = torch.sigmoid(o) * torch.tanh(cell)
             logit, loc, raw = self.head(h).split([1, 3, 3], 1)
-            # Notes, eq. 3: p(z_where) = N(0, I). Here: N(where_mean, where_std^2), and the head gives
-            # q of the standardised z_where: an untrained network looks where objects are expected.
+            # Notes, eq. 3: p(z_where) = N(0, I). Here: N(where_mean, where_std^2); the head gives
+            # q of standardised z_where: an untrained network looks where objects are expected.
             scale = F.softplus(raw)
             unit = loc + scale * noise[:, i, :3]
             z_where = self.where_mean + self.where_std * unit
