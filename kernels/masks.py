@@ -15,8 +15,7 @@ the largest logit, for the sum of exponentials relative to it (so that none over
 the masks. Only the first time reads the GPU's memory: the block then lies in the cache.
 
 Bytes, in numbers per pixel: forward reads K and writes K, backward reads 2K and writes K. Eager
-torch moves as many for contiguous logits, as its softmax is one kernel, so no speed-up is to be
-expected there. A view such as `decoded[:, :, -1]` it copies first: 4K instead of 2K.
+torch moves as many, but copies a view such as `decoded[:, :, -1]` first: 4K instead of 2K.
 
 Axes: B batch, K slots, H W image, P = H·W pixels.
 """

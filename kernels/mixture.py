@@ -18,10 +18,11 @@ Two sweeps over the slots, one for the sum of the softmax and one for the likeli
 registers independent of K; the second reads from the cache. Backward does both again, and a third
 that writes: it needs nothing saved but the inputs.
 
-Bytes, in numbers per pixel for C = 3; eager torch counted operation by operation, with inputs and
-outputs:                        fused reads    writes    eager moves    at K = 7
-    forward                     3 + 4K         1         79K + 13       18 times as much
-    backward                    4 + 4K         4K        73K + 2        9 times
+Bytes, in numbers per pixel for C = 3, of eager torch operation by operation (tests/baselines.py):
+
+                    fused reads    writes    eager moves    at K = 7
+    forward         3 + 4K         1         70K + 9        16 times as much
+    backward        4 + 4K         4K        73K + 2        9 times
 
 On large images that is the speed-up to expect, if the arithmetic fits in the time of the transfers;
 on small ones the number of kernels counts: 1 instead of 19 or more.

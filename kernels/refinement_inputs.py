@@ -26,14 +26,14 @@ Backward, from the cotangents dμ dm da dP of the unstopped channels and dL of t
 
 A mean over the image is known only when all of it has been read. So forward has two kernels: one
 computes what is normalised and the moments of every block, which torch combines in a fixed order;
-the other normalises and packs. Bytes, in numbers per pixel for C = 3, N = 2; eager torch counted by
-operation, with inputs and outputs, with automatic differentiation | in closed form:
+the other normalises and packs. Bytes, in numbers per pixel for C = 3, N = 2, of eager torch
+operation by operation, with automatic differentiation (tests/baselines.py):
 
-                      fused reads   writes      eager moves               at K = 7
+                      fused reads   writes      eager moves           at K = 7
     terms             3 + 4K        1 + 5K
     pack              6 + 9K        17K
-    both              9 + 13K       1 + 22K     334K − 55 | 188K − 21     9 | 5 times as much
-    backward          5 + 26K       4K          172K + 4  | 155K + 9      6 | 5 times
+    both              9 + 13K       1 + 22K     10K² + 346K + 32      12 times as much
+    backward          5 + 26K       4K          221K + 2              7 times
 
 Rows of 17 numbers do not fit 16-byte stores, and torch would copy padded rows in front of the
 convolution; so they are stored in tiles of a few columns.

@@ -174,8 +174,9 @@ MUTANTS: dict[str, tuple[str, str, str]] = {
         "mixture", "d_log_likelihood + batch * num_pixels + pixel", "d_log_likelihood + pixel * 0",
     ),
     "in torch: a mixture for every colour": (
-        "mixture", "-0.5 * standard.square().sum(2) - log_norm",
-        "-0.5 * standard.square().amax(2) - log_norm",
+        "mixture", "(log_masks + log_density_torch(image, decoded[:, :, :-1], sigma)).logsumexp(1)",
+        "sum((log_masks + log_density_torch(image[:, c : c + 1], decoded[:, :, c : c + 1], sigma))"
+        ".logsumexp(1) for c in range(image.shape[1]))",
     ),
     "in torch: the norm of one colour only": (
         "mixture", "image.shape[1] * (sigma.log()", "(sigma.log()",
