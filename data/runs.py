@@ -1,12 +1,6 @@
 """What a training run needs and no model is about: options, folder, log, checkpoint, processes.
 
-    run = runs.start("iodine", config, PRESETS, model, optimizer)
-    for step, index in run.steps():
-        parts = run.update(model.loss, images, noise, lr=1e-3)
-        if run.due(step):
-            run.log(parts, ari_fg=score)
-    return run.finish(test_scenes, evaluate, draw, show=("ari_fg",), picture="decomposition.png")
-
+A model's `train` calls start, then in its loop steps, update, due and log, and at its end finish.
 A run can stop at any moment (`kill -9` included) and resumes from its last checkpoint as if it had
 never stopped: a checkpoint is written to a temporary file and renamed, all randomness is a function
 of seed, step and scene, and lines of metrics.jsonl past the checkpoint are dropped on resume.
@@ -23,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -268,7 +263,7 @@ def average(tensors: list[Tensor]) -> None:
         flat = torch.cat([t.flatten() for t in tensors])
         dist.all_reduce(flat)
         for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            t.copy_(mean.view_as(t) / world_size())
+            t.copy_(mean.view_as(t) / world_size())  # in place: a CUDA graph knows the address
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
@@ -284,12 +279,10 @@ def describe(device: torch.device) -> str:
     """For people: 'NVIDIA H100' or 'AMD EPYC, 2 threads'."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else []
     threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{[*names, platform.processor()][0]}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 @contextlib.contextmanager
@@ -331,6 +324,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """As `write`, indented."""
     write(path, (json.dumps(content, indent=1) + "\n").encode())
 
 

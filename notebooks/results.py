@@ -178,10 +178,10 @@ def floors_table() -> str:
     rows = []
     for name in data.DATASETS:
         floors = runs.floors(name)
+        scores = [[f"{score['mean']:.3f}" for score in floors.get(kind, {}).values()]
+                  for kind in kinds]
         if floors:
-            rows.append([f"`{name}`", *(" / ".join(f"{score['mean']:.3f}"
-                                                   for score in floors.get(kind, {}).values()) or "–"
-                                        for kind in kinds)])
+            rows.append([f"`{name}`", *(" / ".join(score) or "–" for score in scores)])
     return markdown(["data", "components of one hue", "k-means", "random Voronoi cells",
                      "most frequent number"], rows)
 
