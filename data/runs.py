@@ -615,7 +615,8 @@ class Run:
         reached = shown_means(results["metrics"], show)
         print(f"reached  {reached} after {self.step:,} steps in {self.minutes:.1f} min")
         for name, scores in floors(scenes.name).items():
-            print(f"floor    {shown_means(scores, show)} ({name.replace('_', ' ')})")
+            if means := shown_means(scores, show):
+                print(f"floor    {means} ({name.replace('_', ' ')})")
         print(f"look at  {self.folder / 'figures' / picture}")
         self.held.release()
         return evaluation
