@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_files
 import torch
+from PIL import Image
 
 import air
 import data
@@ -32,6 +35,7 @@ TINY = {
     "air": dict(lstm_size=16, latent_size=4, encoder_sizes=(8,), decoder_sizes=(8,)),
     "mvae": dict(encoder_channels=(4, 4, 4), hidden_size=8, latent_size=4),
 }
+ANY_SCENES = {"mvae": dict(single_steps=0)}  # quick begins with scenes of one sprite
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +169,32 @@ def test_a_run_writes_what_it_says(name, capsys):
         assert {"mean", "stderr", "n"} <= score.keys()
     assert result["command"].startswith(f"python {name}.py --seed 1 --steps 2")
     module.load_model("run")
+
+
+@pytest.mark.parametrize("kind", test_files.KINDS)
+@pytest.mark.parametrize("name", ["iodine", "efficient_morl", "mvae"])  # AIR needs boxes
+def test_official_files_are_trained_on(name, kind, tmp_path, monkeypatch):
+    """Two steps on a file of each kind, then an evaluation of four scenes."""
+    path, module = test_files.write_records(tmp_path / "official", kind, 5), MODELS[name]
+    monkeypatch.setattr(module, "evaluate", functools.partial(module.evaluate, count=4))
+    monkeypatch.setattr(module, "draw", lambda *_: None)
+    result = module.train(tiny(name, dataset=f"{path}@16", out="run", **ANY_SCENES.get(name, {})))
+    assert result["steps"] == 2 and ("ari_fg" in result["metrics"]) == (name != "mvae")
+
+
+@pytest.mark.parametrize("name", ["iodine", "efficient_morl", "mvae"])
+def test_pictures_without_masks_are_trained_on(name, tmp_path, monkeypatch):
+    """Scores that need masks are left out; pictures are drawn all the same."""
+    (tmp_path / "pictures").mkdir()
+    for i in range(10):
+        pixels = np.random.default_rng(i).integers(0, 255, (20, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
+    module = MODELS[name]
+    monkeypatch.setattr(module, "evaluate", functools.partial(module.evaluate, count=4))
+    more = ANY_SCENES.get(name, {})
+    result = module.train(tiny(name, dataset="pictures@16", out="run", **more))
+    assert result["metrics"].keys() >= {"mse"} and "ari_fg" not in result["metrics"]
+    assert list(Path("run/figures").glob("*.png"))
 
 
 # -- what is committed -----------------------------------------------------------------------------
