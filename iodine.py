@@ -79,14 +79,19 @@ class Config(runs.RunConfig):
     num_slots: int = 4  # K
     latent_size: int = 32  # D, of one slot; the tables of C.2 and C.3 print 2 D, the size of lambda
     sigma: float = 0.1  # standard deviation of a pixel's colours in a slot
+    sigma_start: float = 0.0  # sigma of the first decode and of early training; 0: always sigma
+    sigma_steps: tuple[int, int] = (0, 1)  # training steps between which sigma falls
     decoder: Literal["broadcast", "deconv"] = "broadcast"  # deconv: the ablation of section 4.3
     decoder_channels: tuple[int, ...] = (32, 32, 32, 32)  # hidden layers
     decoder_kernel: int = 5  # pixels
     coordinate_gain: float = 1.0  # the decoder's coordinates run from -this to this
+    flat_colors: float = 0.0  # colours are flat at first, then shaded by up to this; see `Flat`
+    color_steps: tuple[int, int] = (0, 1)  # training steps between which shading fades in
     # inference
     num_steps: int = 5  # T, decodes of a training step
+    test_steps: int = 0  # T of evaluation; 0: num_steps
     step_weights: Literal["t/T", "from_zero"] = "t/T"  # eq. 4; from_zero: (t - 1)/(T - 1)
-    kl_weight: float = 1.0  # of the KL in what is minimised; `elbo` always has weight 1
+    kl_weight: float = 1.0  # of the KL in what is minimised, see `kl_weight`; `elbo` has weight 1
     refinement_channels: tuple[int, ...] = (32, 32, 32)  # convolutions of the refinement network
     refinement_kernel: int = 5  # pixels
     refinement_stride: int = 1  # of each of them
@@ -100,17 +105,19 @@ class Config(runs.RunConfig):
     clip: float = 5.0  # norm of the global gradient
     lr_warmup: int = 0  # steps of linear warm-up
     lr_final: float = 1.0  # lr falls exponentially to this share of itself ...
-    lr_horizon: int = 1_000_000  # ... over this many steps, and stays there
+    lr_hold: int = 0  # ... from this step ...
+    lr_horizon: int = 1_000_000  # ... to this step, and stays there
 
 
 BINARY = dict(num_slots=4, latent_size=16, lstm_size=128)
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
-        dataset="mini_sprites_16_shaded", num_slots=5, latent_size=16, sigma=0.4, kl_weight=0.1,
-        decoder_channels=(32, 32, 32), decoder_kernel=1, coordinate_gain=5.0, num_steps=7,
+        dataset="mini_sprites_16_shaded", num_slots=6, latent_size=16, sigma=0.2, sigma_start=0.4,
+        sigma_steps=(660, 2200), flat_colors=0.5, color_steps=(1320, 1760), num_steps=6,
+        decoder_channels=(32, 32, 32), decoder_kernel=1, coordinate_gain=5.0, test_steps=8,
         step_weights="from_zero", refinement_channels=(32, 64), refinement_kernel=3,
-        refinement_stride=2, pooling="max", activation="relu", update_gain=0.1,
-        batch_size=16, lr=3e-3, lr_warmup=100, lr_final=0.1, lr_horizon=1200, steps=1200,
+        refinement_stride=2, pooling="max", activation="relu", update_gain=0.1, batch_size=16,
+        lr=3e-3, lr_warmup=100, lr_final=0.067, lr_hold=1100, lr_horizon=2200, steps=2200,
     ),
     "tetrominoes": dict(),  # appendix C.3: the defaults
     "multi_dsprites": dict(  # appendix C.2
@@ -232,6 +239,21 @@ class Conv(nn.Conv2d):
         return super().forward(x.contiguous(memory_format=layout))
 
 
+class Flat(nn.Module):
+    """One colour and mask logit a slot, a linear map of z; the decoder shades the colour by
+    `shading`, and its logits count four times. While colours are flat, only masks draw shapes."""
+
+    def __init__(self, config: Config, channels: int):
+        super().__init__()
+        self.linear = nn.Linear(config.latent_size, channels + 1)
+        self.register_buffer("shading", torch.tensor(0.0))
+
+    def forward(self, z: Tensor, decoded: Tensor) -> Tensor:  # (N, D), (N, C+1, H, W) -> the same
+        colors, mask_logits = decoded[:, :-1] * self.shading, decoded[:, -1:] * 4
+        flat = full_precision(self.linear, z)[:, :, None, None]
+        return torch.cat([colors, mask_logits], 1) + flat
+
+
 class BroadcastDecoder(nn.Module):
     """Spatial broadcast decoder (section 2.1, Fig. 2; tables of appendix C)."""
 
@@ -244,6 +266,7 @@ class BroadcastDecoder(nn.Module):
         self.hidden = nn.ModuleList(Conv(i, o, k) for i, o in pairwise(sizes))
         self.last = Conv(sizes[-1], channels + 1, k)
         self.activation = ACTIVATIONS[config.activation]
+        self.flat = Flat(config, channels) if config.flat_colors else None
 
     def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
         # The first layer sees z at every pixel and the coordinates; that image is never built.
@@ -254,7 +277,8 @@ class BroadcastDecoder(nn.Module):
         x = self.activation(kernels.broadcast_conv(z, taps_z, response))
         for conv in self.hidden:
             x = self.activation(conv(x))
-        return full_precision(self.last, x)
+        x = full_precision(self.last, x)
+        return x if self.flat is None else self.flat(z, x)
 
 
 class DeconvDecoder(nn.Module):
@@ -350,6 +374,7 @@ class IODINE(nn.Module):
         self.decoder = decoder(config, channels, height, width)
         self.refinement = RefinementNetwork(config, channels, height, width)
         self.initial = nn.Parameter(torch.zeros(2 * config.latent_size))  # lambda^(1)
+        self.register_buffer("sigma", torch.tensor(config.sigma))  # of the last decode, now
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -364,6 +389,9 @@ class IODINE(nn.Module):
                 nn.init.zeros_(module.bias)
         with torch.no_grad():
             self.refinement.head.weight.mul_(self.config.update_gain)
+            if self.config.flat_colors:
+                self.decoder.flat.linear.weight.mul_(0.3 / gain)
+                self.decoder.last.weight[:-1] = 0
             self.initial[self.config.latent_size :] = math.log(math.expm1(1))  # app. C: q = N(0, 1)
 
     def posterior(self, lam: Tensor) -> tuple[Tensor, Tensor]:
@@ -380,24 +408,46 @@ class IODINE(nn.Module):
         """g_theta, every slot alone: z (B, K, D) -> means and mask logits (B, K, C+1, H, W)."""
         return self.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
+    def set_step(self, step: int) -> None:
+        """Sets what changes with the training step: sigma and the shading of flat colours."""
+        c = self.config
+        if c.sigma_start:
+            ratio = c.sigma / c.sigma_start
+            self.sigma.fill_(c.sigma_start * ratio ** share(step, c.sigma_steps))
+        if c.flat_colors:
+            self.decoder.flat.shading.fill_(c.flat_colors * share(step, c.color_steps))
+
+    def sigmas(self, num_steps: int) -> list[Tensor]:
+        """Sigma of each decode: from sigma_start to this training step's, which the last but one
+        of the trained decodes reaches. A likelihood that is sharp at once destroys slots."""
+        c = self.config
+        if not c.sigma_start:
+            return [self.sigma] * num_steps
+        last = max(c.num_steps - 2, 1)
+        return [c.sigma_start * (self.sigma / c.sigma_start) ** min(t / last, 1.0)
+                for t in range(num_steps)]
+
+    def kl_weight(self, sigma: Tensor) -> Tensor | float:
+        """With sigma_start so that sigma^2 times it stays what it is at the paper's sigma, 0.1."""
+        return self.config.kl_weight * ((0.1 / sigma) ** 2 if self.config.sigma_start else 1)
+
     def infer(
-        self, image: Tensor, noise: Tensor, num_steps: int = 0, training: bool = False,
-        sigma: float | Tensor | None = None,
+        self, image: Tensor, noise: Tensor, num_steps: int = 0, training: bool = False
     ) -> list[Step]:
-        """Algorithm 1, Fig. 3: T decodes (0: config.num_steps); no refinement after the last.
+        """Algorithm 1, Fig. 3: T decodes (0: the config's); no refinement after the last.
 
         image (B, C, H, W) in [0, 1]; noise (B, T, K, D) standard normal. With `training` the steps
         are one graph; else it is cut after each step, so that memory does not grow with T, and what
-        is returned is detached. sigma: config.sigma, or a 0-d tensor that changes while training.
+        is returned is detached.
         """
         c, f, steps, state = self.config, self.refinement, [], None
-        num_steps, sigma = num_steps or c.num_steps, c.sigma if sigma is None else sigma
+        num_steps = num_steps or (c.num_steps if training else c.test_steps or c.num_steps)
         fused = kernels.backend(image) == "triton"  # then kernels/ replaces these two functions:
         eq_1 = kernels.mixture_log_likelihood if fused else mixture_log_likelihood
         inputs = kernels.refinement_inputs if fused else refinement_inputs
         with torch.set_grad_enabled(training):
             lam = self.initial.expand(len(image), noise.shape[2], -1)  # (B, K, 2D)
-            for t in range(num_steps):
+            for t, sigma in enumerate(self.sigmas(num_steps)):
                 with torch.enable_grad():  # always: f_phi is fed with dL/dlambda
                     lam = lam if training else lam.detach().requires_grad_()
                     loc, scale = self.posterior(lam)
@@ -418,9 +468,9 @@ class IODINE(nn.Module):
                     return steps
                 # dL/dlambda = (d decoded / d lambda)^T grad_decoded + kl_weight dKL/dlambda, one
                 # vector-Jacobian product; SG: without create_graph it is a constant.
+                weight = self.kl_weight(sigma) * torch.ones_like(kl)
                 (gradient,) = torch.autograd.grad(
-                    (decoded, kl), lam, (grad_decoded, torch.full_like(kl, c.kl_weight)),
-                    retain_graph=training,
+                    (decoded, kl), lam, (grad_decoded, weight), retain_graph=training
                 )
                 update, state = f(packed, lam, gradient, state)
                 lam = lam + update  # eq. 3
@@ -431,19 +481,17 @@ class IODINE(nn.Module):
         """(B, T, K, D) standard normal for scenes `index`: a function of seed, split and scene."""
         c = self.config
         key = draws.make_key("iodine noise", scenes.split, c.seed)
-        shape = num_steps or c.num_steps, num_slots or c.num_slots, c.latent_size
+        shape = num_steps or max(c.num_steps, c.test_steps), num_slots or c.num_slots, c.latent_size
         return draws.normal(key, index, shape)
 
-    def loss(
-        self, image: Tensor, noise: Tensor, sigma: float | Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def loss(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Eq. 4, mean of the batch, and of the last decode: nll, kl, elbo (nats), decoded."""
         c, total = self.config, image.new_zeros(())
-        steps = self.infer(image, noise, training=True, sigma=sigma)
+        steps = self.infer(image, noise, training=True)
         blind = c.step_weights == "from_zero" and c.num_steps > 1  # the first decode has weight 0
-        for t, step in enumerate(steps, 1):
+        for t, (step, sigma) in enumerate(zip(steps, self.sigmas(len(steps)), strict=True), 1):
             weight = (t - blind) / (c.num_steps - blind)  # t/T
-            total = total + weight * (step.nll + c.kl_weight * step.kl).mean()
+            total = total + weight * (step.nll + self.kl_weight(sigma) * step.kl).mean()
         nll, kl = step.nll.detach().mean(), step.kl.detach().mean()
         return dict(loss=total, nll=nll, kl=kl, elbo=-nll - kl, decoded=step.decoded.detach())
 
@@ -481,9 +529,10 @@ def score(model: IODINE, scenes: data.Scenes, num_steps: int, num_slots: int, co
 
 
 def evaluate(model: IODINE, scenes: data.Scenes, count: int = 320) -> dict[str, Any]:
-    """`metrics` of the trained setting; `settings`: 1 to 2T steps (Fig. 8), more slots (Fig. 9)."""
-    steps, slots = model.config.num_steps, model.config.num_slots
-    by_step = score(model, scenes, 2 * steps, slots, count)
+    """`metrics` after test_steps decodes; `settings`: 1 to 2T of them (Fig. 8), more slots (9)."""
+    c = model.config
+    steps, slots = c.test_steps or c.num_steps, c.num_slots
+    by_step = score(model, scenes, max(2 * c.num_steps, steps), slots, count)
     settings = [dict(num_steps=t, num_slots=slots, metrics=m) for t, m in enumerate(by_step, 1)]
     for more in (slots + 2, slots + 4):
         last = score(model, scenes, steps, more, count)[-1]
@@ -523,7 +572,7 @@ def further_scores(model: IODINE, scenes: data.Scenes) -> dict[str, Any]:
 
 @torch.no_grad()
 def draw(model: IODINE, scenes: data.Scenes, folder: Path, results: dict[str, Any]) -> None:
-    """Writes decomposition, refinement and steps .png."""
+    """Writes decomposition.png and refinement.png."""
     index = torch.arange(6, device=scenes.device)
     batch = scenes.scenes(index)
     steps = model.infer(batch.image, model.noise(scenes, index))
@@ -539,21 +588,19 @@ def draw(model: IODINE, scenes: data.Scenes, folder: Path, results: dict[str, An
         None if batch.masks is None else batch.masks[0], *map(torch.stack, first),
         "Iterative inference: every row refines the one above",
     )
-    series = [s for s in results["settings"] if s["num_slots"] == model.config.num_slots]
-    x, panels = [s["num_steps"] for s in series], {}
-    for name in [n for n in ("ari_fg", "mse", "kl") if n in results["metrics"]]:
-        m = [s["metrics"][name] for s in series]
-        panels[name] = {"": (x, [v["mean"] for v in m], [v["stderr"] for v in m])}
-    figures.curves(folder / "steps.png", panels, "refinement steps at test time",
-                   "More steps than in training", {"trained": len(steps)}, logy=("mse",))
 
 
 # -- training --------------------------------------------------------------------------------------
 
 
+def share(step: int, between: tuple[int, int]) -> float:
+    """0 before the first of two steps, 1 after the second, and linear between them."""
+    return min(max((step - between[0]) / (between[1] - between[0]), 0.0), 1.0)
+
+
 def learning_rate(config: Config, step: int) -> float:
     """Warm-up, then exponential decay to lr * lr_final at lr_horizon, constant after it."""
-    lr = config.lr * config.lr_final ** min(step / config.lr_horizon, 1.0)
+    lr = config.lr * config.lr_final ** share(step, (config.lr_hold, config.lr_horizon))
     return lr * min(1.0, (step + 1) / (config.lr_warmup + 1))
 
 
@@ -563,8 +610,13 @@ def check(config: Config) -> None:
     runs.at_least(config, 1, "num_slots", "num_steps", "latent_size", "decoder_channels",
                   "decoder_kernel", "refinement_channels", "refinement_kernel",
                   "refinement_stride", "mlp_size", "lr_horizon")
-    runs.at_least(config, 0, "lstm_size", "kl_weight", "lr_warmup")
+    runs.at_least(config, 0, "test_steps", "lstm_size", "kl_weight", "lr_warmup", "lr_hold",
+                  "flat_colors", "sigma_start")
     runs.positive(config, "sigma", "update_gain", "clip", "lr_final")
+    for name in ("sigma_steps", "color_steps"):
+        begin, end = getattr(config, name)
+        runs.require(begin < end, f"{runs.option(name)} must rise, not {begin} {end}")
+    runs.require(config.lr_hold < config.lr_horizon, "--lr-hold must be below --lr-horizon")
     for name in ("decoder_kernel", "refinement_kernel"):
         size = getattr(config, name)
         runs.require(size % 2 == 1, f"{runs.option(name)} must be odd, not {size}")
@@ -603,6 +655,7 @@ def train(config: Config) -> dict[str, Any]:
                      kernels=kernels.describe(device), compiled=(model.decoder, model.refinement))
     for step, index in run.steps():
         batch = scenes.scenes(index)
+        model.set_step(step)
         parts = run.update(model.loss, batch.image, model.noise(scenes, index),
                            lr=learning_rate(config, step), clip=config.clip)
         if run.due(step):
