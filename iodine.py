@@ -31,25 +31,25 @@ and a mask, the masks compete for pixels, and a network f refines all slots' pos
     python iodine.py --resume runs/iodine-quick-0 --eval-only
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
-runs/iodine-<preset>-<seed>/.
-
-Measured, `quick`, two cores of an AMD EPYC, median and range of ten seeds: ARI-FG 0.962 (0.951 to
-0.970), above 0.9 on all ten, in 3.5 minutes (2.9 to 12.0); notebooks/results/iodine-quick-*.json.
-
+runs/iodine-<preset>-<seed>/. Measured: see the README.
 The defaults of Config are the paper's (appendix C). `quick` trades them for minutes:
 
     field                                 paper            quick
-    dataset, num_slots                    tetrominoes, 4   mini_sprites_16_shaded, 5
-    latent_size, decoder_channels         32, 4 x 32       16, 3 x 32
-    decoder_kernel, coordinate_gain       5, 1             1, 5: 1x1 layers need it for sharp edges
-    sigma, kl_weight                      0.1, 1           0.4, 0.1: objects first, edges later
-    num_steps, step_weights               5, t/T           7, from_zero: the first decode is blind
-    refinement_channels                   3 x 32           32, 64
+    dataset, num_slots                    tetrominoes, 4   mini_sprites_16_shaded, 6: a spare slot
+    flat_colors, color_steps              0, none          0.5, 1320 to 1760: until then colours are
+                                                           flat, and only masks can draw shapes
+    sigma, sigma_start, sigma_steps       0.1, 0, none     0.2, 0.4, 660 to 2200: a sharp likelihood
+        destroys slots; the KL weight follows, so that sigma^2 times it stays the paper's
+    num_steps, test_steps                 5, the same      6, 8: more decodes help at test time
+    step_weights                          t/T              from_zero: the first decode is blind
+    latent_size, refinement_channels      32, 3 x 32       16, (32, 64)
+    decoder_channels, decoder_kernel      4 x 32, 5        3 x 32, 1
+    coordinate_gain, update_gain          1, 1             5: 1x1 layers need it for sharp edges;
+                                                           0.1: else lambda grows with each step
     refinement_kernel, refinement_stride  5, 1             3, 2: smaller images
     pooling, activation                   mean, elu        max, relu: objects are small; faster
-    update_gain                           1                0.1: else lambda grows with each step
-    lr, batch_size                        3e-4, 32         3e-3, 16
-    lr_warmup, lr_final, lr_horizon       0, 1, any        100, 0.1, 1200
+    lr, lr_warmup, lr_hold, lr_final      3e-4, 0, 0, 1    3e-3, 100, 1100, 0.067
+    lr_horizon, batch_size                any, 32          2200, 16
 """
 
 import math
@@ -69,6 +69,8 @@ from data import draws, figures, metrics, runs
 
 # B batch, K slots, T decodes, D latent, C H W image, F input channels of the refinement network
 
+INPUTS = ("image", "means", "mask", "mask_logits", "mask_posterior", "grad_means", "grad_mask",
+          "log_likelihood", "leave_one_out", "coordinates", "posterior", "grad_posterior")
 
 @dataclass
 class Config(runs.RunConfig):
@@ -98,7 +100,7 @@ class Config(runs.RunConfig):
     pooling: Literal["mean", "max"] = "mean"  # over pixels, after the convolutions
     mlp_size: int = 128  # of the layer after the pooling
     lstm_size: int = 0  # 0: none (the paper's Tetris)
-    drop_inputs: tuple[str, ...] = ()  # inputs of the refinement network to leave out, of INPUTS
+    drop_inputs: tuple[Literal[*INPUTS], ...] = ()  # what the refinement network does not see
     activation: Literal["elu", "relu"] = "elu"  # after every hidden layer
     update_gain: float = 1.0  # factor on the initial weights of the layer that updates lambda
     # optimisation
@@ -109,7 +111,7 @@ class Config(runs.RunConfig):
     lr_horizon: int = 1_000_000  # ... to this step, and stays there
 
 
-BINARY = dict(num_slots=4, latent_size=16, lstm_size=128)
+DSPRITES = dict(latent_size=16, lstm_size=128)  # appendix C.2
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
         dataset="mini_sprites_16_shaded", num_slots=6, latent_size=16, sigma=0.2, sigma_start=0.4,
@@ -120,16 +122,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         lr=3e-3, lr_warmup=100, lr_final=0.067, lr_hold=1100, lr_horizon=2200, steps=2200,
     ),
     "tetrominoes": dict(),  # appendix C.3: the defaults
-    "multi_dsprites": dict(  # appendix C.2
-        dataset="multi_dsprites_colored_on_grayscale", num_slots=6, latent_size=16, lstm_size=128,
-    ),
+    "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", num_slots=6, **DSPRITES),
     # Paper: no architecture for the next two. Here: C.2's, with slots for all objects and one more.
-    "multi_dsprites_binarized": dict(dataset="multi_dsprites_binarized", **BINARY),
-    "shapes": dict(dataset="shapes", **BINARY),
+    "multi_dsprites_binarized": dict(dataset="multi_dsprites_binarized", **DSPRITES),
+    "shapes": dict(dataset="shapes", **DSPRITES),
 }
-
-INPUTS = ("image", "means", "mask", "mask_logits", "mask_posterior", "grad_means", "grad_mask",
-          "log_likelihood", "leave_one_out", "coordinates", "posterior", "grad_posterior")
 
 
 def make_config(preset: str = "quick", **overrides: Any) -> Config:
@@ -140,14 +137,13 @@ def make_config(preset: str = "quick", **overrides: Any) -> Config:
 # -- the mixture of slots, and what the refinement network sees of it ------------------------------
 
 
-def log_density(image: Tensor, means: Tensor, sigma: float | Tensor) -> Tensor:
+def log_density(image: Tensor, means: Tensor, sigma: Tensor) -> Tensor:
     """log prod_c N(x_c; mu_kc, sigma^2) of every pixel in every slot: (B, K, 1, H, W), nats."""
-    log_sigma = sigma.log() if isinstance(sigma, Tensor) else math.log(sigma)
     squares = (image[:, None] - means).square().sum(2, keepdim=True)  # (B, K, 1, H, W)
-    return squares * (-0.5 / sigma**2) - means.shape[2] * (log_sigma + math.log(2 * math.pi) / 2)
+    return squares * (-0.5 / sigma**2) - means.shape[2] * (sigma.log() + math.log(2 * math.pi) / 2)
 
 
-def mixture_log_likelihood(image: Tensor, decoded: Tensor, sigma: float | Tensor) -> Tensor:
+def mixture_log_likelihood(image: Tensor, decoded: Tensor, sigma: Tensor) -> Tensor:
     """Eq. 1: log p(x_i|z) = log sum_k m_ik N(x_i; mu_ik, sigma^2) of every pixel, (B, H, W), nats.
 
     image (B, C, H, W) in [0, 1]; decoded (B, K, C+1, H, W): means, then the mask logit.
@@ -174,14 +170,13 @@ def logsumexp_of_others(x: Tensor) -> Tensor:
 
 def refinement_inputs(
     image: Tensor, decoded: Tensor, norm_weight: Tensor, norm_bias: Tensor, coordinates: Tensor,
-    sigma: float | Tensor,
+    sigma: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ten image-sized inputs of appendix C, in its order: (B, K, F, H, W), F = 17 in colour.
 
     Also log p(x|z) (B, H, W), nats, and its negative's gradient wrt decoded (B, K, C+1, H, W).
     SG: no gradient flows back from the lines under no_grad. LN: of a slot, over channels and
     pixels; norm_weight and norm_bias (C+3) are a gain and a bias for each normalised channel.
-    kernels.refinement_inputs is the same, fused.
     """
     means, mask_logits = decoded[:, :, :-1], decoded[:, :, -1:]  # (B, K, C, H, W), (B, K, 1, H, W)
     log_masks, log_n = mask_logits.log_softmax(1), log_density(image, means, sigma)
@@ -249,9 +244,8 @@ class Flat(nn.Module):
         self.register_buffer("shading", torch.tensor(0.0))
 
     def forward(self, z: Tensor, decoded: Tensor) -> Tensor:  # (N, D), (N, C+1, H, W) -> the same
-        colors, mask_logits = decoded[:, :-1] * self.shading, decoded[:, -1:] * 4
-        flat = full_precision(self.linear, z)[:, :, None, None]
-        return torch.cat([colors, mask_logits], 1) + flat
+        colors, logits = decoded[:, :-1] * self.shading, decoded[:, -1:] * 4
+        return torch.cat([colors, logits], 1) + full_precision(self.linear, z)[:, :, None, None]
 
 
 class BroadcastDecoder(nn.Module):
@@ -266,7 +260,6 @@ class BroadcastDecoder(nn.Module):
         self.hidden = nn.ModuleList(Conv(i, o, k) for i, o in pairwise(sizes))
         self.last = Conv(sizes[-1], channels + 1, k)
         self.activation = ACTIVATIONS[config.activation]
-        self.flat = Flat(config, channels) if config.flat_colors else None
 
     def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
         # The first layer sees z at every pixel and the coordinates; that image is never built.
@@ -277,8 +270,7 @@ class BroadcastDecoder(nn.Module):
         x = self.activation(kernels.broadcast_conv(z, taps_z, response))
         for conv in self.hidden:
             x = self.activation(conv(x))
-        x = full_precision(self.last, x)
-        return x if self.flat is None else self.flat(z, x)
+        return full_precision(self.last, x)
 
 
 class DeconvDecoder(nn.Module):
@@ -291,8 +283,8 @@ class DeconvDecoder(nn.Module):
         doublings = max(1, math.ceil(math.log2(max(height, width) / 8)))
         layers = [nn.Linear(config.latent_size, 512), activation, nn.Linear(512, 512), activation,
                   nn.Unflatten(1, (8, 8, 8))]
-        for i, o in pairwise([8, *[64] * doublings]):
-            layers += [nn.ConvTranspose2d(i, o, 5, 2, padding=2, output_padding=1), activation]
+        for i in [8, *[64] * (doublings - 1)]:
+            layers += [nn.ConvTranspose2d(i, 64, 5, 2, padding=2, output_padding=1), activation]
         self.hidden = nn.Sequential(*layers, Conv(64, 64, 5), activation)
         self.last = Conv(64, channels + 1, 5)
 
@@ -320,8 +312,7 @@ class RefinementNetwork(nn.Module):
         dropped = set(c.drop_inputs) & widths.keys()
         self.register_buffer("keep", torch.cat(keep) if dropped else None, persistent=False)
         self.keep_lam, self.keep_gradient = (n not in c.drop_inputs for n in INPUTS[10:])
-        # Gains and biases of the normalised inputs, shared over steps: gradient of the means (C),
-        # of the mask logit (1), log-likelihood (1), leave-one-out (1).
+        # Shared over steps: gradients of means (C) and logit, log-likelihood, leave-one-out.
         self.norm_weight = nn.Parameter(torch.ones(channels + 3))
         self.norm_bias = nn.Parameter(torch.zeros(channels + 3))
         self.norm_grad = nn.LayerNorm(lam_size)  # over means and raw scales together
@@ -372,6 +363,7 @@ class IODINE(nn.Module):
         self.config = config
         decoder = BroadcastDecoder if config.decoder == "broadcast" else DeconvDecoder
         self.decoder = decoder(config, channels, height, width)
+        self.decoder.flat = Flat(config, channels) if config.flat_colors else None
         self.refinement = RefinementNetwork(config, channels, height, width)
         self.initial = nn.Parameter(torch.zeros(2 * config.latent_size))  # lambda^(1)
         self.register_buffer("sigma", torch.tensor(config.sigma))  # of the last decode, now
@@ -406,26 +398,22 @@ class IODINE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """g_theta, every slot alone: z (B, K, D) -> means and mask logits (B, K, C+1, H, W)."""
-        return self.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        rows, flat = z.flatten(0, 1), self.decoder.flat  # (B*K, D)
+        decoded = self.decoder(rows) if flat is None else flat(rows, self.decoder(rows))
+        return decoded.unflatten(0, z.shape[:2])
 
     def set_step(self, step: int) -> None:
         """Sets what changes with the training step: sigma and the shading of flat colours."""
         c = self.config
-        if c.sigma_start:
-            ratio = c.sigma / c.sigma_start
-            self.sigma.fill_(c.sigma_start * ratio ** share(step, c.sigma_steps))
+        start = c.sigma_start or c.sigma
+        self.sigma.fill_(start * (c.sigma / start) ** share(step, c.sigma_steps))
         if c.flat_colors:
             self.decoder.flat.shading.fill_(c.flat_colors * share(step, c.color_steps))
 
     def sigmas(self, num_steps: int) -> list[Tensor]:
-        """Sigma of each decode: from sigma_start to this training step's, which the last but one
-        of the trained decodes reaches. A likelihood that is sharp at once destroys slots."""
-        c = self.config
-        if not c.sigma_start:
-            return [self.sigma] * num_steps
-        last = max(c.num_steps - 2, 1)
-        return [c.sigma_start * (self.sigma / c.sigma_start) ** min(t / last, 1.0)
-                for t in range(num_steps)]
+        """Of each decode: from sigma_start to `sigma`, reached at the last but one in training."""
+        start, last = self.config.sigma_start or self.sigma, max(self.config.num_steps - 2, 1)
+        return [start * (self.sigma / start) ** min(t / last, 1.0) for t in range(num_steps)]
 
     def kl_weight(self, sigma: Tensor) -> Tensor | float:
         """With sigma_start so that sigma^2 times it stays what it is at the paper's sigma, 0.1."""
@@ -437,8 +425,7 @@ class IODINE(nn.Module):
         """Algorithm 1, Fig. 3: T decodes (0: the config's); no refinement after the last.
 
         image (B, C, H, W) in [0, 1]; noise (B, T, K, D) standard normal. With `training` the steps
-        are one graph; else it is cut after each step, so that memory does not grow with T, and what
-        is returned is detached.
+        are one graph; else each is cut off and detached, so that memory does not grow with T.
         """
         c, f, steps, state = self.config, self.refinement, [], None
         num_steps = num_steps or (c.num_steps if training else c.test_steps or c.num_steps)
@@ -458,9 +445,8 @@ class IODINE(nn.Module):
                 if last:
                     log_p = eq_1(image, decoded, sigma)
                 else:
-                    packed, log_p, grad_decoded = inputs(
-                        image, decoded, f.norm_weight, f.norm_bias, f.coordinates, sigma
-                    )
+                    packed, log_p, grad_decoded = inputs(image, decoded, f.norm_weight, f.norm_bias,
+                                                         f.coordinates, sigma)
                 nll = -reduce(log_p, "b h w -> b", "sum")  # eq. 1
                 step = Step(decoded, lam, nll, kl)
                 steps.append(step if training else Step(*(value.detach() for value in step)))
@@ -469,9 +455,8 @@ class IODINE(nn.Module):
                 # dL/dlambda = (d decoded / d lambda)^T grad_decoded + kl_weight dKL/dlambda, one
                 # vector-Jacobian product; SG: without create_graph it is a constant.
                 weight = self.kl_weight(sigma) * torch.ones_like(kl)
-                (gradient,) = torch.autograd.grad(
-                    (decoded, kl), lam, (grad_decoded, weight), retain_graph=training
-                )
+                (gradient,) = torch.autograd.grad((decoded, kl), lam, (grad_decoded, weight),
+                                                  retain_graph=training)
                 update, state = f(packed, lam, gradient, state)
                 lam = lam + update  # eq. 3
 
@@ -523,8 +508,7 @@ def score(model: IODINE, scenes: data.Scenes, num_steps: int, num_slots: int, co
                               ari=metrics.ari(batch.masks, masks, foreground=False),
                               miou=metrics.miou(batch.masks, batch.present, masks)) | values
             for name, value in values.items():
-                value = value.cpu().double().where(finite, math.nan)
-                result.setdefault(name, []).append(value)
+                result.setdefault(name, []).append(value.cpu().double().where(finite, math.nan))
     return [{k: metrics.mean_stderr(torch.cat(v)) for k, v in r.items()} for r in results]
 
 
@@ -538,36 +522,6 @@ def evaluate(model: IODINE, scenes: data.Scenes, count: int = 320) -> dict[str, 
         last = score(model, scenes, steps, more, count)[-1]
         settings.append(dict(num_steps=steps, num_slots=more, metrics=last))
     return dict(metrics=by_step[steps - 1], settings=settings)
-
-
-def further_scores(model: IODINE, scenes: data.Scenes) -> dict[str, Any]:
-    """Scores that take minutes, on scenes with masks: `agreement` and `factors`.
-
-    agreement (section 4.4): of eight inferences of each of 64 scenes, with other noise; ARI over
-    all pixels of the first segmentation with each of the others. factors (section 4.2, Fig. 5): of
-    an object by linear maps of its slot's latent mean; 2,048 scenes, masks match slots to objects.
-    """
-    index = torch.arange(64, device=scenes.device)
-    (image, true_masks, *_), repeats = scenes.scenes(index), range(8)
-    if true_masks is None:
-        return {}
-    steps = [model.infer(image, model.noise(scenes, index + 64 * i))[-1] for i in repeats]
-    first, *others = (reconstruct(step.decoded)[1] for step in steps)  # (B, K, H, W) each
-    first = F.one_hot(first.argmax(1), first.shape[1]).movedim(-1, 1).bool()
-    agreement = torch.stack([metrics.ari(first, m, foreground=False) for m in others]).mean(0)
-
-    latents, targets = [], {}
-    for index in torch.arange(2048, device=scenes.device).split(64):
-        batch = scenes.scenes(index)
-        last = model.infer(batch.image, model.noise(scenes, index))[-1]
-        slots = metrics.match(batch.masks, reconstruct(last.decoded)[1]).to(index.device)  # (B, E)
-        scene, entity = (batch.present & (slots >= 0))[:, 1:].nonzero().unbind(1)  # (N,) objects
-        loc, _ = model.posterior(last.posterior)
-        latents.append(loc[scene, slots[scene, entity + 1]])  # (N, D)
-        for name, values in batch.factors.items():
-            targets.setdefault(name, []).append(values[scene, entity + 1])
-    scores = metrics.probe(torch.cat(latents), {n: torch.cat(v) for n, v in targets.items()})
-    return dict(agreement=metrics.mean_stderr(agreement), factors=scores)
 
 
 @torch.no_grad()
@@ -594,8 +548,8 @@ def draw(model: IODINE, scenes: data.Scenes, folder: Path, results: dict[str, An
 
 
 def share(step: int, between: tuple[int, int]) -> float:
-    """0 before the first of two steps, 1 after the second, and linear between them."""
-    return min(max((step - between[0]) / (between[1] - between[0]), 0.0), 1.0)
+    """0 until the first of two steps, 1 from the second on, and linear between them."""
+    return min(max((step - between[0]) / max(between[1] - between[0], 1), 0.0), 1.0)
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -609,19 +563,13 @@ def check(config: Config) -> None:
     runs.check(config)
     runs.at_least(config, 1, "num_slots", "num_steps", "latent_size", "decoder_channels",
                   "decoder_kernel", "refinement_channels", "refinement_kernel",
-                  "refinement_stride", "mlp_size", "lr_horizon")
+                  "refinement_stride", "mlp_size")
     runs.at_least(config, 0, "test_steps", "lstm_size", "kl_weight", "lr_warmup", "lr_hold",
                   "flat_colors", "sigma_start")
     runs.positive(config, "sigma", "update_gain", "clip", "lr_final")
-    for name in ("sigma_steps", "color_steps"):
-        begin, end = getattr(config, name)
-        runs.require(begin < end, f"{runs.option(name)} must rise, not {begin} {end}")
-    runs.require(config.lr_hold < config.lr_horizon, "--lr-hold must be below --lr-horizon")
+    runs.require(config.lr_hold < config.lr_horizon, "--lr-horizon must be larger than --lr-hold")
     for name in ("decoder_kernel", "refinement_kernel"):
-        size = getattr(config, name)
-        runs.require(size % 2 == 1, f"{runs.option(name)} must be odd, not {size}")
-    for name in config.drop_inputs:
-        runs.require(name in INPUTS, f"--drop-inputs {name}: choose from {', '.join(INPUTS)}")
+        runs.require(getattr(config, name) % 2 == 1, f"{runs.option(name)} must be odd")
     try:
         data.make(config.dataset)
         kernels.use(config.kernels)
