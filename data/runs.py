@@ -601,7 +601,11 @@ class Run:
         if not self.held:
             return {}
         print("evaluating test scenes, drawing figures", flush=True)
+        threads = torch.get_num_threads()
+        if scenes.height * scenes.width <= 32**2:  # on a busy machine threads mostly wait
+            torch.set_num_threads(1)
         results = evaluate(self.model, scenes)
+        torch.set_num_threads(threads)
         evaluation = dict(
             model=self.name, preset=self.config.preset,
             command=typed(self.name, self.config, self.default), seed=self.config.seed,
@@ -615,7 +619,8 @@ class Run:
         reached = shown_means(results["metrics"], show)
         print(f"reached  {reached} after {self.step:,} steps in {self.minutes:.1f} min")
         for name, scores in floors(scenes.name).items():
-            print(f"floor    {shown_means(scores, show)} ({name.replace('_', ' ')})")
+            if means := shown_means(scores, show):
+                print(f"floor    {means} ({name.replace('_', ' ')})")
         print(f"look at  {self.folder / 'figures' / picture}")
         self.held.release()
         return evaluation
