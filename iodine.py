@@ -31,25 +31,25 @@ and a mask, the masks compete for pixels, and a network f refines all slots' pos
     python iodine.py --resume runs/iodine-quick-0 --eval-only
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
-runs/iodine-<preset>-<seed>/.
-
-Measured, `quick`, two cores of an AMD EPYC, median and range of ten seeds: ARI-FG 0.962 (0.951 to
-0.970), above 0.9 on all ten, in 3.5 minutes (2.9 to 12.0); notebooks/results/iodine-quick-*.json.
-
+runs/iodine-<preset>-<seed>/. Measured: see the README.
 The defaults of Config are the paper's (appendix C). `quick` trades them for minutes:
 
     field                                 paper            quick
-    dataset, num_slots                    tetrominoes, 4   mini_sprites_16_shaded, 5
-    latent_size, decoder_channels         32, 4 x 32       16, 3 x 32
-    decoder_kernel, coordinate_gain       5, 1             1, 5: 1x1 layers need it for sharp edges
-    sigma, kl_weight                      0.1, 1           0.4, 0.1: objects first, edges later
-    num_steps, step_weights               5, t/T           7, from_zero: the first decode is blind
-    refinement_channels                   3 x 32           32, 64
+    dataset, num_slots                    tetrominoes, 4   mini_sprites_16_shaded, 6: a spare slot
+    flat_colors, color_steps              0, none          0.5, 1320 to 1760: until then colours are
+                                                           flat, and only masks can draw shapes
+    sigma, sigma_start, sigma_steps       0.1, 0, none     0.2, 0.4, 660 to 2200: a sharp likelihood
+        destroys slots; the KL weight follows, so that sigma^2 times it stays the paper's
+    num_steps, test_steps                 5, the same      6, 8: more decodes help at test time
+    step_weights                          t/T              from_zero: the first decode is blind
+    latent_size, refinement_channels      32, 3 x 32       16, (32, 64)
+    decoder_channels, decoder_kernel      4 x 32, 5        3 x 32, 1
+    coordinate_gain, update_gain          1, 1             5: 1x1 layers need it for sharp edges;
+                                                           0.1: else lambda grows with each step
     refinement_kernel, refinement_stride  5, 1             3, 2: smaller images
     pooling, activation                   mean, elu        max, relu: objects are small; faster
-    update_gain                           1                0.1: else lambda grows with each step
-    lr, batch_size                        3e-4, 32         3e-3, 16
-    lr_warmup, lr_final, lr_horizon       0, 1, any        100, 0.1, 1200
+    lr, lr_warmup, lr_hold, lr_final      3e-4, 0, 0, 1    3e-3, 100, 1100, 0.067
+    lr_horizon, batch_size                any, 32          2200, 16
 """
 
 import math
@@ -69,6 +69,8 @@ from data import draws, figures, metrics, runs
 
 # B batch, K slots, T decodes, D latent, C H W image, F input channels of the refinement network
 
+INPUTS = ("image", "means", "mask", "mask_logits", "mask_posterior", "grad_means", "grad_mask",
+          "log_likelihood", "leave_one_out", "coordinates", "posterior", "grad_posterior")
 
 @dataclass
 class Config(runs.RunConfig):
@@ -79,50 +81,52 @@ class Config(runs.RunConfig):
     num_slots: int = 4  # K
     latent_size: int = 32  # D, of one slot; the tables of C.2 and C.3 print 2 D, the size of lambda
     sigma: float = 0.1  # standard deviation of a pixel's colours in a slot
+    sigma_start: float = 0.0  # sigma of the first decode and of early training; 0: always sigma
+    sigma_steps: tuple[int, int] = (0, 1)  # training steps between which sigma falls
     decoder: Literal["broadcast", "deconv"] = "broadcast"  # deconv: the ablation of section 4.3
     decoder_channels: tuple[int, ...] = (32, 32, 32, 32)  # hidden layers
     decoder_kernel: int = 5  # pixels
     coordinate_gain: float = 1.0  # the decoder's coordinates run from -this to this
+    flat_colors: float = 0.0  # colours are flat at first, then shaded by up to this; see `Flat`
+    color_steps: tuple[int, int] = (0, 1)  # training steps between which shading fades in
     # inference
     num_steps: int = 5  # T, decodes of a training step
+    test_steps: int = 0  # T of evaluation; 0: num_steps
     step_weights: Literal["t/T", "from_zero"] = "t/T"  # eq. 4; from_zero: (t - 1)/(T - 1)
-    kl_weight: float = 1.0  # of the KL in what is minimised; `elbo` always has weight 1
+    kl_weight: float = 1.0  # of the KL in what is minimised, see `kl_weight`; `elbo` has weight 1
     refinement_channels: tuple[int, ...] = (32, 32, 32)  # convolutions of the refinement network
     refinement_kernel: int = 5  # pixels
     refinement_stride: int = 1  # of each of them
     pooling: Literal["mean", "max"] = "mean"  # over pixels, after the convolutions
     mlp_size: int = 128  # of the layer after the pooling
     lstm_size: int = 0  # 0: none (the paper's Tetris)
-    drop_inputs: tuple[str, ...] = ()  # inputs of the refinement network to leave out, of INPUTS
+    drop_inputs: tuple[Literal[*INPUTS], ...] = ()  # what the refinement network does not see
     activation: Literal["elu", "relu"] = "elu"  # after every hidden layer
     update_gain: float = 1.0  # factor on the initial weights of the layer that updates lambda
     # optimisation
     clip: float = 5.0  # norm of the global gradient
     lr_warmup: int = 0  # steps of linear warm-up
     lr_final: float = 1.0  # lr falls exponentially to this share of itself ...
-    lr_horizon: int = 1_000_000  # ... over this many steps, and stays there
+    lr_hold: int = 0  # ... from this step ...
+    lr_horizon: int = 1_000_000  # ... to this step, and stays there
 
 
-BINARY = dict(num_slots=4, latent_size=16, lstm_size=128)
+DSPRITES = dict(latent_size=16, lstm_size=128)  # appendix C.2
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
-        dataset="mini_sprites_16_shaded", num_slots=5, latent_size=16, sigma=0.4, kl_weight=0.1,
-        decoder_channels=(32, 32, 32), decoder_kernel=1, coordinate_gain=5.0, num_steps=7,
+        dataset="mini_sprites_16_shaded", num_slots=6, latent_size=16, sigma=0.2, sigma_start=0.4,
+        sigma_steps=(660, 2200), flat_colors=0.5, color_steps=(1320, 1760), num_steps=6,
+        decoder_channels=(32, 32, 32), decoder_kernel=1, coordinate_gain=5.0, test_steps=8,
         step_weights="from_zero", refinement_channels=(32, 64), refinement_kernel=3,
-        refinement_stride=2, pooling="max", activation="relu", update_gain=0.1,
-        batch_size=16, lr=3e-3, lr_warmup=100, lr_final=0.1, lr_horizon=1200, steps=1200,
+        refinement_stride=2, pooling="max", activation="relu", update_gain=0.1, batch_size=16,
+        lr=3e-3, lr_warmup=100, lr_final=0.067, lr_hold=1100, lr_horizon=2200, steps=2200,
     ),
     "tetrominoes": dict(),  # appendix C.3: the defaults
-    "multi_dsprites": dict(  # appendix C.2
-        dataset="multi_dsprites_colored_on_grayscale", num_slots=6, latent_size=16, lstm_size=128,
-    ),
+    "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", num_slots=6, **DSPRITES),
     # Paper: no architecture for the next two. Here: C.2's, with slots for all objects and one more.
-    "multi_dsprites_binarized": dict(dataset="multi_dsprites_binarized", **BINARY),
-    "shapes": dict(dataset="shapes", **BINARY),
+    "multi_dsprites_binarized": dict(dataset="multi_dsprites_binarized", **DSPRITES),
+    "shapes": dict(dataset="shapes", **DSPRITES),
 }
-
-INPUTS = ("image", "means", "mask", "mask_logits", "mask_posterior", "grad_means", "grad_mask",
-          "log_likelihood", "leave_one_out", "coordinates", "posterior", "grad_posterior")
 
 
 def make_config(preset: str = "quick", **overrides: Any) -> Config:
@@ -133,14 +137,13 @@ def make_config(preset: str = "quick", **overrides: Any) -> Config:
 # -- the mixture of slots, and what the refinement network sees of it ------------------------------
 
 
-def log_density(image: Tensor, means: Tensor, sigma: float | Tensor) -> Tensor:
+def log_density(image: Tensor, means: Tensor, sigma: Tensor) -> Tensor:
     """log prod_c N(x_c; mu_kc, sigma^2) of every pixel in every slot: (B, K, 1, H, W), nats."""
-    log_sigma = sigma.log() if isinstance(sigma, Tensor) else math.log(sigma)
     squares = (image[:, None] - means).square().sum(2, keepdim=True)  # (B, K, 1, H, W)
-    return squares * (-0.5 / sigma**2) - means.shape[2] * (log_sigma + math.log(2 * math.pi) / 2)
+    return squares * (-0.5 / sigma**2) - means.shape[2] * (sigma.log() + math.log(2 * math.pi) / 2)
 
 
-def mixture_log_likelihood(image: Tensor, decoded: Tensor, sigma: float | Tensor) -> Tensor:
+def mixture_log_likelihood(image: Tensor, decoded: Tensor, sigma: Tensor) -> Tensor:
     """Eq. 1: log p(x_i|z) = log sum_k m_ik N(x_i; mu_ik, sigma^2) of every pixel, (B, H, W), nats.
 
     image (B, C, H, W) in [0, 1]; decoded (B, K, C+1, H, W): means, then the mask logit.
@@ -167,14 +170,13 @@ def logsumexp_of_others(x: Tensor) -> Tensor:
 
 def refinement_inputs(
     image: Tensor, decoded: Tensor, norm_weight: Tensor, norm_bias: Tensor, coordinates: Tensor,
-    sigma: float | Tensor,
+    sigma: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ten image-sized inputs of appendix C, in its order: (B, K, F, H, W), F = 17 in colour.
 
     Also log p(x|z) (B, H, W), nats, and its negative's gradient wrt decoded (B, K, C+1, H, W).
     SG: no gradient flows back from the lines under no_grad. LN: of a slot, over channels and
     pixels; norm_weight and norm_bias (C+3) are a gain and a bias for each normalised channel.
-    kernels.refinement_inputs is the same, fused.
     """
     means, mask_logits = decoded[:, :, :-1], decoded[:, :, -1:]  # (B, K, C, H, W), (B, K, 1, H, W)
     log_masks, log_n = mask_logits.log_softmax(1), log_density(image, means, sigma)
@@ -232,6 +234,20 @@ class Conv(nn.Conv2d):
         return super().forward(x.contiguous(memory_format=layout))
 
 
+class Flat(nn.Module):
+    """One colour and mask logit a slot, a linear map of z; the decoder shades the colour by
+    `shading`, and its logits count four times. While colours are flat, only masks draw shapes."""
+
+    def __init__(self, config: Config, channels: int):
+        super().__init__()
+        self.linear = nn.Linear(config.latent_size, channels + 1)
+        self.register_buffer("shading", torch.tensor(0.0))
+
+    def forward(self, z: Tensor, decoded: Tensor) -> Tensor:  # (N, D), (N, C+1, H, W) -> the same
+        colors, logits = decoded[:, :-1] * self.shading, decoded[:, -1:] * 4
+        return torch.cat([colors, logits], 1) + full_precision(self.linear, z)[:, :, None, None]
+
+
 class BroadcastDecoder(nn.Module):
     """Spatial broadcast decoder (section 2.1, Fig. 2; tables of appendix C)."""
 
@@ -267,8 +283,8 @@ class DeconvDecoder(nn.Module):
         doublings = max(1, math.ceil(math.log2(max(height, width) / 8)))
         layers = [nn.Linear(config.latent_size, 512), activation, nn.Linear(512, 512), activation,
                   nn.Unflatten(1, (8, 8, 8))]
-        for i, o in pairwise([8, *[64] * doublings]):
-            layers += [nn.ConvTranspose2d(i, o, 5, 2, padding=2, output_padding=1), activation]
+        for i in [8, *[64] * (doublings - 1)]:
+            layers += [nn.ConvTranspose2d(i, 64, 5, 2, padding=2, output_padding=1), activation]
         self.hidden = nn.Sequential(*layers, Conv(64, 64, 5), activation)
         self.last = Conv(64, channels + 1, 5)
 
@@ -296,8 +312,7 @@ class RefinementNetwork(nn.Module):
         dropped = set(c.drop_inputs) & widths.keys()
         self.register_buffer("keep", torch.cat(keep) if dropped else None, persistent=False)
         self.keep_lam, self.keep_gradient = (n not in c.drop_inputs for n in INPUTS[10:])
-        # Gains and biases of the normalised inputs, shared over steps: gradient of the means (C),
-        # of the mask logit (1), log-likelihood (1), leave-one-out (1).
+        # Shared over steps: gradients of means (C) and logit, log-likelihood, leave-one-out.
         self.norm_weight = nn.Parameter(torch.ones(channels + 3))
         self.norm_bias = nn.Parameter(torch.zeros(channels + 3))
         self.norm_grad = nn.LayerNorm(lam_size)  # over means and raw scales together
@@ -348,8 +363,10 @@ class IODINE(nn.Module):
         self.config = config
         decoder = BroadcastDecoder if config.decoder == "broadcast" else DeconvDecoder
         self.decoder = decoder(config, channels, height, width)
+        self.decoder.flat = Flat(config, channels) if config.flat_colors else None
         self.refinement = RefinementNetwork(config, channels, height, width)
         self.initial = nn.Parameter(torch.zeros(2 * config.latent_size))  # lambda^(1)
+        self.register_buffer("sigma", torch.tensor(config.sigma))  # of the last decode, now
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -364,6 +381,9 @@ class IODINE(nn.Module):
                 nn.init.zeros_(module.bias)
         with torch.no_grad():
             self.refinement.head.weight.mul_(self.config.update_gain)
+            if self.config.flat_colors:
+                self.decoder.flat.linear.weight.mul_(0.3 / gain)
+                self.decoder.last.weight[:-1] = 0
             self.initial[self.config.latent_size :] = math.log(math.expm1(1))  # app. C: q = N(0, 1)
 
     def posterior(self, lam: Tensor) -> tuple[Tensor, Tensor]:
@@ -378,26 +398,43 @@ class IODINE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """g_theta, every slot alone: z (B, K, D) -> means and mask logits (B, K, C+1, H, W)."""
-        return self.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        rows, flat = z.flatten(0, 1), self.decoder.flat  # (B*K, D)
+        decoded = self.decoder(rows) if flat is None else flat(rows, self.decoder(rows))
+        return decoded.unflatten(0, z.shape[:2])
+
+    def set_step(self, step: int) -> None:
+        """Sets what changes with the training step: sigma and the shading of flat colours."""
+        c = self.config
+        start = c.sigma_start or c.sigma
+        self.sigma.fill_(start * (c.sigma / start) ** share(step, c.sigma_steps))
+        if c.flat_colors:
+            self.decoder.flat.shading.fill_(c.flat_colors * share(step, c.color_steps))
+
+    def sigmas(self, num_steps: int) -> list[Tensor]:
+        """Of each decode: from sigma_start to `sigma`, reached at the last but one in training."""
+        start, last = self.config.sigma_start or self.sigma, max(self.config.num_steps - 2, 1)
+        return [start * (self.sigma / start) ** min(t / last, 1.0) for t in range(num_steps)]
+
+    def kl_weight(self, sigma: Tensor) -> Tensor | float:
+        """With sigma_start so that sigma^2 times it stays what it is at the paper's sigma, 0.1."""
+        return self.config.kl_weight * ((0.1 / sigma) ** 2 if self.config.sigma_start else 1)
 
     def infer(
-        self, image: Tensor, noise: Tensor, num_steps: int = 0, training: bool = False,
-        sigma: float | Tensor | None = None,
+        self, image: Tensor, noise: Tensor, num_steps: int = 0, training: bool = False
     ) -> list[Step]:
-        """Algorithm 1, Fig. 3: T decodes (0: config.num_steps); no refinement after the last.
+        """Algorithm 1, Fig. 3: T decodes (0: the config's); no refinement after the last.
 
         image (B, C, H, W) in [0, 1]; noise (B, T, K, D) standard normal. With `training` the steps
-        are one graph; else it is cut after each step, so that memory does not grow with T, and what
-        is returned is detached. sigma: config.sigma, or a 0-d tensor that changes while training.
+        are one graph; else each is cut off and detached, so that memory does not grow with T.
         """
         c, f, steps, state = self.config, self.refinement, [], None
-        num_steps, sigma = num_steps or c.num_steps, c.sigma if sigma is None else sigma
+        num_steps = num_steps or (c.num_steps if training else c.test_steps or c.num_steps)
         fused = kernels.backend(image) == "triton"  # then kernels/ replaces these two functions:
         eq_1 = kernels.mixture_log_likelihood if fused else mixture_log_likelihood
         inputs = kernels.refinement_inputs if fused else refinement_inputs
         with torch.set_grad_enabled(training):
             lam = self.initial.expand(len(image), noise.shape[2], -1)  # (B, K, 2D)
-            for t in range(num_steps):
+            for t, sigma in enumerate(self.sigmas(num_steps)):
                 with torch.enable_grad():  # always: f_phi is fed with dL/dlambda
                     lam = lam if training else lam.detach().requires_grad_()
                     loc, scale = self.posterior(lam)
@@ -408,9 +445,8 @@ class IODINE(nn.Module):
                 if last:
                     log_p = eq_1(image, decoded, sigma)
                 else:
-                    packed, log_p, grad_decoded = inputs(
-                        image, decoded, f.norm_weight, f.norm_bias, f.coordinates, sigma
-                    )
+                    packed, log_p, grad_decoded = inputs(image, decoded, f.norm_weight, f.norm_bias,
+                                                         f.coordinates, sigma)
                 nll = -reduce(log_p, "b h w -> b", "sum")  # eq. 1
                 step = Step(decoded, lam, nll, kl)
                 steps.append(step if training else Step(*(value.detach() for value in step)))
@@ -418,10 +454,9 @@ class IODINE(nn.Module):
                     return steps
                 # dL/dlambda = (d decoded / d lambda)^T grad_decoded + kl_weight dKL/dlambda, one
                 # vector-Jacobian product; SG: without create_graph it is a constant.
-                (gradient,) = torch.autograd.grad(
-                    (decoded, kl), lam, (grad_decoded, torch.full_like(kl, c.kl_weight)),
-                    retain_graph=training,
-                )
+                weight = self.kl_weight(sigma) * torch.ones_like(kl)
+                (gradient,) = torch.autograd.grad((decoded, kl), lam, (grad_decoded, weight),
+                                                  retain_graph=training)
                 update, state = f(packed, lam, gradient, state)
                 lam = lam + update  # eq. 3
 
@@ -431,19 +466,17 @@ class IODINE(nn.Module):
         """(B, T, K, D) standard normal for scenes `index`: a function of seed, split and scene."""
         c = self.config
         key = draws.make_key("iodine noise", scenes.split, c.seed)
-        shape = num_steps or c.num_steps, num_slots or c.num_slots, c.latent_size
+        shape = num_steps or max(c.num_steps, c.test_steps), num_slots or c.num_slots, c.latent_size
         return draws.normal(key, index, shape)
 
-    def loss(
-        self, image: Tensor, noise: Tensor, sigma: float | Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def loss(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Eq. 4, mean of the batch, and of the last decode: nll, kl, elbo (nats), decoded."""
         c, total = self.config, image.new_zeros(())
-        steps = self.infer(image, noise, training=True, sigma=sigma)
+        steps = self.infer(image, noise, training=True)
         blind = c.step_weights == "from_zero" and c.num_steps > 1  # the first decode has weight 0
-        for t, step in enumerate(steps, 1):
+        for t, (step, sigma) in enumerate(zip(steps, self.sigmas(len(steps)), strict=True), 1):
             weight = (t - blind) / (c.num_steps - blind)  # t/T
-            total = total + weight * (step.nll + c.kl_weight * step.kl).mean()
+            total = total + weight * (step.nll + self.kl_weight(sigma) * step.kl).mean()
         nll, kl = step.nll.detach().mean(), step.kl.detach().mean()
         return dict(loss=total, nll=nll, kl=kl, elbo=-nll - kl, decoded=step.decoded.detach())
 
@@ -475,15 +508,15 @@ def score(model: IODINE, scenes: data.Scenes, num_steps: int, num_slots: int, co
                               ari=metrics.ari(batch.masks, masks, foreground=False),
                               miou=metrics.miou(batch.masks, batch.present, masks)) | values
             for name, value in values.items():
-                value = value.cpu().double().where(finite, math.nan)
-                result.setdefault(name, []).append(value)
+                result.setdefault(name, []).append(value.cpu().double().where(finite, math.nan))
     return [{k: metrics.mean_stderr(torch.cat(v)) for k, v in r.items()} for r in results]
 
 
 def evaluate(model: IODINE, scenes: data.Scenes, count: int = 320) -> dict[str, Any]:
-    """`metrics` of the trained setting; `settings`: 1 to 2T steps (Fig. 8), more slots (Fig. 9)."""
-    steps, slots = model.config.num_steps, model.config.num_slots
-    by_step = score(model, scenes, 2 * steps, slots, count)
+    """`metrics` after test_steps decodes; `settings`: 1 to 2T of them (Fig. 8), more slots (9)."""
+    c = model.config
+    steps, slots = c.test_steps or c.num_steps, c.num_slots
+    by_step = score(model, scenes, max(2 * c.num_steps, steps), slots, count)
     settings = [dict(num_steps=t, num_slots=slots, metrics=m) for t, m in enumerate(by_step, 1)]
     for more in (slots + 2, slots + 4):
         last = score(model, scenes, steps, more, count)[-1]
@@ -491,39 +524,9 @@ def evaluate(model: IODINE, scenes: data.Scenes, count: int = 320) -> dict[str, 
     return dict(metrics=by_step[steps - 1], settings=settings)
 
 
-def further_scores(model: IODINE, scenes: data.Scenes) -> dict[str, Any]:
-    """Scores that take minutes, on scenes with masks: `agreement` and `factors`.
-
-    agreement (section 4.4): of eight inferences of each of 64 scenes, with other noise; ARI over
-    all pixels of the first segmentation with each of the others. factors (section 4.2, Fig. 5): of
-    an object by linear maps of its slot's latent mean; 2,048 scenes, masks match slots to objects.
-    """
-    index = torch.arange(64, device=scenes.device)
-    (image, true_masks, *_), repeats = scenes.scenes(index), range(8)
-    if true_masks is None:
-        return {}
-    steps = [model.infer(image, model.noise(scenes, index + 64 * i))[-1] for i in repeats]
-    first, *others = (reconstruct(step.decoded)[1] for step in steps)  # (B, K, H, W) each
-    first = F.one_hot(first.argmax(1), first.shape[1]).movedim(-1, 1).bool()
-    agreement = torch.stack([metrics.ari(first, m, foreground=False) for m in others]).mean(0)
-
-    latents, targets = [], {}
-    for index in torch.arange(2048, device=scenes.device).split(64):
-        batch = scenes.scenes(index)
-        last = model.infer(batch.image, model.noise(scenes, index))[-1]
-        slots = metrics.match(batch.masks, reconstruct(last.decoded)[1]).to(index.device)  # (B, E)
-        scene, entity = (batch.present & (slots >= 0))[:, 1:].nonzero().unbind(1)  # (N,) objects
-        loc, _ = model.posterior(last.posterior)
-        latents.append(loc[scene, slots[scene, entity + 1]])  # (N, D)
-        for name, values in batch.factors.items():
-            targets.setdefault(name, []).append(values[scene, entity + 1])
-    scores = metrics.probe(torch.cat(latents), {n: torch.cat(v) for n, v in targets.items()})
-    return dict(agreement=metrics.mean_stderr(agreement), factors=scores)
-
-
 @torch.no_grad()
 def draw(model: IODINE, scenes: data.Scenes, folder: Path, results: dict[str, Any]) -> None:
-    """Writes decomposition, refinement and steps .png."""
+    """Writes decomposition.png and refinement.png."""
     index = torch.arange(6, device=scenes.device)
     batch = scenes.scenes(index)
     steps = model.infer(batch.image, model.noise(scenes, index))
@@ -539,21 +542,19 @@ def draw(model: IODINE, scenes: data.Scenes, folder: Path, results: dict[str, An
         None if batch.masks is None else batch.masks[0], *map(torch.stack, first),
         "Iterative inference: every row refines the one above",
     )
-    series = [s for s in results["settings"] if s["num_slots"] == model.config.num_slots]
-    x, panels = [s["num_steps"] for s in series], {}
-    for name in [n for n in ("ari_fg", "mse", "kl") if n in results["metrics"]]:
-        m = [s["metrics"][name] for s in series]
-        panels[name] = {"": (x, [v["mean"] for v in m], [v["stderr"] for v in m])}
-    figures.curves(folder / "steps.png", panels, "refinement steps at test time",
-                   "More steps than in training", {"trained": len(steps)}, logy=("mse",))
 
 
 # -- training --------------------------------------------------------------------------------------
 
 
+def share(step: int, between: tuple[int, int]) -> float:
+    """0 until the first of two steps, 1 from the second on, and linear between them."""
+    return min(max((step - between[0]) / max(between[1] - between[0], 1), 0.0), 1.0)
+
+
 def learning_rate(config: Config, step: int) -> float:
     """Warm-up, then exponential decay to lr * lr_final at lr_horizon, constant after it."""
-    lr = config.lr * config.lr_final ** min(step / config.lr_horizon, 1.0)
+    lr = config.lr * config.lr_final ** share(step, (config.lr_hold, config.lr_horizon))
     return lr * min(1.0, (step + 1) / (config.lr_warmup + 1))
 
 
@@ -562,14 +563,13 @@ def check(config: Config) -> None:
     runs.check(config)
     runs.at_least(config, 1, "num_slots", "num_steps", "latent_size", "decoder_channels",
                   "decoder_kernel", "refinement_channels", "refinement_kernel",
-                  "refinement_stride", "mlp_size", "lr_horizon")
-    runs.at_least(config, 0, "lstm_size", "kl_weight", "lr_warmup")
+                  "refinement_stride", "mlp_size")
+    runs.at_least(config, 0, "test_steps", "lstm_size", "kl_weight", "lr_warmup", "lr_hold",
+                  "flat_colors", "sigma_start")
     runs.positive(config, "sigma", "update_gain", "clip", "lr_final")
+    runs.require(config.lr_hold < config.lr_horizon, "--lr-horizon must be larger than --lr-hold")
     for name in ("decoder_kernel", "refinement_kernel"):
-        size = getattr(config, name)
-        runs.require(size % 2 == 1, f"{runs.option(name)} must be odd, not {size}")
-    for name in config.drop_inputs:
-        runs.require(name in INPUTS, f"--drop-inputs {name}: choose from {', '.join(INPUTS)}")
+        runs.require(getattr(config, name) % 2 == 1, f"{runs.option(name)} must be odd")
     try:
         data.make(config.dataset)
         kernels.use(config.kernels)
@@ -603,6 +603,7 @@ def train(config: Config) -> dict[str, Any]:
                      kernels=kernels.describe(device), compiled=(model.decoder, model.refinement))
     for step, index in run.steps():
         batch = scenes.scenes(index)
+        model.set_step(step)
         parts = run.update(model.loss, batch.image, model.noise(scenes, index),
                            lr=learning_rate(config, step), clip=config.clip)
         if run.due(step):

@@ -10,9 +10,7 @@ Axes: B batch, K slots, T decodes, D latent, C H W image, F input channels of th
 import contextlib
 import math
 import weakref
-from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -43,12 +41,14 @@ def torch_backend():
 class Eager:
     """Algorithm 1 with autograd for every gradient and one mixture rebuilt for each left-out slot.
 
-    `weights` holds lambda, decoder, decoder_mlp, conv, mlp, lstm, head (weight, bias) and
-    norm.<input> (gain, bias): lists and pairs of tensors that require grad.
+    `weights` holds lambda, decoder, flat, conv, mlp, lstm, head (weight, bias) and norm.<input>
+    (gain, bias): lists and pairs of tensors that require grad. final_sigma and shading are those
+    of a training step.
     """
 
-    def __init__(self, config: iodine.Config, weights: dict[str, Any]):
+    def __init__(self, config: iodine.Config, weights: dict, final_sigma: float, shading: float):
         self.config, self.weights = config, weights
+        self.final_sigma, self.shading = final_sigma, shading
         self.act = {"elu": F.elu, "relu": F.relu}[config.activation]
 
     def coordinates(self, height: int, width: int, gain: float = 1.0) -> Tensor:
@@ -56,18 +56,38 @@ class Eager:
         rows, cols = (torch.linspace(-gain, gain, n, dtype=torch.float64) for n in (height, width))
         return torch.stack(torch.meshgrid(rows, cols, indexing="ij"))
 
+    def sigma(self, t: int) -> float:
+        """Of decode t = 0, 1, ...: its logarithm falls linearly over all decodes but the last."""
+        start, share = self.config.sigma_start, min(t / max(self.config.num_steps - 2, 1), 1)
+        logs = math.log(start or self.final_sigma), math.log(self.final_sigma)
+        return math.exp((1 - share) * logs[0] + share * logs[1])
+
+    def bound(self, t: int, nll: Tensor, kl: Tensor) -> Tensor:
+        """What decode t minimises: with a sigma that falls, sigma^2 times the weight stays."""
+        tempered = 0.01 / self.sigma(t) ** 2 if self.config.sigma_start else 1.0
+        return nll + self.config.kl_weight * tempered * kl
+
     def decode(self, z: Tensor, height: int, width: int) -> Tensor:
-        """(B, K, D) -> (B, K, C+1, H, W): every slot on its own, its latent at every pixel."""
-        batch, z = z.shape[:2], z.flatten(0, 1)
+        """(B, K, D) -> (B, K, C+1, H, W): flat colours and logits are linear in the latent."""
+        decoded = self.decode_alone(z.flatten(0, 1), height, width).unflatten(0, z.shape[:2])
+        if not self.config.flat_colors:
+            return decoded
+        weight, bias = self.weights["flat"]
+        flat = (z @ weight.T + bias)[..., None, None].expand_as(decoded)
+        shaded = flat[:, :, :-1] + self.shading * decoded[:, :, :-1]
+        return torch.cat([shaded, flat[:, :, -1:] + 4 * decoded[:, :, -1:]], 2)
+
+    def decode_alone(self, z: Tensor, height: int, width: int) -> Tensor:
+        """(N, D) -> (N, C+1, H, W): every slot on its own, its latent at every pixel."""
         *hidden, last = self.weights["decoder"]
         if self.config.decoder == "deconv":
-            return self.deconvolve(z, hidden, last)[..., :height, :width].unflatten(0, batch)
+            return self.deconvolve(z, hidden, last)[..., :height, :width]
         grid = self.coordinates(height, width, self.config.coordinate_gain)
         tiled = z[:, :, None, None].expand(-1, -1, height, width)  # iodine.py never builds it
         x = torch.cat([tiled, grid.expand(len(z), -1, -1, -1)], 1)
         for weight, bias in hidden:
             x = self.act(F.conv2d(x, weight, bias, padding="same"))
-        return F.conv2d(x, *last, padding="same").unflatten(0, batch)
+        return F.conv2d(x, *last, padding="same")
 
     def deconvolve(self, z: Tensor, layers: list, last: tuple[Tensor, Tensor]) -> Tensor:
         """The ablation's decoder: two dense layers, 8 x 8 pixels, doubled by all layers but two."""
@@ -81,15 +101,14 @@ class Eager:
             x = self.act(x[..., 2 : 2 + height, 2 : 2 + width])
         return F.conv2d(self.act(F.conv2d(x, weight, bias, padding=2)), *last, padding=2)
 
-    def components(self, means: Tensor) -> D.Distribution:
+    def components(self, means: Tensor, sigma: float) -> D.Distribution:
         """Densities of a pixel under each slot, all channels together: batch (B, H, W, K)."""
-        return D.Independent(D.Normal(means.permute(0, 3, 4, 1, 2), self.config.sigma), 1)
+        return D.Independent(D.Normal(means.permute(0, 3, 4, 1, 2), sigma), 1)
 
-    def log_likelihood(self, image: Tensor, means: Tensor, logits: Tensor) -> Tensor:
+    def log_likelihood(self, image: Tensor, means: Tensor, logits: Tensor, sigma: float) -> Tensor:
         """log p(x | z) of each pixel, eq. 1: (B, 1, 1, H, W)."""
-        mixture = D.MixtureSameFamily(
-            D.Categorical(logits=logits.squeeze(2).permute(0, 2, 3, 1)), self.components(means)
-        )
+        masks = D.Categorical(logits=logits.squeeze(2).permute(0, 2, 3, 1))
+        mixture = D.MixtureSameFamily(masks, self.components(means, sigma))
         return mixture.log_prob(image.permute(0, 2, 3, 1))[:, None, None]
 
     def posterior(self, lam: Tensor) -> D.Normal:
@@ -105,16 +124,18 @@ class Eager:
         shape = (-1,) + (1,) * (len(axes) - 1)
         return unit * gain.reshape(shape) + bias.reshape(shape)
 
-    def inputs(self, image: Tensor, means: Tensor, logits: Tensor, grads) -> dict[str, Tensor]:
+    def inputs(
+        self, image: Tensor, means: Tensor, logits: Tensor, sigma: float, grads: tuple
+    ) -> dict[str, Tensor]:
         """The image-sized rows of appendix C's table: name -> (B, K, channels, H, W)."""
         slots, chw = means.shape[1], (-3, -2, -1)
-        log_p = self.log_likelihood(image, means, logits)
+        log_p = self.log_likelihood(image, means, logits, sigma)
         # A mixture of the other slots only: the softmax makes their masks sum to 1 again.
         without = []
         for k in range(slots):
             others = [j for j in range(slots) if j != k] or [0]  # an only slot is not left out
-            without.append(self.log_likelihood(image, means[:, others], logits[:, others]))
-        log_n = self.components(means).log_prob(image.permute(0, 2, 3, 1)[..., None, :])
+            without.append(self.log_likelihood(image, means[:, others], logits[:, others], sigma))
+        log_n = self.components(means, sigma).log_prob(image.permute(0, 2, 3, 1)[..., None, :])
         every = lambda x: x.expand(len(image), slots, *x.shape[-3:])  # noqa: E731
         rows = {
             "image": every(image[:, None]),
@@ -165,21 +186,21 @@ class Eager:
             z = q.loc + q.scale * epsilon  # eq. 2
             decoded = self.decode(z, height, width)
             means, logits = decoded[:, :, :channels], decoded[:, :, channels:]
-            nll = -self.log_likelihood(image, means, logits).sum((1, 2, 3, 4))
+            nll = -self.log_likelihood(image, means, logits, self.sigma(t)).sum((1, 2, 3, 4))
             kl = D.kl_divergence(q, prior).sum((1, 2))
             step = SimpleNamespace(lam=lam, decoded=decoded, nll=nll, kl=kl)
             steps.append(step)
             if t == len(noise) - 1:
                 break
             # Summed over images, which do not interact: each gets its own gradient, no 1 / B.
-            objective = (nll + self.config.kl_weight * kl).sum()
-            grads = torch.autograd.grad(objective, [means, logits, lam], retain_graph=True)
+            bound = self.bound(t, nll, kl).sum()
+            grads = torch.autograd.grad(bound, [means, logits, lam], retain_graph=True)
             step.grad_lam = grads[2]
             # No create_graph, and detached below: the double derivatives are dropped (sec. 2.3).
-            step.inputs = self.inputs(image, means, logits, grads)
-            step.normalised = self.normalise("grad_posterior", grads[2].detach(), (-1,))
+            step.inputs = self.inputs(image, means, logits, self.sigma(t), grads)
+            normalised = self.normalise("grad_posterior", grads[2].detach(), (-1,))
             packed = torch.cat([*step.inputs.values()], 2)
-            delta, state = self.refine(packed, lam, step.normalised, state)
+            delta, state = self.refine(packed, lam, normalised, state)
             lam = lam + delta  # eq. 3
         return steps
 
@@ -189,7 +210,7 @@ class Eager:
         for t, step in enumerate(steps):
             from_zero = self.config.step_weights == "from_zero"
             weight = t / (number - 1) if from_zero else (t + 1) / number
-            total = total + weight * (step.nll + self.config.kl_weight * step.kl).mean()
+            total = total + weight * self.bound(t, step.nll, step.kl).mean()
         return total
 
 
@@ -210,7 +231,7 @@ def small(preset: str = "tetrominoes", **overrides) -> iodine.Config:
     """A preset with networks small enough for exact comparisons in milliseconds."""
     sizes = dict(
         num_slots=3, latent_size=3, num_steps=3, decoder_channels=(4, 5), decoder_kernel=3,
-        refinement_channels=(4, 5), refinement_kernel=3, mlp_size=6, kl_weight=0.7,
+        refinement_channels=(4, 5), refinement_kernel=3, mlp_size=6, kl_weight=0.7, test_steps=0,
     )
     return iodine.make_config(preset, **sizes | overrides)
 
@@ -219,7 +240,7 @@ def make_model(
     config: iodine.Config, channels: int = 3, height: int = 6, width: int = 5,
     module: ModuleType = iodine,
 ) -> nn.Module:  # fmt: skip
-    """In float64, with biases and gains moved off the 0 and 1 that would hide mistakes."""
+    """In float64, amid its schedules, and nothing has the 0 or 1 that would hide mistakes."""
     torch.manual_seed(0)
     with double_precision():
         model = module.IODINE(config, channels, height, width).double()
@@ -227,6 +248,9 @@ def make_model(
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter += 0.2 * torch.randn_like(parameter)
+        if config.flat_colors:
+            model.decoder.last.weight[:-1] = torch.randn_like(model.decoder.last.weight[:-1])
+    model.set_step(sum(config.color_steps) // 2)
     return model
 
 
@@ -259,6 +283,7 @@ def bind(model: nn.Module) -> tuple[Eager, dict[str, Tensor]]:
     norm = dict(zip(names, zip(gains, biases, strict=True), strict=True))
     weights = {
         "lambda": p["initial"],
+        "flat": sum(layers("decoder.flat"), ()),
         "decoder": [x for part in ("first", "hidden", "last") for x in layers(f"decoder.{part}")],
         "conv": layers("refinement.convs"),
         "mlp": layers("refinement.mlp")[0],
@@ -266,35 +291,23 @@ def bind(model: nn.Module) -> tuple[Eager, dict[str, Tensor]]:
         "head": layers("refinement.head")[0],
         "norm": norm | {"grad_posterior": layers("refinement.norm_grad")[0]},
     }
-    return Eager(model.config, weights), p
+    shading = model.decoder.flat.shading.item() if model.decoder.flat else 0.0
+    return Eager(model.config, weights, model.sigma.item(), shading), p
 
 
 @contextlib.contextmanager
 def recorded(model: nn.Module):
-    """Yields a list that gets what each call of the refinement network was given and made."""
+    """Yields a list that gets the arguments of each call of the refinement network."""
     calls: list[SimpleNamespace] = []
 
-    def before(module, args):
-        packed, lam, gradient, _ = args
-        calls.append(SimpleNamespace(packed=packed, lam=lam, gradient=gradient))
+    def note(module: nn.Module, args: tuple):
+        calls.append(SimpleNamespace(packed=args[0], lam=args[1], gradient=args[2]))
 
-    def normalised(module, args, output):
-        calls[-1].normalised = output
-
-    def after(module, args, output):
-        calls[-1].update = output[0]
-
-    refinement = model.refinement
-    hooks = [
-        refinement.register_forward_pre_hook(before),
-        refinement.norm_grad.register_forward_hook(normalised),
-        refinement.register_forward_hook(after),
-    ]
+    hook = model.refinement.register_forward_pre_hook(note)
     try:
         yield calls
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE):
@@ -328,11 +341,13 @@ def compare(config: iodine.Config, module: ModuleType = iodine, channels=3, heig
             if name not in config.drop_inputs:  # those are zeroed later, inside of the network
                 assert_close(f"{name} at step {t}", part, want.inputs[name])
         assert_close(f"gradient of lambda at step {t}", calls[t].gradient, want.grad_lam)
-        assert_close(f"its LayerNorm at step {t}", calls[t].normalised, want.normalised)
 
     # The gradients of all parameters, through all steps.
-    loss, wanted = model.loss(image, noise)["loss"], eager.loss(expected)
+    parts, wanted = model.loss(image, noise), eager.loss(expected)
+    loss = parts["loss"]
     assert_close("loss", loss, wanted)
+    assert_close("elbo", parts["elbo"], -(expected[-1].nll + expected[-1].kl).mean())  # weight 1
+    assert not (parts["elbo"].requires_grad or parts["decoded"].requires_grad)
     loss.backward()
     wanted.backward()
     for name, parameter in model.named_parameters():
@@ -342,10 +357,14 @@ def compare(config: iodine.Config, module: ModuleType = iodine, channels=3, heig
 
 
 LSTM = dict(preset="multi_dsprites", lstm_size=5)
+QUICK = dict(preset="quick", decoder_kernel=1, num_steps=5)  # 5: sigma falls over several decodes
 CASES: dict[str, tuple[dict, dict]] = {  # name: (Config, image)
     "paper": (dict(), dict()),
     "LSTM": (LSTM, dict(height=7)),
-    "quick": (dict(preset="quick", decoder_kernel=1, kl_weight=0.1), dict(height=8, width=7)),
+    "quick": (QUICK, dict(height=8, width=7)),
+    "quick, deconv": (QUICK | dict(decoder="deconv", num_steps=2), dict(height=9)),
+    "only sigma falls": (dict(sigma_start=0.5, num_steps=4), dict()),
+    "only colours are flat": (dict(flat_colors=0.3), dict(channels=1)),
     "max pooling, relu": (dict(pooling="max", activation="relu"), dict()),
     "5x5": (dict(decoder_kernel=5, refinement_kernel=5), dict()),
     "stride 2, gray": (dict(refinement_stride=2), dict(height=5, width=8, channels=1)),
@@ -356,11 +375,7 @@ CASES: dict[str, tuple[dict, dict]] = {  # name: (Config, image)
     "T = 5": (dict(num_steps=5, kl_weight=1.0), dict()),
     "deconv, cropped": (dict(decoder="deconv"), dict(height=12, width=10)),
     "deconv, doubled twice": (dict(decoder="deconv", num_slots=2, num_steps=2), dict(height=17)),
-    "inputs dropped": (
-        dict(drop_inputs=("means", "grad_mask", "coordinates", "posterior")), dict(),
-    ),
-    "no gradient of lambda": (dict(drop_inputs=("grad_posterior",)), dict()),
-}  # fmt: skip
+} | {f"without {name}": (dict(drop_inputs=(name, "means")), dict()) for name in iodine.INPUTS}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -369,43 +384,16 @@ def test_equals_the_eager_model(case):
     compare(small(**config), **image)
 
 
-@pytest.mark.parametrize("backend", [TRITON])
-def test_equals_the_eager_model_on_the_kernels(backend, monkeypatch):
-    """The fused functions stand in for the lines of iodine.py, which are not called."""
-    for name in ("mixture_log_likelihood", "refinement_inputs"):
-        monkeypatch.delattr(iodine, name)
-        monkeypatch.setattr(iodine, name, None, raising=False)
-    with kernels.use(backend):
-        compare(small(num_steps=2), height=4, width=3)
-
-
 @pytest.mark.parametrize("backend", ["torch", TRITON])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(("slots", "channels", "height", "width"),
-                         [(3, 3, 5, 4), (1, 1, 3, 3), (5, 3, 1, 7)])  # fmt: skip
-def test_the_fused_inputs_are_these_lines(backend, dtype, slots, channels, height, width):
-    """kernels.refinement_inputs and mixture_log_likelihood: every value and every gradient."""
-    generator = torch.Generator().manual_seed(0)
-    rand = lambda *shape: torch.rand(shape, generator=generator, dtype=dtype)  # noqa: E731
-    image, decoded = rand(2, channels, height, width), rand(2, slots, channels + 1, height, width)
-    gains = rand(channels + 3), rand(channels + 3)
-    maps = iodine.coordinate_maps(height, width).to(dtype)
-    pull = rand(2, slots, sum(iodine.input_widths(channels).values()), height, width)
-
-    def run(inputs: Callable, likelihood: Callable) -> list[Tensor]:
-        leaves = [x.clone().requires_grad_() for x in (decoded, *gains)]
-        packed, log_p, grad_decoded = inputs(image, *leaves, maps, 0.3)
-        only = likelihood(image, leaves[0], 0.3)
-        ((packed * pull).sum() + log_p.square().sum() + only.sum()).backward()
-        return [packed.detach(), log_p.detach(), only.detach(), grad_decoded,
-                *(x.grad for x in leaves)]
-
-    want = run(iodine.refinement_inputs, iodine.mixture_log_likelihood)
+@pytest.mark.parametrize("case", ["paper", "quick"])
+def test_equals_the_eager_model_on_the_kernels(backend, case, monkeypatch):
+    """The fused functions and their fallback stand in for the lines of iodine.py, not called."""
+    for name in ("mixture_log_likelihood", "refinement_inputs"):
+        monkeypatch.setattr(iodine, name, None)
+    as_on_cuda = SimpleNamespace(**vars(kernels) | dict(backend=lambda x: "triton"))
+    monkeypatch.setattr(iodine, "kernels", as_on_cuda)
     with kernels.use(backend):
-        actual = run(kernels.refinement_inputs, kernels.mixture_log_likelihood)
-    names = "packed", "log p", "eq. 1", "grad_decoded", "d decoded", "d gain", "d bias"
-    for name, a, b in zip(names, actual, want, strict=True):
-        assert_close(name, a, b, 1e-10 if dtype == torch.float64 else 1e-4)
+        compare(small(**CASES[case][0] | dict(num_steps=2)), height=4, width=3)
 
 
 def test_extreme_colours_and_logits_stay_finite_in_float32():
@@ -416,30 +404,77 @@ def test_extreme_colours_and_logits_stay_finite_in_float32():
 
     def run(dtype: torch.dtype) -> tuple[Tensor, ...]:
         gains = torch.ones(4, dtype=dtype), torch.zeros(4, dtype=dtype)
-        maps = iodine.coordinate_maps(1, 3).to(dtype)
-        return iodine.refinement_inputs(image.to(dtype), decoded.to(dtype), *gains, maps, 0.01)
+        maps, sigma = iodine.coordinate_maps(1, 3).to(dtype), torch.tensor(0.01, dtype=dtype)
+        return iodine.refinement_inputs(image.to(dtype), decoded.to(dtype), *gains, maps, sigma)
 
     for actual, want in zip(run(torch.float32), run(torch.float64), strict=True):
         assert actual.isfinite().all()
         assert_close("value", actual.double(), want, 1e-3)
 
 
-@pytest.mark.parametrize("case", ["paper", "LSTM", "quick"])
-def test_sigma_may_be_a_tensor(case):
-    """Of 0 dimensions: the same loss and gradients, and it is the sigma that counts."""
-    model = make_model(small(**CASES[case][0], sigma=0.3))
+# -- what changes with the training step -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("step", "sigma", "shading", "lr"), [
+    (0, 0.4, 0.0, 1 / 101), (100, 0.4, 0.0, 1.0), (660, 0.4, 0.0, 1.0), (1100, None, 0.0, 1.0),
+    (1430, 0.08**0.5, 0.125, None), (1650, None, 0.375, 0.067**0.5), (1760, None, 0.5, None),
+    (2200, 0.2, 0.5, 0.067), (10**6, 0.2, 0.5, 0.067),
+])  # fmt: skip
+def test_the_schedules_of_quick(step, sigma, shading, lr):
+    """Logarithms of sigma (0.4 to 0.2) and of the learning rate fall linearly; shading rises."""
+    config = iodine.make_config("quick", latent_size=2)
+    model = iodine.IODINE(config, 3, 4, 4)
+    model.set_step(step)
+    assert model.decoder.flat.shading.item() == pytest.approx(shading)
+    assert sigma is None or model.sigma.item() == pytest.approx(sigma)
+    assert lr is None or iodine.learning_rate(config, step) == pytest.approx(3e-3 * lr)
+    # Within an inference: T = 6, so decode 5 and all later ones have this step's sigma.
+    ratio, *sigmas = model.sigma.item() / 0.4, *model.sigmas(8)
+    assert [x.item() for x in sigmas] == pytest.approx(
+        [0.4 * ratio**share for share in (0, 1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1)])
+    assert [x**2 * model.kl_weight(x) for x in sigmas] == pytest.approx([0.01] * 8)
+
+
+@pytest.mark.parametrize("preset", set(iodine.PRESETS) - {"quick"})
+@pytest.mark.parametrize("step", [0, 1000])
+def test_the_papers_values_switch_all_of_it_off(preset, step):
+    config = iodine.make_config(preset)
+    model = iodine.IODINE(config, 3, 4, 4)
+    model.set_step(step)
+    assert model.decoder.flat is None and all(x == model.sigma for x in model.sigmas(9))
+    assert model.sigma.item() == pytest.approx(0.1) and model.kl_weight(model.sigma) == 1
+    assert iodine.learning_rate(config, step) == 3e-4
+
+
+@pytest.mark.parametrize("case", ["paper", "quick"])
+def test_the_loss_follows_the_buffers(case):
+    """They are filled in place, where a captured graph reads them."""
+    model = make_model(small(**CASES[case][0]))
     image, noise = make_inputs(model)
-    results = []
-    for sigma in (None, image.new_tensor(0.3), image.new_tensor(0.6)):
-        model.zero_grad()
-        loss = model.loss(image, noise, sigma)["loss"]
-        loss.backward()
-        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
-    for a, b in zip(*results[:2], strict=True):
-        assert_close("loss or gradient", b, a, 1e-12)
-    model.config.sigma = 0.6
-    assert_close("loss at 0.6", results[2][0], model.loss(image, noise)["loss"], 1e-12)
-    assert abs(results[2][0] / results[0][0] - 1) > 0.1
+    places = [x.data_ptr() for x in model.buffers()]
+    losses = [model.loss(image, noise)["loss"]]
+    for buffer in [model.sigma, model.decoder.flat.shading] if case == "quick" else [model.sigma]:
+        buffer.fill_(0.6)
+        eager, _ = bind(model)
+        losses.append(model.loss(image, noise)["loss"])
+        assert_close("loss", losses[-1], eager.loss(eager.run(image, noise.transpose(0, 1))))
+        assert abs(losses[-1] / losses[-2] - 1) > 1e-3
+    model.set_step(0)
+    assert places == [x.data_ptr() for x in model.buffers()]
+
+
+def test_test_steps_change_the_evaluation_and_nothing_else():
+    scenes = MiniSprites(size=8, sprite=3, min_objects=2, max_objects=2)
+    image, losses = scenes.batch(0, 2).image, []
+    for test_steps, expected in ((0, 3), (2, 2), (8, 8)):
+        model = iodine.build(small("quick", decoder_kernel=1, test_steps=test_steps), scenes)
+        noise = torch.randn(2, 8, 3, 3, generator=torch.manual_seed(0))
+        losses.append(model.loss(image, noise)["loss"].item())
+        assert len(model.infer(image, noise)) == expected
+        results = iodine.evaluate(model, scenes, count=4)
+        assert results["metrics"] == results["settings"][expected - 1]["metrics"]
+        assert results["settings"][-1]["num_steps"] == expected  # with more slots
+    assert losses[0] == losses[1] == losses[2]
 
 
 # -- sizes -----------------------------------------------------------------------------------------
@@ -464,7 +499,7 @@ def test_the_papers_networks_have_the_sizes_of_its_tables(preset, latent, lstm):
 # -- the objective and its gradient ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["paper", "LSTM"])
+@pytest.mark.parametrize("case", ["paper", "LSTM", "only sigma falls"])
 def test_the_gradient_of_lambda_is_the_slope_of_the_bound_with_the_noise_held_fixed(case):
     """Central differences of L(lambda) = -log p(x|loc + scale * noise) + weight * KL."""
     model = make_model(small(**CASES[case][0]))
@@ -472,27 +507,20 @@ def test_the_gradient_of_lambda_is_the_slope_of_the_bound_with_the_noise_held_fi
     eager, _ = bind(model)
 
     @torch.no_grad()
-    def parts(lam: Tensor, epsilon: Tensor) -> Tensor:
+    def bound(lam: Tensor, t: int) -> Tensor:
         q = eager.posterior(lam)
-        decoded = eager.decode(q.loc + q.scale * epsilon, *image.shape[2:])
-        nll = -eager.log_likelihood(image, decoded[:, :, :3], decoded[:, :, 3:]).sum()
-        kl = D.kl_divergence(q, D.Normal(0.0, 1.0)).sum()
-        return torch.stack([nll, model.config.kl_weight * kl])
+        decoded = eager.decode(q.loc + q.scale * noise[:, t], *image.shape[2:])
+        means, logits = decoded[:, :, :3], decoded[:, :, 3:]
+        nll = -eager.log_likelihood(image, means, logits, eager.sigma(t)).sum()
+        return eager.bound(t, nll, D.kl_divergence(q, D.Normal(0.0, 1.0)).sum())
 
     with recorded(model) as calls:
         model.infer(image, noise)
     for t, call in enumerate(calls):
-        lam, step = call.lam.detach(), 1e-5
-        slopes = []
-        for nudge in step * torch.eye(lam.numel(), dtype=lam.dtype).view(-1, *lam.shape):
-            ahead, behind = parts(lam + nudge, noise[:, t]), parts(lam - nudge, noise[:, t])
-            slopes.append((ahead - behind) / (2 * step))
-        nll, kl = torch.stack(slopes, 1).view(2, *lam.shape)
-        assert_close(f"step {t}", call.gradient, nll + kl, 1e-6)
-        # Were one of these zero, the comparison would not notice that it is missing.
-        raw = nll[..., model.config.latent_size :]  # only the noise leads to the raw scales
-        assert raw.abs().max() > 1e-3 * nll.abs().max()
-        assert kl.abs().max() > 1e-4 * nll.abs().max()
+        lam = call.lam.detach()
+        nudges = 1e-5 * torch.eye(lam.numel(), dtype=lam.dtype).view(-1, *lam.shape)
+        slopes = [(bound(lam + nudge, t) - bound(lam - nudge, t)) / 2e-5 for nudge in nudges]
+        assert_close(f"step {t}", call.gradient, torch.stack(slopes).view(lam.shape), 1e-6)
 
 
 def test_inference_starts_at_the_prior_of_the_paper():
@@ -501,20 +529,6 @@ def test_inference_starts_at_the_prior_of_the_paper():
     loc, scale = model.posterior(model.initial)
     assert (loc == 0).all() and torch.allclose(scale, torch.ones(32))
     assert model.kl_terms(loc, scale).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize(("kind", "weights"), [("t/T", [0.2, 0.4, 0.6, 0.8, 1.0]),
-                                               ("from_zero", [0.0, 0.25, 0.5, 0.75, 1.0])])
-def test_the_loss_is_the_weighted_sum_of_equation_4(kind, weights):
-    model = make_model(small(step_weights=kind, num_steps=5, kl_weight=0.3))
-    image, noise = make_inputs(model)
-    steps = model.infer(image, noise)
-    bounds = [(s.nll + 0.3 * s.kl).mean() for s in steps]
-    result = model.loss(image, noise)
-    want = sum(w * bound for w, bound in zip(weights, bounds, strict=True))
-    assert_close("loss", result["loss"], want)
-    assert_close("elbo", result["elbo"], -(steps[-1].nll + steps[-1].kl).mean())  # weight 1
-    assert not (result["elbo"].requires_grad or result["decoded"].requires_grad)
 
 
 # -- symmetries, evaluation, precision -------------------------------------------------------------
@@ -533,19 +547,6 @@ def test_permuting_the_slots_of_the_noise_permutes_the_outputs(case):
         assert_close("kl", b.kl, a.kl)
     # The slots do differ, so the order could have mattered.
     assert (a.decoded[:, 0] - a.decoded[:, 1]).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("case", ["LSTM", "quick"])
-def test_an_image_has_the_same_result_alone_and_in_a_batch(case, training):
-    """Nothing normalises over the batch, and the gradient inputs carry no 1 / B."""
-    model = make_model(small(**CASES[case][0]))
-    image, noise = make_inputs(model, batch=3)
-    together = model.infer(image, noise, training=training)
-    alone = model.infer(image[:1], noise[:1], training=training)
-    for a, b in zip(together, alone, strict=True):
-        for name in a._fields:
-            assert_close(name, getattr(b, name), getattr(a, name)[:1])
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -607,25 +608,6 @@ def test_under_autocast_the_decoder_ends_in_float32():
         assert all(p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in model.parameters())
 
 
-@pytest.mark.parametrize("dropped", iodine.INPUTS)
-def test_a_dropped_input_has_no_influence_and_the_others_keep_theirs(dropped):
-    """Each input is changed by hand where the refinement network receives it."""
-    model = make_model(small(drop_inputs=(dropped,)))
-    with recorded(model) as calls:
-        model.infer(*make_inputs(model))
-    call, widths = calls[0], [*iodine.input_widths(3).values()]
-    for i, name in enumerate(iodine.INPUTS):
-        packed, lam, gradient = call.packed.clone(), call.lam, call.gradient
-        if name == "posterior":
-            lam = lam + 1
-        elif name == "grad_posterior":
-            gradient = gradient.flip(-1)
-        else:
-            packed.split(widths, 2)[i].add_(1)
-        update, _ = model.refinement(packed, lam, gradient, None)
-        assert torch.equal(update, call.update) == (name == dropped), name
-
-
 # -- scores ----------------------------------------------------------------------------------------
 
 
@@ -641,9 +623,8 @@ def test_images_without_masks_are_scored_and_drawn_without_them(tmp_path):
     model = iodine.build(small("quick", decoder_kernel=1, num_steps=2), scenes)
     results = iodine.evaluate(model, scenes, count=8)
     assert results["metrics"].keys() == {"mse", "elbo", "nll", "kl"}
-    assert iodine.further_scores(model, scenes) == {}
     iodine.draw(model, scenes, tmp_path, results)
-    assert len(list(tmp_path.glob("*.png"))) == 3
+    assert len(list(tmp_path.glob("*.png"))) == 2
 
 
 def test_a_scene_whose_inference_diverges_is_left_out_and_counted():
@@ -689,10 +670,8 @@ def test_it_learns_to_separate_the_objects_of_unseen_scenes():
 # -- mutants ---------------------------------------------------------------------------------------
 
 MUTANTS: dict[str, tuple[str, str, dict]] = {  # name: (text of iodine.py, its mutation, Config)
-    "gradient of lambda without the KL": (
-        "torch.full_like(kl, c.kl_weight)", "torch.zeros_like(kl)", {}),
-    "gradient of lambda with the KL unweighted": (
-        "torch.full_like(kl, c.kl_weight)", "torch.ones_like(kl)", {}),
+    "gradient of lambda without the KL": ("= self.kl_weight(sigma) *", "= 0 *", {}),
+    "gradient of lambda with the KL unweighted": ("= self.kl_weight(sigma) *", "=", {}),
     "gradient of lambda does not pass through the noise": (
         "z = loc + scale * noise[:, t]", "z = loc + scale.detach() * noise[:, t]", {}),
     "gradient of lambda not stopped": ("retain_graph=training", "create_graph=training", {}),
@@ -710,22 +689,19 @@ MUTANTS: dict[str, tuple[str, str, dict]] = {  # name: (text of iodine.py, its m
     "exponential instead of softplus": ("return loc, F.softplus(raw)", "return loc, raw.exp()", {}),
     "KL of mean and scale exchanged": ("/ 2 - scale.log()", "/ 2 - loc.exp().log()", {}),
     "nll a mean over the pixels": (
-        'nll = -reduce(log_p, "b h w -> b", "sum")',
-        'nll = -reduce(log_p, "b h w -> b", "mean")', {}),
+        'log_p, "b h w -> b", "sum")', 'log_p, "b h w -> b", "mean")', {}),
     "weights reversed": ("(t - blind) / (c.num_steps - blind)",
                          "(c.num_steps + 1 - t) / c.num_steps", {}),
     "last loss left out": ("(t - blind) / (c.num_steps - blind)",
                            "t / c.num_steps * (t < c.num_steps)", {}),
     "weights that start at zero": ('c.step_weights == "from_zero"', "True", {}),
-    "KL unweighted in the loss": ("(step.nll + c.kl_weight * step.kl)", "(step.nll + step.kl)", {}),
+    "KL unweighted in the loss": ("self.kl_weight(sigma) * step.kl", "step.kl", {}),
     "hidden state not carried": ("update, state = f(", "update, _ = f(", {}),
     "cell state not carried": ("state = x, cell", "state = x, 0 * cell", {}),
     "forget and input gate exchanged": ("i, g, f, o = self", "f, g, i, o = self", {}),
     "rows and columns exchanged": (
-        'torch.stack(torch.meshgrid(rows, cols, indexing="ij"))',
-        'torch.stack(torch.meshgrid(rows, cols, indexing="ij")[::-1])', {}),
-    "no coordinates in the decoder": ("F.conv2d(self.coordinates", "F.conv2d(0 * self.coordinates",
-                                      {}),
+        '(rows, cols, indexing="ij"))', '(rows, cols, indexing="ij")[::-1])', {}),
+    "no coordinates in the decoder": ("F.conv2d(self.coord", "F.conv2d(0 * self.coord", {}),
     "no activation in the first layer": (
         "self.activation(kernels.broadcast_conv(z, taps_z, response))",
         "kernels.broadcast_conv(z, taps_z, response)", {}),
@@ -733,17 +709,32 @@ MUTANTS: dict[str, tuple[str, str, dict]] = {  # name: (text of iodine.py, its m
     "slots mixed with images": ("unflatten(0, z.shape[:2])",
                                 "unflatten(0, z.shape[:2][::-1]).transpose(0, 1)", {}),
     "sum instead of mean pooling": ("x = x.mean((-2, -1))", "x = x.sum((-2, -1))", {}),
+    # the recipe of quick
+    "shading not applied": ("decoded[:, :-1] * self.shading", "decoded[:, :-1]", QUICK),
+    "no flat colours": ("+ full_precision(self.lin", "+ 0 * full_precision(self.lin", QUICK),
+    "mask logits count once": ("decoded[:, -1:] * 4", "decoded[:, -1:]", QUICK),
+    "flat colours left out": ("if flat is None else flat(", "if True else flat(", QUICK),
+    "sigma of the last decode in the inputs": ("f.coordinates, s", "f.coordinates, self.s", QUICK),
+    "sigma of the next decode": ("sigmas(num_steps))", "sigmas(num_steps + 1)[1:])", QUICK),
+    "sigma final in the last decode only": ("num_steps - 2, 1)", "num_steps - 1, 1)", QUICK),
+    "sigma of the end of training": (
+        "(self.sigma / start) ** min", "torch.tensor(self.config.sigma / start) ** min", QUICK),
+    "sigma falls linearly": (
+        "start * (self.sigma / start) ** min(", "start + (self.sigma - start) * min(", QUICK),
+    "KL weight not tempered in the gradient": ("= self.kl_weight(sigma)", "= c.kl_weight", QUICK),
+    "KL weight not tempered in the loss": ("+ self.kl_weight(sigma)", "+ c.kl_weight", QUICK),
+    "KL weight of the last decode": ("+ self.kl_weight(s", "+ self.kl_weight(self.s", QUICK),
+    "KL weight by sigma, not its square": ("(0.1 / sigma) ** 2", "(0.1 / sigma)", QUICK),
     # eq. 1 and the inputs of appendix C
     "a mixture for each colour": (  # as several ports have it: sum_c log sum_k m_k N(x_c)
         "return joint.logsumexp(1)[:, 0]",
         "return sum((mask_logits.log_softmax(1) + log_density(image[:, [c]],"
         " means[:, :, [c]], sigma)).logsumexp(1)[:, 0] for c in range(means.shape[2]))", {}),
-    "normaliser of one colour": ("- means.shape[2] * (log_sigma", "- (log_sigma", {}),
+    "normaliser of one colour": ("- means.shape[2] * (sigma.log()", "- (sigma.log()", {}),
     "gradient wrt masks": ("grad_mask = mask - r", "grad_mask = (mask - r) / mask", {}),
     "gradient wrt means of the other sign": ("r * (means - image[:, None])",
                                              "r * (image[:, None] - means)", {}),
-    "gradient wrt means without the mask": ("grad_means = r *", "grad_means = mask_posterior *",
-                                            {}),
+    "gradient wrt means without mask": ("grad_means = r", "grad_means = mask_posterior", {}),
     "none of the inputs stopped": ("with torch.no_grad():  # SG", "with torch.enable_grad():", {}),
     "likelihood not stopped": ("        normalised = torch.cat(", "        torch.set_grad_enabled("
                                "True); normalised = torch.cat(", {}),
@@ -754,27 +745,22 @@ MUTANTS: dict[str, tuple[str, str, dict]] = {  # name: (text of iodine.py, its m
         "    packed = packed + F.pad(free, (0, 0, 0, 0, 9, 5))\n"
         "    return packed, log_likelihood[:, 0, 0],", {}),
     "posterior with the masks": ("mask_posterior = log_n", "mask_posterior = joint", {}),
-    "leave-one-out not renormalised": (
-        "logsumexp_of_others(joint) - logsumexp_of_others(log_masks)",
-        "logsumexp_of_others(joint)", {}),
+    "leave-one-out not renormalised": (" - logsumexp_of_others(log_masks)", "", {}),
     "leave-one-out leaves out none": (
-        "leave_one_out = logsumexp_of_others(joint) - logsumexp_of_others(log_masks)",
-        "leave_one_out = log_likelihood", {}),
+        "logsumexp_of_others(joint) - logsumexp_of_others(log_masks)", "log_likelihood", {}),
     "leave-one-out of the neighbour": ("map(torch.logaddexp, before[:-1], after[1:])",
                                        "map(torch.logaddexp, before[1:], after[1:])", {}),
     "likelihood instead of its logarithm": (
-        "stopped = grad_means, grad_mask, log_likelihood,",
-        "stopped = grad_means, grad_mask, log_likelihood.exp(),", {}),
-    "LayerNorm of each channel": (
-        "F.layer_norm(x, x.shape[2:])", "F.layer_norm(x, x.shape[3:])", {}),
+        "grad_mask, log_likelihood, leave", "grad_mask, log_likelihood.exp(), leave", {}),
+    "LayerNorm of each channel": ("_norm(x, x.shape[2:])", "_norm(x, x.shape[3:])", {}),
     "gains of other channels": ("normalised * norm_weight[:", "normalised * norm_weight.flip(0)[:",
                                 {}),
     "mask logits for masks": ("mask = log_masks.exp()", "mask = mask_logits", {}),
 }  # fmt: skip
-MUTATED = LSTM | dict(sigma=0.5)
+MUTATED = LSTM | dict(sigma=0.5)  # of quick: 0.4 at the first decode, about 0.45 at the last
 
 
-@pytest.mark.parametrize("overrides", [{}, dict(sigma=1.0), dict(coordinate_gain=3.0)])
+@pytest.mark.parametrize("overrides", [{}, dict(sigma=1.0), dict(coordinate_gain=3.0), QUICK])
 def test_the_unmutated_source_agrees(overrides):
     """Otherwise the next test would prove nothing."""
     compare(small(**MUTATED | overrides), mutated(iodine))
