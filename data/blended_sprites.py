@@ -44,7 +44,7 @@ SIZES = (32, 64)
 
 class BlendedSprites(Scenes):
     """At most `max_objects` sprites in size x size pixels, `size` one of SIZES; `scaled`: of random
-    scale."""
+    scale; `number`: so many in every scene, instead of each with probability 1/2."""
 
     num_channels = 3
 
@@ -57,11 +57,12 @@ class BlendedSprites(Scenes):
         size: int = 64,
         max_objects: int = 3,
         scaled: bool = False,
+        number: int | None = None,
     ):
         super().__init__(name, split, seed, device)
         # Whether scaled or not: all else of a scene is the same.
         self.key = draws.make_key(name.removesuffix("_scaled"), split, seed)
-        self.scaled = scaled
+        self.scaled, self.number = scaled, number
         if size not in SIZES:
             raise ValueError(f"no sprites of {size} px; choose from {SIZES}")
         if max_objects < 1:
@@ -75,6 +76,8 @@ class BlendedSprites(Scenes):
         if not self.scaled:
             u[:, 3] = 0.5  # scale 0.75
         exists = u[:, 0] < 0.5  # (B, N)
+        if self.number is not None:
+            exists[:] = torch.arange(self.max_objects, device=u.device) < self.number
         color = pure_hue(u[:, 1])  # (B, N, 3)
         shape, scale, orientation, cos, sin, row, col = self.geometry.pose(u[:, 2:])
 
