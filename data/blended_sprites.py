@@ -44,7 +44,7 @@ SIZES = (32, 64)
 
 class BlendedSprites(Scenes):
     """At most `max_objects` sprites in size x size pixels, `size` one of SIZES; `scaled`: of random
-    scale; `number`: so many in every scene, instead of each with probability 1/2."""
+    scale; `number`: so many, the lowest, in every scene, instead of each with probability 1/2."""
 
     num_channels = 3
 
@@ -67,6 +67,8 @@ class BlendedSprites(Scenes):
             raise ValueError(f"no sprites of {size} px; choose from {SIZES}")
         if max_objects < 1:
             raise ValueError(f"max_objects must be at least 1, not {max_objects}")
+        if number is not None and not 0 <= number <= max_objects:
+            raise ValueError(f"number must be in 0 .. {max_objects}, not {number}")
         self.height = self.width = size
         self.max_objects, self.max_entities = max_objects, max_objects + 1
         self.geometry = Geometry(size, self.device)
