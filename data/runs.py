@@ -601,7 +601,11 @@ class Run:
         if not self.held:
             return {}
         print("evaluating test scenes, drawing figures", flush=True)
+        threads = torch.get_num_threads()
+        if scenes.height * scenes.width <= 32**2:  # on a busy machine threads mostly wait
+            torch.set_num_threads(1)
         results = evaluate(self.model, scenes)
+        torch.set_num_threads(threads)
         evaluation = dict(
             model=self.name, preset=self.config.preset,
             command=typed(self.name, self.config, self.default), seed=self.config.seed,

@@ -7,8 +7,8 @@
 
 `keep` writes, named after the run (iodine-quick):
 
-    results/iodine-quick-cpu-0.json    evaluation.json, with `further` scores where the model has
-                                       further_scores(model, scenes)
+    results/iodine-quick-cpu-0.json    evaluation.json; without --scores also `further` scores,
+                                       where the model has further_scores(model, scenes)
     weights/iodine-quick.pt            the checkpoint without its optimizer, in float16 where that
                                        moves no score by more than a tenth of its standard error
     figures/iodine-quick-*.png         the pictures that are here already, and those of --figures
@@ -80,7 +80,7 @@ def keep(run: Path, scores_only: bool, pictures: Iterable[str]) -> None:
     if not re.fullmatch(rf"{name}-\d+(-\d+)?", run.name):
         name = run.name.removesuffix(f"-{evaluation['seed']}")
     test = data.make(checkpoint["config"]["dataset"], "test", evaluation["seed"])
-    if hasattr(module, "further_scores"):
+    if hasattr(module, "further_scores") and not scores_only:
         evaluation["further"] = module.further_scores(module.load_model(run), test)
     kind = "cuda" if "NVIDIA" in evaluation["device"] else "cpu"
     runs.write_json(RESULTS / f"{name}-{kind}-{evaluation['seed']}.json", evaluation)
