@@ -44,7 +44,7 @@ SIZES = (32, 64)
 
 class BlendedSprites(Scenes):
     """At most `max_objects` sprites in size x size pixels, `size` one of SIZES; `scaled`: of random
-    scale."""
+    scale; `number`: so many, the lowest, in every scene, instead of each with probability 1/2."""
 
     num_channels = 3
 
@@ -57,15 +57,18 @@ class BlendedSprites(Scenes):
         size: int = 64,
         max_objects: int = 3,
         scaled: bool = False,
+        number: int | None = None,
     ):
         super().__init__(name, split, seed, device)
         # Whether scaled or not: all else of a scene is the same.
         self.key = draws.make_key(name.removesuffix("_scaled"), split, seed)
-        self.scaled = scaled
+        self.scaled, self.number = scaled, number
         if size not in SIZES:
             raise ValueError(f"no sprites of {size} px; choose from {SIZES}")
         if max_objects < 1:
             raise ValueError(f"max_objects must be at least 1, not {max_objects}")
+        if number is not None and not 0 <= number <= max_objects:
+            raise ValueError(f"number must be in 0 .. {max_objects}, not {number}")
         self.height = self.width = size
         self.max_objects, self.max_entities = max_objects, max_objects + 1
         self.geometry = Geometry(size, self.device)
@@ -75,6 +78,8 @@ class BlendedSprites(Scenes):
         if not self.scaled:
             u[:, 3] = 0.5  # scale 0.75
         exists = u[:, 0] < 0.5  # (B, N)
+        if self.number is not None:
+            exists[:] = torch.arange(self.max_objects, device=u.device) < self.number
         color = pure_hue(u[:, 1])  # (B, N, 3)
         shape, scale, orientation, cos, sin, row, col = self.geometry.pose(u[:, 2:])
 

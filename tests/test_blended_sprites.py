@@ -163,3 +163,21 @@ def test_other_numbers(most):
         assert torch.equal(batch.coverage == 1, batch.masks)
         color = batch.factors["color"][..., None, None]
         assert torch.equal(batch.image, (batch.masks[:, :, None] * color).sum(1))
+
+
+def test_a_fixed_number():
+    """So many sprites in every scene, the lowest; all other draws stay as they are."""
+    free = BlendedSprites(size=32, max_objects=3).batch(0, 256)
+    for number in range(4):
+        batch = BlendedSprites(size=32, max_objects=3, number=number).batch(0, 256)
+        assert (batch.present[:, 1:] == (torch.arange(3) < number)).all()
+        assert torch.equal(batch.present[:, 1:], batch.coverage[:, 1:].flatten(2).any(2))
+        both = (batch.present & free.present)[:, 1:]
+        for key, value in batch.factors.items():
+            assert torch.equal(value[:, 1:][both], free.factors[key][:, 1:][both]), key
+    scenes = data.make("sprites_3_32", number=1)
+    shapes = torch.cat([scenes.batch(i, 128).factors["shape"][:, 1] for i in range(0, 2048, 128)])
+    assert is_uniform(shapes, 3)
+    for number in (-1, 4):
+        with pytest.raises(ValueError, match=rf"0 \.\. 3, not {number}"):
+            BlendedSprites(max_objects=3, number=number)

@@ -15,12 +15,10 @@ from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
 import mutants
-import numpy as np
 import pytest
 import torch
 import torch.distributions as D
 import torch.nn.functional as F
-from scipy import ndimage, optimize
 from torch import Tensor, nn
 
 import data
@@ -117,7 +115,22 @@ class Eager:
         x = F.elu(conv(F.elu(conv(x, first)), second))
         return conv(double(double(x, 1), 2), last)
 
-    def run(self, image: Tensor, noise: Tensor) -> SimpleNamespace:
+    def surcharge(self, kl_map: list[Tensor], chosen: list[int], step: int) -> Tensor:
+        """What the five fields of "one object, one place" add to the loss."""
+        c, side = self.config, math.isqrt(len(kl_map))
+        begin, full, hold, end = c.exclusion_steps
+        rising, falling = (step - begin) / (full - begin), (end - step) / (end - hold)
+        times = 1 + (c.exclusion - 1) * min(1, max(0, min(rising, falling)))
+        weight = min(1, 0.05 + 0.95 * step / c.unselected_steps) if c.unselected else 0
+        total = torch.zeros(())
+        for s, kl in enumerate(kl_map):
+            near = [t for t in range(len(kl_map)) if t != s
+                    and abs(t // side - s // side) <= 1 and abs(t % side - s % side) <= 1]
+            total = total + (0 if s in chosen else weight * kl)
+            total = total + ((times - 1) * kl if any(kl_map[t] > kl for t in near) else 0)
+        return total
+
+    def run(self, image: Tensor, noise: Tensor, step: int = 0) -> SimpleNamespace:
         """image (C, H, W), noise (N, D)."""
         c = self.config
         candidates = self.posteriors(image)
@@ -125,7 +138,7 @@ class Eager:
         kl_map = [D.kl_divergence(q, prior).sum() for q in candidates]
         chosen = list(range(c.num_slots))
         if c.model == "mvae":
-            chosen = sorted(range(len(kl_map)), key=lambda s: -kl_map[s].item())[: c.num_slots]
+            chosen = sorted(range(len(kl_map)), key=lambda s: -kl_map[s].item())[: len(noise)]
         q = [candidates[s] for s in chosen]
         codes = [q_n.loc + q_n.scale * e for q_n, e in zip(q, noise, strict=True)]
         if c.model == "vae":
@@ -136,10 +149,11 @@ class Eager:
         likelihood = D.Bernoulli(logits=logits, validate_args=False)  # colours between 0 and 1
         nll = -likelihood.log_prob(image).sum()
         kl = torch.stack([kl_map[s] for s in chosen])
+        extra = self.surcharge(kl_map, chosen, step) if c.model == "mvae" else torch.zeros(())
         return SimpleNamespace(
             loc=torch.stack([q_n.loc for q_n in q]), kl_map=torch.stack(kl_map), logits=logits,
             log_scale=torch.stack([q_n.scale.log() for q_n in q]), kls=kl, nll=nll, kl=kl.sum(),
-            elbo=-nll - kl.sum(),
+            elbo=-nll - kl.sum(), loss=nll + c.kl_weight * kl.sum() + extra,
         )  # fmt: skip
 
 
@@ -148,6 +162,8 @@ SMALL = dict(
     hidden_size=5, base_channels=2, object_channels=3, render_channels=4,
 )  # fmt: skip
 SHAPE = (3, 16, 16)
+# One object, one place; with schedules of a few steps.
+QUICK = dict(unselected=True, unselected_steps=40, exclusion=8.0, exclusion_steps=(10, 20, 30, 60))
 
 
 def small(**overrides) -> mvae.Config:
@@ -187,26 +203,29 @@ def bind(model: nn.Module) -> tuple[Eager, dict[str, Tensor]]:
 
 
 @double_precision()
-def check_eager(module: ModuleType = mvae, shape=SHAPE, **overrides) -> None:
+def check_eager(module: ModuleType = mvae, shape=SHAPE, step=0, slots=None, **overrides) -> None:
     """AssertionError, which names the first quantity in which the two models differ."""
     config = small(**overrides)
     model = make_model(config, shape, module)
+    model.set_step(step)
     image, noise = make_inputs(config, shape)
+    noise = noise[:, :slots]
     eager, copies = bind(model)
-    expected = [eager.run(*inputs) for inputs in zip(image, noise, strict=True)]
+    expected = [eager.run(*inputs, step) for inputs in zip(image, noise, strict=True)]
     own = {name: torch.stack([vars(run)[name] for run in expected]) for name in vars(expected[0])}
     kl_map = module.gaussian_kl(*model.posterior_map(image))
     assert_close("KL map", kl_map, own["kl_map"])
     if config.model == "mvae":
         assert_close("KL map, drawn", model.kl_map(image).flatten(1), own["kl_map"])
-    loc, log_scale, kls = model.encode(image)
+    loc, log_scale, kls = model.encode(image, slots)
     logits = model.decode(loc + log_scale.exp() * noise)
-    elbo, nll, kl = model.elbo(image, noise)
+    elbo, nll, kl, all_kl = model.elbo(image, noise)
+    assert_close("KL of all places", all_kl, own["kl_map"])
     for name, value in dict(loc=loc, log_scale=log_scale, kls=kls, logits=logits, nll=nll, kl=kl,
                             elbo=elbo).items():  # fmt: skip
         assert_close(name, value, own[name])
     parts = model.loss(image, noise)
-    loss = (own["nll"] + config.kl_weight * own["kl"]).mean()
+    loss = own["loss"].mean()
     assert_close("loss", parts["loss"], loss)
     for name in ("elbo", "nll", "kl"):
         assert_close(name, parts[name], own[name].mean())
@@ -222,6 +241,9 @@ def check_eager(module: ModuleType = mvae, shape=SHAPE, **overrides) -> None:
     {}, dict(aggregation="sum"), dict(num_slots=1), dict(num_slots=16),
     dict(encoder_channels=(3, 4, 2), poolings=1, num_slots=5, kl_weight=0.3),
     dict(shape=(1, 32, 32), latent_size=3),
+    *(dict(QUICK, step=step) for step in (0, 10, 15, 20, 25, 30, 60)),
+    dict(QUICK, step=5, slots=1, kl_weight=0.5), dict(QUICK, step=25, unselected=False),
+    dict(QUICK, model="vae", step=25),
     dict(model="vae"), dict(model="vae", num_slots=4, latent_size=3, kl_weight=2.0),
 ], ids=str)  # fmt: skip
 def test_equals_the_eager_model(case):
@@ -236,41 +258,15 @@ def shapes(network: nn.Module) -> list[tuple[int, ...]]:
 
 
 def test_the_networks_have_the_sizes_of_appendix_a():
-    scenes = data.make("sprites_3")
-    model, vae = (
-        mvae.build(mvae.make_config("sprites3", model=name), scenes) for name in ("mvae", "vae")
-    )
+    model, vae = (mvae.build(mvae.make_config("sprites3", model=name), data.make("sprites_3"))
+                  for name in ("mvae", "vae"))  # fmt: skip
     encoder, g, h = map(shapes, (model.encoder, model.g, model.h))
     assert [len(shape) for shape in encoder] == [4] * 6  # convolutions
     assert encoder[-1][0] == 24 and encoder[4][1] == encoder[3][0] + 2  # the coordinates
     assert [len(shape) for shape in g] == [2, 2, 4, 4] and [len(shape) for shape in h] == [4] * 3
     assert g[0][1] == 12 and g[1][0] == 8 * 8 * 16 and g[2][1] == 16 and h[-1][0] == 3
     assert shapes(vae.encoder) == encoder and shapes(vae.h) == h
-    assert shapes(vae.g) == [(g[0][0], 60), *g[1:]]
-    assert shapes(vae.to_code) == [(2 * 60, 64 * 24)]
-    for one in (model, vae):
-        image = scenes.batch(0, 2).image
-        assert one.decode(one.encode(image)[0]).shape == (2, 3, 64, 64)
-
-
-@double_precision()
-def check_selection(module: ModuleType = mvae) -> None:
-    """Of all sets of N places the chosen one has the largest KL."""
-    model = make_model(small(), module=module)
-    g = torch.Generator().manual_seed(0)
-    for scale in (0.0, 0.5, 2.0):  # posteriors wider and narrower than the prior
-        loc, log_scale = (torch.randn(4, 7, 2, generator=g) for _ in range(2))
-        q = D.Normal(loc, (scale * log_scale).exp())
-        kl = D.kl_divergence(q, D.Normal(0.0, 1.0)).sum(2)  # (4, 7)
-        number = round(scale) + 2
-        picked = model.select(loc, scale * log_scale, number)
-        for b in range(4):
-            best = max(itertools.combinations(range(7), number), key=lambda s: kl[b, list(s)].sum())
-            order = sorted(best, key=lambda s: -kl[b, s])
-            for name, value, of_all in zip(
-                ("loc", "log scale", "KL"), picked, (loc, scale * log_scale, kl), strict=True
-            ):
-                assert_close(f"chosen {name}", value[b], of_all[b, order])
+    assert shapes(vae.g) == [(g[0][0], 60), *g[1:]] and shapes(vae.to_code) == [(120, 64 * 24)]
 
 
 @pytest.mark.parametrize("aggregation", ["max", "sum"])
@@ -293,18 +289,12 @@ def test_the_decoder_takes_any_number_of_objects_in_any_order(aggregation):
 
 @double_precision()
 def check_floor(module: ModuleType = mvae) -> None:
-    """Against the least cross-entropy of each colour, searched for."""
+    """Against the least cross-entropy of each colour over a grid of logits."""
     colours = torch.tensor([0.0, 1e-6, 0.01, 0.2, 0.5, 0.77, 0.999, 1.0])
-
-    def least(colour: float) -> float:
-        nll = lambda a: math.log1p(math.exp(-abs(a))) + max(a, 0) - colour * a  # noqa: E731
-        found = optimize.minimize_scalar(nll, bounds=(-40, 40), method="bounded",
-                                         options=dict(xatol=1e-12))  # fmt: skip
-        return found.fun
-
-    expected = [sum(map(least, c.tolist())) for c in (colours, colours.square())]
-    image = torch.stack([colours, colours.square()]).view(2, 2, 2, 2)
-    assert_close("floor", module.nll_floor(image), torch.tensor(expected), 1e-9)
+    logits = torch.linspace(-40, 40, 400_001).expand(8, -1)
+    target = colours[:, None].expand_as(logits)
+    least = F.binary_cross_entropy_with_logits(logits, target, reduction="none").amin(1)
+    assert_close("floor", module.nll_floor(colours.view(2, 1, 2, 2)), least.view(2, 4).sum(1), 1e-7)
 
 
 def test_under_autocast_the_bound_is_that_of_float32():
@@ -320,35 +310,97 @@ def test_under_autocast_the_bound_is_that_of_float32():
         assert abs(value - exact[name]) < 0.02 * exact[name].abs(), name
 
 
+@double_precision()
+def check_schedule(module: ModuleType = mvae) -> None:
+    """Of quick by hand; the paper's values leave the negative ELBO at every step."""
+    quick = {name: getattr(mvae.make_config("quick"), name) for name in QUICK}
+    model = module.MVAE(small(**quick), *SHAPE)
+    for step, unselected, exclusion in (
+        (0, 0.05, 0), (400, 0.43, 0), (650, 0.6675, 3.5), (900, 0.905, 7), (1000, 1, 7),
+        (2500, 1, 7), (4250, 1, 3.5), (6000, 1, 0), (10**6, 1, 0),
+    ):  # fmt: skip
+        model.set_step(step)
+        assert_close("weight of unselected places", model.unselected, unselected)
+        assert_close("weight of neighbours", model.exclusion, exclusion)
+    for step, name in itertools.product((0, 1, 2, 10**6), ("mvae", "vae")):
+        paper = module.MVAE(small(model=name), *SHAPE)
+        paper.set_step(step)
+        parts = paper.loss(*make_inputs(paper.config))
+        assert_close("the paper's loss", parts["loss"], -parts["elbo"], 1e-14)
+
+
 # -- counting ------------------------------------------------------------------------------------
 
 
 def check_threshold(module: ModuleType = mvae) -> None:
-    """All lists of up to three scenes of two objects, with ties, zeros and counts above N."""
+    """All lists of up to three scenes of two places, with ties, zeros and counts above them."""
     rows = [(a, b) for a in (0.0, 1.0, 2.0) for b in (0.0, 1.0, 2.0) if a >= b]
     scenes = list(itertools.product(rows, range(4)))
     for chosen in itertools.chain(*(itertools.combinations(scenes, m) for m in (1, 2, 3))):
         kl, counts = (list(values) for values in zip(*chosen, strict=True))
         right = lambda t: sum(sum(v > t for v in row) == c for row, c in chosen)  # noqa: B023, E731
         most = max(map(right, (0.5, 1.5, 2.5)))
-        t, accuracy = module.best_threshold(torch.tensor(kl), torch.tensor(counts))
+        maps = torch.tensor(kl).flip(1)[..., None]  # (M, 2, 1), smallest first
+        t = module.best_threshold(maps, torch.tensor(counts))
         found = right(t)
         assert found == most, f"threshold {t} is off: {found} of {chosen}, not {most}"
-        assert accuracy == found / len(chosen), f"accuracy of {t} is off: {accuracy}"
+
+
+AROUND = (1, 0), (-1, 0), (0, 1), (0, -1)
+
+
+def count_by_hand(reading: str, kl: Tensor, t: float) -> int:
+    """Of one map (h, w), place by place; regions by a flood fill."""
+    kl = {(r, c): kl[r, c].item() for r in range(kl.shape[0]) for c in range(kl.shape[1])}
+    left = {place for place, value in kl.items() if value > t}
+    if reading == "places":
+        return len(left)
+    near = {(r, c): [(r + i, c + j) for i, j in AROUND if (r + i, c + j) in kl] for r, c in kl}
+    if reading == "peaks":
+        return sum(all(kl[place] >= kl[other] for other in near[place]) for place in left)
+    number = 0
+    while left:
+        number, queue = number + 1, [left.pop()]
+        while queue:
+            queue += (found := left.intersection(near[queue.pop()]))
+            left -= found
+    return number
+
+
+def check_readings(module: ModuleType = mvae) -> None:
+    """Peaks and regions of random maps, among them full and empty ones, one below the other."""
+    g = torch.Generator().manual_seed(0)
+    for h, w in ((1, 1), (1, 6), (5, 1), (4, 5), (8, 8)):
+        kl = torch.rand(120, h, w, generator=g) + torch.linspace(-1, 1, 120)[:, None, None]
+        kl = kl.roll(17, 0).clamp(min=0)
+        found = dict(peaks=(module.peaks(kl) > 0.5).flatten(1).sum(1),
+                     regions=module.count_regions(kl > 0.5))  # fmt: skip
+        for name, counted in found.items():
+            expected = [count_by_hand(name, scene, 0.5) for scene in kl]
+            assert counted.tolist() == expected, f"{name} of {h} x {w} places are off"
 
 
 def check_counting(module: ModuleType = mvae) -> None:
-    """Threshold, confusion and accuracy by hand."""
-    seen = torch.tensor([(5, 1, 0.2), (5, 4, 0.1), (6, 0.3, 0.2), (0.4, 0.2, 0.1)])
-    kl = torch.tensor([(3, 2, 0.5), (3, 0.5, 0.1), (9, 8, 7), (0.5, 0.4, 0), (1.5, 0.1, 0.1),
-                       (2, 2, 2)])  # fmt: skip
-    counts = torch.tensor([2, 2, 3, 0, 1, 2])
-    found = module.count_objects(seen, torch.tensor([1, 2, 1, 0]), kl, counts)
-    confusion = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 1]]
-    assert found["confusion"] == confusion, f"confusion is off: {found['confusion']}"
-    assert 1 <= found["threshold"] < 4, f"threshold is off: {found['threshold']}"
-    assert found["validation_accuracy"] == 1
-    assert_close("accuracy", found["count_accuracy"]["mean"], 4 / 6)
+    """Thresholds that count all scenes seen; confusion and accuracy by hand, on other scenes."""
+    seen = torch.tensor([(5, 2.5, 1, 0, 0.2), (5, 2.5, 4, 0, 0.1), (6, 3, 0.3, 0, 0.2),
+                         (0.4, 0.2, 0.2, 0, 0.1)])[:, None]  # fmt: skip
+    seen_counts, counts = torch.tensor([1, 2, 1, 0]), torch.tensor([2, 2, 3, 0, 1, 2, 3])
+    kl = torch.tensor([(5, 0, 4, 0, 0.5), (5, 1, 0.5, 0, 0.1), (9, 6, 8, 0, 7),
+                       (0.5, 0.1, 0.4, 0, 0), (3.5, 3.2, 0.1, 0, 0), (5, 4, 5, 4, 5),
+                       (9, 0, 9, 0, 9)])[:, None]  # fmt: skip
+    found = module.count_objects(seen, seen_counts, kl, counts)
+    for name, result in found.items():
+        t = result["threshold"]
+        known = [count_by_hand(name, scene, t) for scene in seen]
+        assert known == seen_counts.tolist(), f"threshold of {name} is off: {t}"
+        counted = [count_by_hand(name, scene, t) for scene in kl]
+        pairs = list(zip(counts.tolist(), counted, strict=True))
+        most = range(max(map(max, pairs)) + 1)
+        confusion = [[pairs.count((true, own)) for own in most] for true in most]
+        assert result["confusion"] == confusion, f"confusion of {name} is off"
+        accuracy = sum(true == own for true, own in pairs) / len(pairs)
+        assert_close("accuracy", result["count_accuracy"]["mean"], accuracy)
+    assert list(found) == ["places", "peaks", "regions"]
 
 
 # -- what the evaluation measures ------------------------------------------------------------------
@@ -372,12 +424,16 @@ class Renderer(mvae.MVAE):
         self.last = scenes(index)
         return self.last
 
-    def encode(self, image: Tensor, number: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def posterior_map(self, image: Tensor) -> tuple[Tensor, Tensor]:
         coverage, color = self.last.coverage[:, 1:], self.last.factors["color"][:, 1:]
-        kl, order = coverage.sum((2, 3)).sort(1, descending=True)  # (B, N)
+        order = coverage.sum((2, 3)).argsort(1, descending=True)  # (B, N)
         pictures = torch.einsum("bnc,bnhw->bnchw", color, coverage).flatten(2)
         loc = pictures.gather(1, order[..., None].expand_as(pictures))
-        return loc, torch.full_like(loc, -math.inf), kl
+        return loc, torch.full_like(loc, -9)
+
+    def select(self, loc: Tensor, log_scale: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        lit = loc.unflatten(2, (3, -1)).amax(2) > 0  # (B, N, H W)
+        return loc, log_scale, lit.sum(2).float()
 
     def noise(self, scenes: data.Scenes, index: Tensor) -> Tensor:
         return torch.zeros(len(index), 3, 3 * 32 * 32)
@@ -403,7 +459,7 @@ class Renderer(mvae.MVAE):
 
 
 def check_evaluation(module: ModuleType = mvae) -> None:
-    """Of a renderer: no error, no leak, every object counted, neighbours once as peaks alone."""
+    """Of a renderer: no error, no leak, all objects counted; neighbours once, but as places."""
     for fills in (1, 2):
         model = Renderer(fills)
         result = model.evaluate(module)
@@ -413,11 +469,9 @@ def check_evaluation(module: ModuleType = mvae) -> None:
         assert_close("nll", means["nll"], means["nll_floor"], 1e-3)
         counts = model.splits["test"].batch(0, 256).present[:, 1:].sum(1).bincount(minlength=4)
         assert_close("chance", means["count_chance"], counts.max().item() / 256)
-        for name, metric, right in (("places", "count_accuracy", fills == 1),
-                                    ("peaks", "count_accuracy_peaks", True)):  # fmt: skip
-            chosen = result["counting"][name]["validation_accuracy"]
-            assert (means[metric] == 1) == right, f"count of {name} is off: {means[metric]}"
-            assert (chosen == 1) == right, f"threshold of {name} is off: {chosen}"
+        for reading, right in {"": fills == 1, "_peaks": True, "_regions": True}.items():
+            accuracy = means[f"count_accuracy{reading}"]
+            assert (accuracy == 1) == right, f"count{reading} is off: {accuracy}"
         assert result["counting"]["peaks"]["confusion"] == counts.diag().tolist()
         assert result["metrics"]["count_accuracy"]["n"] == 256
 
@@ -432,26 +486,20 @@ def test_scores_that_the_data_cannot_give_are_left_out(lacking):
         scenes.scenes = lambda index, make=make: make(index)._replace(**none)
     found = model.evaluate()["metrics"]
     assert found.keys() == whole.keys() - ({"leak"} if "masks" in none else set()) - (
-        {"count_accuracy", "count_accuracy_peaks", "count_chance"} if "present" in none else set())
+        {name for name in whole if name.startswith("count_")} if "present" in none else set())
 
 
 def check_leak(module: ModuleType = mvae) -> None:
-    """All that changes lies outside; all there is changes, of which two sprites are a part."""
-    batch = data.make(DATASET, "test").batch(0, 64)
-    sprites = [[ndimage.binary_dilation(mask, np.ones((3, 3))) for mask in scene]
-               for scene in batch.coverage[:, 1:].numpy()]  # fmt: skip
-    there = batch.present[:, 1:].any(1).tolist()
-    pairs = [i for i in range(64) if there[i] and there[i ^ 1]]
-    everywhere = torch.tensor(np.array(sprites)).any(1)  # (B, H, W)
-    everywhere |= everywhere[torch.arange(64) ^ 1]
-    covered = [max((a | b).mean() for a in sprites[i] for b in sprites[i ^ 1]) for i in pairs]
-    zeros = torch.zeros_like(batch.image)
-    for changed, expected in ((~everywhere, torch.ones(len(pairs))),
-                              (torch.ones_like(everywhere), 1 - torch.tensor(covered))):
-        after = changed[:, None].expand_as(zeros).float()
-        leak = module.exchange_leak(zeros, after, batch.coverage)
-        assert leak.isfinite().nonzero()[:, 0].tolist() == pairs, "scenes with a leak are off"
-        assert_close("leak", leak[pairs], expected.float(), 1e-5)
+    """By hand: of two sprites on the left and one on the right, with borders; an empty scene."""
+    coverage = torch.zeros(4, 3, 6, 6)
+    coverage[0, 1, 1, 1] = coverage[0, 2, 1, 3:5] = coverage[1, 1, 4, 4] = coverage[3, 1] = 1
+    before, after = torch.zeros(4, 1, 6, 6), torch.ones(4, 1, 6, 6)
+    outside = before.clone()
+    outside[..., 5, 0] = -1
+    nan = math.nan  # 12 of 36 pixels belong to the larger one, 9 to the other scene's
+    for changed, expected in ((after, [15 / 36, 15 / 36, nan, nan]), (outside, [1, 1, nan, nan])):
+        leak = module.exchange_leak(before, changed, coverage)
+        assert torch.allclose(leak, torch.tensor(expected), equal_nan=True), f"leak {leak} is off"
 
 
 @double_precision()
@@ -470,16 +518,6 @@ def check_exchange(module: ModuleType = mvae) -> None:
             assert_close("after", after[i], model.decode(swapped[None])[0].sigmoid())
 
 
-def check_peaks(module: ModuleType = mvae) -> None:
-    """Against the eight neighbours one by one."""
-    kl = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0))
-    around = [(r, c) for r in (-1, 0, 1) for c in (-1, 0, 1) if r or c]
-    for b, r, c in itertools.product(*map(range, kl.shape)):
-        near = [kl[b, r + i, c + j] for i, j in around if 0 <= r + i < 4 and 0 <= c + j < 5]
-        expected = kl[b, r, c] if kl[b, r, c] > max(near) else 0.0
-        assert module.peaks(kl)[b, r, c] == expected, "peaks are off"
-
-
 # -- options and training --------------------------------------------------------------------------
 
 TINY = dict(
@@ -494,10 +532,11 @@ def tiny(**changes) -> mvae.Config:
 
 
 @pytest.mark.parametrize(("answer", "changes"), [
-    ("tetrominoes: 35 x 35 pixels", dict(dataset="tetrominoes")),
+    ("tetrominoes: 35 x 35 pixels", dict(dataset="tetrominoes", single_steps=0)),
     ("--poolings 4: 3 layers", dict(poolings=4)),
-    ("map has 16 places, and 17 are needed", dict(num_slots=17)),
-    ("map has 0 places, and 1 are", dict(model="vae", poolings=6, encoder_channels=(1,) * 6)),
+    ("3 layers leave 16 places", dict(num_slots=17)),
+    ("no scenes of just one object", dict(dataset="mini_sprites_16", poolings=2)),
+    ("--exclusion-steps must rise", dict(exclusion_steps=(1, 2, 2, 3))),
 ])  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(answer, changes):
     with pytest.raises(runs.UserError, match=answer):
@@ -511,58 +550,43 @@ def check_learning_rate(module: ModuleType = mvae) -> None:
     assert_close("learning rate", rates, torch.tensor([1e-3, 10**-3.2, 1e-4, 1e-5, 1e-5]), 1e-6)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, dict(model="vae"), dict(aggregation="sum", num_slots=1), dict(precision="bfloat16"),
-     dict(dataset="sprites_8_32", num_slots=10), dict(dataset="mini_sprites_16", poolings=2)],
-    ids=lambda changes: ", ".join(map(str, changes.values())) or "tiny",
-)  # fmt: skip
+@pytest.mark.parametrize("changes", [
+    {}, dict(model="vae"), dict(aggregation="sum", num_slots=1), dict(precision="bfloat16"),
+    dict(dataset="mini_sprites_16", poolings=2, single_steps=0),
+], ids=str)  # fmt: skip
 def test_a_run_trains_evaluates_and_draws(changes, tmp_path, monkeypatch):
     monkeypatch.setattr(mvae, "evaluate", functools.partial(mvae.evaluate, count=20))
     config = tiny(out=str(tmp_path), **changes)
     result = mvae.train(config)
-    own = {"sequential"} if config.model == "mvae" else set()
     pictures = {path.stem for path in (tmp_path / "figures").glob("*.png")}
-    assert pictures == {"exchange", "reconstructions", "training"} | own
+    assert pictures == {"exchange", "reconstructions", "training"}
     means = {name: value["mean"] for name, value in result["metrics"].items()}
     assert all(map(math.isfinite, means.values())) and result["skipped"] == 0
     assert means["elbo"] == pytest.approx(-means["nll"] - means["kl"], rel=1e-5)
     assert ("count_accuracy" in means) == (config.model == "mvae")
-    log = runs.read_log(tmp_path)
-    assert [record["lr"] for record in log] == pytest.approx(
-        [mvae.learning_rate(config, step) for step in (0, 1)], rel=1e-5)
 
 
-def test_it_learns_eight_scenes_by_heart():
-    """200 nats above the best single image for all; and objects beyond those that are there, which
-    change an untrained model's images about as much as those that are, decode to nothing."""
-    scenes, index, steps = data.make(DATASET), torch.arange(8), 300
-    batch = scenes.batch(0, 8)
-    config = tiny(encoder_channels=(8, 16, 16), head_channels=16, hidden_size=32, latent_size=4,
-                  base_channels=8, object_channels=8, render_channels=8, num_slots=5,
-                  kl_weight=2.0)  # fmt: skip
-    model = mvae.build(config, scenes)
+def check_training(module: ModuleType = mvae) -> None:
+    """`single_steps` of one sprite and one code, then all; every step has its weights."""
+    scenes, alone = data.make(DATASET), data.make(DATASET, number=1)
+    for name in ("mvae", "vae"):
+        config, seen = tiny(model=name, single_steps=2, steps=4, out="run", **QUICK), []
 
-    @torch.no_grad()
-    def surplus() -> float:
-        """Change by the objects after as many as there are, as a share of that by the others."""
-        loc = model.encode(batch.image)[0]
-        images = torch.stack([model.mean_image(loc[:, :n]) for n in range(1, 6)], 1)
-        change = images.diff(dim=1).abs().flatten(2).mean(2)  # (B, N-1), by object 2 .. N
-        more = torch.arange(2, 6) > batch.present[:, 1:].sum(1, keepdim=True)
-        return (change[more].mean() / change[~more].mean()).item()
+        def update(loss, image, noise, lr, seen=seen):
+            seen.append((image, noise, loss.__self__.unselected.item(), lr))
 
-    before = surplus()
-    optimizer = torch.optim.Adam(model.parameters())
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, 2 - 2 * step / steps)
-        parts = model.loss(batch.image, model.noise(scenes, index + 8 * step))
-        optimizer.zero_grad()
-        parts["loss"].backward()
-        optimizer.step()
-    best = mvae.nll_floor(batch.image.mean(0, keepdim=True)).item()  # of one image for all
-    assert parts["elbo"].item() > 200 - best, (parts["elbo"].item(), best)
-    assert before > 0.5 and surplus() < 0.25, (before, surplus())
+        run = SimpleNamespace(update=update, due=lambda step: False, finish=lambda *_, **__: {},
+                              steps=lambda: ((s, torch.arange(4 * s, 4 * s + 4)) for s in range(4)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runs, "start", lambda *_, run=run, **__: run)
+            module.train(config)
+        for step, (image, noise, weight, lr) in enumerate(seen):
+            assert lr == mvae.learning_rate(config, step), "learning rate is off"
+            shown = (alone if step < 2 else scenes).batch(4 * step, 4).image
+            assert torch.equal(image, shown), f"scenes of step {step} are off"
+            number = 1 if step < 2 and name == "mvae" else config.num_slots
+            assert noise.shape == (4, number, 3), f"codes of step {step} are off"
+            assert_close("weight of the step", weight, 0.05 + 0.95 * step / 40, 1e-6)
 
 
 # -- mutants ---------------------------------------------------------------------------------------
@@ -571,56 +595,45 @@ CHECKS: dict[str, Callable[..., None]] = {
     "eager": check_eager,
     "sum": lambda module: check_eager(module, aggregation="sum", kl_weight=0.3),
     "vae": lambda module: check_eager(module, model="vae"),
-    "selection": check_selection, "floor": check_floor, "threshold": check_threshold,
-    "counting": check_counting, "evaluation": check_evaluation, "peaks": check_peaks,
-    "exchange": check_exchange, "leak": check_leak, "rate": check_learning_rate,
+    "quick": lambda module: check_eager(module, **QUICK, step=15),
+    "schedule": check_schedule, "training": check_training, "readings": check_readings,
+    "floor": check_floor, "threshold": check_threshold, "counting": check_counting,
+    "evaluation": check_evaluation, "exchange": check_exchange, "leak": check_leak,
+    "rate": check_learning_rate,
 }  # fmt: skip
 MUTANTS = {  # name: (check, text of mvae.py, its mutation)
     "coordinates missing": ("eager", "repeat(grid, ", "repeat(0 * grid, "),
-    "rows and columns exchanged": ("eager", 'indexing="ij"', 'indexing="xy"'),
-    "mean of four pixels": ("eager", "nn.MaxPool2d(2)", "nn.AvgPool2d(2)"),
     "log-variance not halved": ("eager", "loc, log_variance / 2", "loc, log_variance"),
-    "loc, log-variance exchanged": ("eager", "loc, log_variance = f", "log_variance, loc = f"),
     "the VAE's latents sorted": ("vae", "if self.to_code is not None:  #", "if False:  #"),
     "the VAE's pairs interleaved": ("vae", '"b (two n d) ->', '"b (n two d) ->'),
-    "sign of the KL's logarithm": ("eager", "- 1) / 2 - log_scale)", "- 1) / 2 + log_scale)"),
-    "deviation as a variance": ("eager", "(2 * log_scale).exp() -", "log_scale.exp() -"),
-    "smallest, not largest": ("selection", "shape[1]))  #", "shape[1]), largest=False)  #"),
-    "one choice for all": ("selection", "kl.topk(min", "kl.mean(0, True).expand_as(kl).topk(min"),
-    "largest mean, not KL": ("selection", "kl.topk(min", "loc.square().sum(-1).topk(min"),
-    "chosen detached": ("eager",
-                        "return loc.gather(1, chosen)", "return loc.data.gather(1, chosen)"),
-    "mean instead of max": ("eager", "self.config.aggregation, b=len(z)", '"mean", b=len(z)'),
+    "chosen detached": ("eager", "return loc.gather(", "return loc.data.gather("),
     "max instead of sum": ("sum", "self.config.aggregation, b=len(z)", '"max", b=len(z)'),
-    "objects of other scenes": ("eager", '"(b n) c h w -> b', '"(n b) c h w -> b'),
-    "corners aligned": ("eager", "align_corners=False", "align_corners=True"),
-    "noise ignored": ("eager", "self.decode(loc + log_scale.exp() * noise)", "self.decode(loc)"),
-    "noise of deviation one": ("eager", "loc + log_scale.exp() * noise", "loc + noise"),
-    "nll a mean over pixels": ("eager", "nll.flatten(1).sum(1), kl", "nll.flatten(1).mean(1), kl"),
     "sign of the KL": ("eager", "return -nll - kl, nll, kl", "return -nll + kl, nll, kl"),
-    "KL of all places": ("eager", "1).sum(1), kl.sum(1)  #",
-                         "1).sum(1), gaussian_kl(*self.posterior_map(image)).sum(1)  #"),
+    "KL of all places": ("eager", "1).sum(1), kl.sum(1)  #", "1).sum(1), all_kl.sum(1)  #"),
+    "a largest place beside itself": ("quick", "beside = kl_map < F", "beside = kl_map <= F"),
+    "four neighbours pay": ("quick", "F.max_pool2d(kl_map, 3, stride=1, padding=1)",
+                            "kl_map.maximum(F.max_pool2d(kl_map, (3, 1), 1, (1, 0)))"),
+    "one exclusion more": ("quick", "(c.exclusion - 1)", "c.exclusion"),
+    "exclusion from the start": ("schedule", "(0, 1, 1, 0))", "(1, 1, 1, 0))"),
+    "selected places pay twice": ("quick", "(all_kl.sum(1) - kl)", "all_kl.sum(1)"),
+    "one single step more": ("training", "step < config.single", "step <= config.single"),
+    "many sprites for one code": ("training", "single if early", "scenes if early"),
+    "weights of the next step": ("training", "model.set_step(step)", "model.set_step(step + 1)"),
     "KL not weighted": ("sum", "nll + self.config.kl_weight * kl", "nll + kl"),
     "half of the floor": ("floor", " + torch.special.entr(1 - image)", ""),
     "t reaches the count": ("threshold", "high, low, right=True", "high, low, right=False"),
-    "one object more": ("threshold", "for i in (1, 0))", "for i in (2, 1))"),
-    "empty scenes left out": ("threshold", "kl[:, 0] = math.inf", "kl[:, 0] = 0"),
+    "places not sorted": ("threshold", "flatten(1).sort(1, descending=True)[0]", "flatten(1)"),
+    "one place at most": ("counting", "descending=True)[0]", "descending=True)[0][:, :1]"),
     "t of the test scenes": ("evaluation", '"validation", model', '"test", model'),
-    "t of peaks for places": ("evaluation", "count_objects(seen[i]", "count_objects(seen[-1]"),
+    "t of peaks for places": ("counting", "best_threshold(before", "best_threshold(peaks(seen)"),
     "confusion transposed": ("counting", "counts * most + counted", "counted * most + counts"),
-    "chance of other scenes": ("evaluation", "(counts == counts.m", "(counts == seen_counts.m"),
-    "four neighbours": ("peaks", "F.max_pool2d(kl, 3, stride=1, padding=1)",
-                        "F.max_pool2d(kl, (1, 3), stride=1, padding=(0, 1))"),
-    "places for peaks": ("evaluation", "torch.stack([kl, peaks(kl)])", "torch.stack([kl, kl])"),
+    "chance of other scenes": ("evaluation", "maps), maps[-1]", "maps), maps[1]"),
+    "eight neighbours": ("readings", "torch.maximum(column, row)", "F.max_pool2d(kl, 3, 1, 1)"),
+    "regions of two scenes": ("readings", "F.pad(above, (0, 0, 0, 1))", "above"),
     "leak inside": ("leak", "leak = 1 - inside /", "leak = inside /"),
     "sprites of one scene": ("leak", "partner(sprites)[:, None]", "sprites[:, None]"),
-    "no border": ("leak", "F.max_pool2d(sprites, 3, stride=1, padding=1)", "sprites"),
-    "empty scenes have a leak": ("leak", "~(seen & partner(seen))", "~(seen | True)"),
     "exchanged with itself": ("exchange", "[partner(loc)[:, :1]", "[loc[:, :1]"),
-    "all objects exchanged": ("exchange", "[partner(loc)[:, :1], loc[:, 1:]]", "[partner(loc)]"),
     "linear decay": ("rate", "config.lr_final ** min", "1 - (1 - config.lr_final) * min"),
-    "decay beyond its end": ("rate", "min(step / config.lr_horizon, 1.0)",
-                             "(step / config.lr_horizon)"),
 }  # fmt: skip
 
 
