@@ -512,7 +512,7 @@ def train(config: Config) -> dict[str, Any]:
         if run.due(step):
             run.log(parts)
     test = data.make(config.dataset, "test", config.seed, device)
-    show = "count_accuracy", "count_accuracy_peaks", "count_chance", "leak", "elbo"
+    show = "count_accuracy", "count_accuracy_peaks", "count_accuracy_regions", "leak", "elbo"
     return run.finish(test, evaluate, draw, show, picture="exchange.png")
 
 

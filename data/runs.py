@@ -606,9 +606,11 @@ class Run:
             torch.set_num_threads(1)
         results = evaluate(self.model, scenes)
         torch.set_num_threads(threads)
+        # What trains it anew: a resumed run is the same as one that was never stopped.
+        anew = dataclasses.replace(self.config, out="", resume="", eval_only=False)
         evaluation = dict(
             model=self.name, preset=self.config.preset,
-            command=typed(self.name, self.config, self.default), seed=self.config.seed,
+            command=typed(self.name, anew, self.default), seed=self.config.seed,
             device=describe(self.device),
             versions=dict(python=platform.python_version(), torch=torch.__version__),
             commit=commit(), date=datetime.date.today().isoformat(), steps=self.step,

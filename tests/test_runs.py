@@ -565,8 +565,10 @@ def test_evaluation_log_and_print(capsys):
     assert evaluation.keys() == {"model", "preset", "command", "seed", "steps", "minutes",
                                  "skipped", "device", "versions", "commit", "date", "metrics"}
     assert evaluation["command"] == (
-        "python toy.py --steps 2 --lr 0.25 --out 'two words' --sizes 5 --no-bias"
+        "python toy.py --steps 2 --lr 0.25 --sizes 5 --no-bias"
     )
+    again = toy.train(resumed(Path("two words"), "--eval-only"))
+    assert again["command"] == evaluation["command"]  # the run's own, wherever it is kept
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "Toy, 34 parameters" and printed[4].startswith("  kernels  none")
     assert sum(line.startswith("step ") for line in printed) == 2
