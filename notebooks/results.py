@@ -233,7 +233,8 @@ def backgrounds_table() -> str:
 def mvae_table() -> str:
     names = {"`quick`": "", "without the start with one sprite": "-no-single",
              "places that are not selected pay nothing": "-no-unselected",
-             "a place beside a larger one pays no more": "-no-exclusion"}
+             "a place beside a larger one pays no more": "-no-exclusion",
+             "`quick` after one step of training": "-untrained"}
     rows = {label: f"mvae-quick{name}-cpu-?.json:metrics." for label, name in names.items()}
     columns = {"ELBO, nats": ("elbo.mean", "{:.1f}"), "KL, nats": ("kl.mean", "{:.1f}"),
                "places": ("count_accuracy.mean", "{:.3f}"),
