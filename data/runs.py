@@ -6,11 +6,9 @@ never stopped: a checkpoint is written to a temporary file and renamed, all rand
 of seed, step and scene, and lines of metrics.jsonl past the checkpoint are dropped on resume.
 """
 
-import argparse
 import contextlib
 import ctypes
 import dataclasses
-import datetime
 import io
 import itertools
 import json
@@ -24,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,9 +82,7 @@ def plain(value: Any) -> Any:
         return value.item()
     if isinstance(value, list | tuple):
         return tuple(map(plain, value))
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    return os.path.expanduser(value) if isinstance(value, str) else value
+    return os.path.expanduser(value) if isinstance(value, str | os.PathLike) else value
 
 
 def option(name: str) -> str:
@@ -104,8 +100,8 @@ def at_least(config: Any, least: float, *names: str) -> None:
     """UserError that names the first of these fields that is (or holds a value) below `least`."""
     for name in names:
         value = getattr(config, name)
-        smallest = min(value, default=-math.inf) if isinstance(value, tuple) else value
-        require(smallest >= least, f"{option(name)} must be at least {least}, not {value}")
+        require(np.size(value) and np.min(value) >= least,
+                f"{option(name)} must be at least {least}, not {value}")
 
 
 def positive(config: Any, *names: str) -> None:
@@ -116,23 +112,23 @@ def positive(config: Any, *names: str) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of `--device`; auto is CUDA where there is one; UserError where it is missing."""
+    """The device of `--device`, this process's under torchrun; UserError where it is missing."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise UserError(f"--device {name}: not available here ({reason})") from None
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
 
 
 def check(config: RunConfig) -> None:
     """UserError where the options of RunConfig cannot be."""
-    for name, value in dataclasses.asdict(config).items():
+    for name, value in asdict(config).items():
         require(not isinstance(value, float) or math.isfinite(value),
                 f"{option(name)} must be a finite number, not {value}")
     at_least(config, 1, "steps", "batch_size", "log_every")
@@ -159,70 +155,54 @@ def standing(model_name: str, preset: str) -> str:
     return preset + " (the paper's settings; no result in this repository yet)" * (not measured)
 
 
-def saved_config(config_class: type, content: dict[str, Any], path: Any) -> Any:
-    """The config of a checkpoint's content. A field that it lacks gets its default, which is what
-    the code did before the field existed; UserError for fields that are unknown."""
-    unknown = content["config"].keys() - {field.name for field in dataclasses.fields(config_class)}
-    require(not unknown, f"{path}: its settings are another version's ({', '.join(unknown)})")
-    return config_class(**content["config"])
-
-
-def parse(
-    model_name: str, config_class: type, presets: dict[str, dict], argv: Sequence[str]
-) -> Any:
-    """The command line as a `config_class`; `--preset` and `--resume` say what it overrides."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, default in (("preset", "quick"), ("resume", "")):
-        first.add_argument(option(name), nargs="?", default=default, const=default)
-    chosen, _ = first.parse_known_args(argv)
-    remarks = "; ".join(standing(model_name, name) for name in presets)
-    cli = dict(args=argv, description=f"Presets: {remarks}.")
-    if not chosen.resume:
-        default = make_config(config_class, presets, chosen.preset)
-        return tyro.cli(config_class, default=default, **cli)
-    path = plain(chosen.resume)
-    content = load_checkpoint(path, model_name)
-    saved = dataclasses.asdict(saved_config(config_class, content, path))
-    default = config_class(**saved | dict(out="", resume="", eval_only=False))
-    config = tyro.cli(config_class, default=default, **cli)
-    for name, value in dataclasses.asdict(config).items():
-        require(name in RUN_CONTROL or value == saved[name],
-                f"{option(name)} {value}: trained with {saved[name]}; only a new run can change it")
-    require("optimizer" in content or config.eval_only,
-            f"{path}: weights alone; evaluate them with --eval-only, or train anew")
+def parse(model_name: str, config_class: type, presets: dict[str, dict], argv: list[str]) -> Any:
+    """The command line as a `config_class`; `--preset` or `--resume` says what it overrides."""
+    first, _ = tyro.cli(RunConfig, args=argv, add_help=False, return_unknown_args=True)
+    if first.resume:
+        content = load_checkpoint(first.resume, model_name)
+        saved = saved_config(config_class, content, first.resume)
+        default = dataclasses.replace(saved, out="", resume="", eval_only=False)
+    else:
+        default = make_config(config_class, presets, first.preset)
+    about = "; ".join(standing(model_name, name) for name in presets)
+    config = tyro.cli(config_class, args=argv, default=default, description=f"Presets: {about}.")
+    if first.resume:
+        for name, value in asdict(config).items():
+            was = getattr(saved, name)
+            require(name in RUN_CONTROL or value == was,
+                    f"{option(name)} {value}: trained with {was}; only a new run can change it")
+        require("optimizer" in content or config.eval_only,
+                f"{first.resume}: weights alone; evaluate them with --eval-only, or train anew")
     return config
 
 
 def typed(model_name: str, config: RunConfig, default: RunConfig) -> str:
-    """The command that makes this config, as one types it."""
+    """The command that makes this config from the preset's `default`, as one types it."""
     words = ["python", f"{model_name}.py"]
-    for name, value in dataclasses.asdict(config).items():
-        if value == getattr(default, name) and not (name == "preset" and value != "quick"):
+    usual = asdict(default) | dict(preset=RunConfig.preset)
+    for name, value in asdict(config).items():
+        if value == usual[name]:
             continue
         if isinstance(value, bool):
-            words.append(option(name) if value else option(f"no_{name}"))
+            words.append(option(name if value else f"no_{name}"))
         else:
             words += [option(name), *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join(words)
 
 
-def main(
-    model_name: str, config_class: type, presets: dict[str, dict], train: Callable[[Any], Any]
-) -> None:
+def main(model_name: str, config_class: type, presets: dict[str, dict], train: Callable) -> None:
     """Parse and train. UserError and a full disk: one line, status 2; Ctrl-C and SIGTERM: 130."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # a closed stream is None
-            stream.reconfigure(errors="backslashreplace")  # folder names that it has no letters for
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # a closed stream is None
+        stream.reconfigure(errors="backslashreplace")  # folder names that it has no letters for
     try:
         train(parse(model_name, config_class, presets, sys.argv[1:]))
     except (UserError, OSError) as error:
-        message = f"{error.strerror}: {error.filename}" if getattr(error, "strerror", "") else error
-        print(f"{model_name}.py: {message}", file=sys.stderr or sys.stdout)
+        print(f"{model_name}.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         if rank() == 0:
             reason = str(interrupt) or "stopped; --resume continues from the last checkpoint"
-            print(f"{model_name}.py: {reason}", file=sys.stderr or sys.stdout)
+            print(f"{model_name}.py: {reason}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -230,7 +210,7 @@ def main(
 
 
 def rank() -> int:
-    """This process's number; 0 without torchrun."""
+    """This process's number; 0 without torchrun. The first process writes, prints, evaluates."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -259,7 +239,7 @@ def set_up(config: RunConfig) -> torch.device:
 
 def average(tensors: list[Tensor]) -> None:
     """Mean over processes of every tensor, in place, in one message."""
-    if world_size() > 1:
+    if world_size() > 1 and tensors:
         flat = torch.cat([t.flatten() for t in tensors])
         dist.all_reduce(flat)
         for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
@@ -268,11 +248,11 @@ def average(tensors: list[Tensor]) -> None:
 
 def any_process(flag: bool, device: torch.device) -> bool:
     """True where the flag is set in any process, so that all stop at the same step."""
-    if world_size() > 1:
-        message = torch.tensor(float(flag), device=device)
-        dist.all_reduce(message, op=dist.ReduceOp.MAX)
-        flag = message.item() > 0
-    return flag
+    if world_size() == 1:
+        return flag
+    message = torch.tensor(float(flag), device=device)
+    average([message])
+    return message.item() > 0
 
 
 def describe(device: torch.device) -> str:
@@ -285,28 +265,33 @@ def describe(device: torch.device) -> str:
     return f"{[*names, platform.processor()][0]}, {threads} thread{'s' if threads > 1 else ''}"
 
 
+def commit() -> str | None:
+    """The commit of this code, `-dirty` where it was changed since; None where it has none."""
+    # A repository that begins further up is another project's, with a copy of this code in it.
+    environment = os.environ | dict(GIT_CEILING_DIRECTORIES=str(ROOT.parent))
+    with contextlib.suppress(OSError):  # no git here
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
+                              env=environment, capture_output=True, text=True)
+        return done.stdout.strip() or None
+    return None
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """A list that gets Ctrl-C's or SIGTERM's number; a second signal acts as it did before."""
-    raised, before = [], {}
+    raised = []
+    with contextlib.ExitStack() as before:
 
-    def on_signal(number: int, _: Any) -> None:
-        raised.append(number)
-        restore()
-        if rank() == 0:
-            print("\nstopping after this step (again: at once)", file=sys.stderr or sys.stdout)
+        def on_signal(number: int, _: Any) -> None:
+            raised.append(number)
+            before.close()
+            if rank() == 0:
+                print("\nstopping after this step (again: at once)", file=sys.stderr)
 
-    def restore() -> None:
-        for number in list(before):
-            signal.signal(number, before.pop(number))
-
-    with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, on_signal)
-    try:
+        with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before.callback(signal.signal, number, signal.signal(number, on_signal))
         yield raised
-    finally:
-        restore()
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -340,14 +325,10 @@ def read_log(folder: Path, last_step: int | None = None) -> list[dict[str, Any]]
     return records
 
 
-def checkpoint_file(path: str | Path) -> Path:
-    """A checkpoint's path, from itself or from the folder that holds it."""
-    return Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-
-
 def load_checkpoint(path: str | Path, model_name: str) -> dict[str, Any]:
-    """A checkpoint's content; UserError if it is missing, damaged, newer or another model's."""
-    file = checkpoint_file(path)
+    """The content of a checkpoint, or of the one in a run's folder; UserError if it is missing,
+    damaged, newer than this code or another model's."""
+    file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     require(file.is_file(), f"{file}: no such checkpoint")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
@@ -361,6 +342,14 @@ def load_checkpoint(path: str | Path, model_name: str) -> dict[str, Any]:
     require(content["model_name"] == model_name,
             f"{file}: a checkpoint of {content['model_name']}.py, not {model_name}.py")
     return content
+
+
+def saved_config(config_class: type, content: dict[str, Any], path: str | Path) -> Any:
+    """The config of a checkpoint's content. A field that it lacks gets its default, which is what
+    the code did before the field existed; UserError for fields that are unknown."""
+    unknown = content["config"].keys() - {field.name for field in dataclasses.fields(config_class)}
+    require(not unknown, f"{path}: its settings are another version's ({', '.join(unknown)})")
+    return config_class(**content["config"])
 
 
 def load_state(part: nn.Module | torch.optim.Optimizer, state: Any, path: str | Path) -> None:
@@ -387,48 +376,34 @@ def open_folder(config: RunConfig, model_name: str) -> tuple[Path, FileLock]:
     named with `--out` is then refused. A resumed run continues in its own folder, or in `--out`
     with a copy of the log. UserError where nothing can be written or another process resumes it.
     """
-    source = checkpoint_file(config.resume).parent if config.resume else None
-    if source and not (source / "config.json").exists():  # weights that somebody keeps elsewhere
-        source = None
-    first = Path(config.out or source or f"runs/{model_name}-{config.preset}-{config.seed}")
+    path = Path(config.resume)
+    source = path if path.is_dir() else path.parent
+    # Weights that somebody keeps elsewhere have no config.json beside them.
+    own = (config.resume and (source / "config.json").exists()
+           and Path(config.out or source).resolve() == source.resolve())
+    first = source if own else config.out or f"runs/{model_name}-{config.preset}-{config.seed}"
     for number in itertools.count(1):
-        folder = first if number == 1 else Path(f"{first}-{number}")
-        own = source and source.resolve() == folder.resolve()
+        folder = Path(first if number == 1 else f"{first}-{number}")
+        lock = FileLock(folder / ".lock", blocking=False)
         try:
             (folder / "figures").mkdir(parents=True, exist_ok=True)
-            held = FileLock(folder / ".lock", timeout=0)
             with contextlib.suppress(Timeout):
-                held.acquire()
-            full = any((folder / name).exists() for name in ("checkpoint.pt", "evaluation.json"))
-            if own and config.eval_only:  # which another process may be training
-                return folder, held
-            if held.is_locked and (own or not full):
-                write_json(folder / "config.json", dataclasses.asdict(config))
-                if source and not own and (source / "metrics.jsonl").exists():
-                    write(folder / "metrics.jsonl", (source / "metrics.jsonl").read_bytes())
-                return folder, held
+                lock.acquire()
         except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"cannot write to {folder} ({reason}); name another --out") from None
-        held.release()
+            raise UserError(f"cannot write to {folder} ({error}); name another --out") from None
+        if own and config.eval_only:  # another process may be training here
+            return folder, lock
+        full = any((folder / name).exists() for name in ("checkpoint.pt", "evaluation.json"))
+        if lock.is_locked and (own or not full):
+            break
+        lock.release()
         require(not own, f"{folder}: another process is training this run")
         require(not config.out,
                 f"{folder} holds another run; name another --out, or --resume {folder}")
-    raise AssertionError("unreachable")
-
-
-def commit() -> str | None:
-    """The commit of this code, `-dirty` where it was changed since; None where it has none."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    with contextlib.suppress(OSError):  # no git here
-        top = git("rev-parse", "--show-toplevel")
-        if top and Path(top).resolve() == ROOT:  # else this code is a copy inside another project
-            return git("describe", "--always", "--dirty") or None
-    return None
+    if config.resume and not own and (source / "metrics.jsonl").exists():
+        write(folder / "metrics.jsonl", (source / "metrics.jsonl").read_bytes())
+    write_json(folder / "config.json", asdict(config))
+    return folder, lock
 
 
 # -- a run -----------------------------------------------------------------------------------------
@@ -440,17 +415,17 @@ class Run:
 
     name: str  # of the model's file
     config: Any
-    default: Any  # the preset's config
+    command: str  # that trains it anew: resumed or not, a run is the same
     model: nn.Module
     optimizer: torch.optim.Optimizer
     device: torch.device
     folder: Path = Path()
-    held: FileLock | None = None  # the folder's lock, in the first process
+    lock: FileLock | None = None  # the folder's, in the first process
     step: int = 0  # training steps taken
     minutes: float = 0.0  # of training
     skipped: int = 0  # steps without a finite gradient
     nonfinite_streak: int = 0  # of them, the last in a row
-    graphs: dict[Any, Callable] = dataclasses.field(default_factory=dict)  # one for a set of shapes
+    graph: tuple | None = None  # with --cuda-graph: shapes, graph, its inputs, its outputs
 
     def steps(self) -> Iterator[tuple[int, Tensor]]:
         """Each training step with the numbers (B,) of its scenes: this process's part of them.
@@ -462,26 +437,27 @@ class Run:
         if config.eval_only:
             return
         local_batch_size = config.batch_size // world_size()
-        if self.held:
+        if rank() == 0:
             read_log(self.folder, last_step=self.step)
         self.save()
         saved = time.monotonic()
         began = saved - 60 * self.minutes
         self.last_log = self.step, saved
-        terminal = self.held and sys.stderr and sys.stderr.isatty()
-        layout = "{n_fmt}/{total_fmt} {bar:9} {elapsed}<{remaining}{postfix}"
-        with stop_signals() as raised, tqdm(total=config.steps, initial=self.step, leave=False,
-                                      disable=not terminal, bar_format=layout) as self.bar:
+        bar = tqdm(total=config.steps, initial=self.step, leave=False,
+                   disable=None if rank() == 0 and sys.stderr else True,  # None: unless a terminal
+                   bar_format="{n_fmt}/{total_fmt} {bar:9} {elapsed}<{remaining}{postfix}")
+        with stop_signals() as raised, bar as self.bar:
             while self.step < config.steps and not any_process(
                 bool(raised) or self.minutes >= (config.minutes or math.inf), self.device
             ):
-                first = self.step * config.batch_size + rank() * local_batch_size
+                first = (self.step * world_size() + rank()) * local_batch_size
                 yield self.step, torch.arange(first, first + local_batch_size, device=self.device)
                 self.step += 1
-                self.minutes = (time.monotonic() - began) / 60
-                if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                now = time.monotonic()
+                self.minutes = (now - began) / 60
+                if now - saved > CHECKPOINT_SECONDS:
                     self.save()
-                    saved = time.monotonic()
+                    saved = now
             stopped = any_process(bool(raised), self.device)
         self.save()
         if stopped:
@@ -489,8 +465,7 @@ class Run:
                                     f"continue with --resume {shlex.quote(str(self.folder))}")
 
     def update(
-        self, loss: Callable[..., dict[str, Tensor]], *tensors: Tensor, lr: float,
-        clip: float = math.inf,
+        self, loss: Callable, *tensors: Tensor, lr: float, clip: float = math.inf
     ) -> dict[str, Tensor]:
         """One training step: forward, backward, mean over processes, clip, Adam.
 
@@ -500,7 +475,7 @@ class Run:
         are not clipped. A gradient that is not finite leaves all parameters as they are; ten in a
         row raise UserError.
         """
-        run = self.captured(loss, tensors) if self.config.cuda_graph else self.forward_backward
+        run = self.replay if self.config.cuda_graph else self.forward_backward
         parts = {name: value.detach() for name, value in run(loss, *tensors).items()}
         groups = self.optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
@@ -511,7 +486,8 @@ class Run:
             self.optimizer.step()
             self.nonfinite_streak = 0
         else:
-            self.skipped, self.nonfinite_streak = self.skipped + 1, self.nonfinite_streak + 1
+            self.skipped += 1
+            self.nonfinite_streak += 1
             require(self.nonfinite_streak < 10, f"step {self.step + 1}: 10 gradients in a row not "
                     f"finite (loss {parts['loss']:.4g}); last checkpoint in {self.folder}")
         return parts
@@ -524,28 +500,25 @@ class Run:
         parts["loss"].backward()
         return parts
 
-    def captured(self, loss: Callable, tensors: tuple[Tensor, ...]) -> Callable:
-        """`forward_backward` as a CUDA graph, one for each set of shapes."""
-        key = tuple(t.shape for t in tensors)
-        if key not in self.graphs:
-            static = [t.clone() for t in tensors]
+    def replay(self, loss: Callable, *tensors: Tensor) -> dict[str, Tensor]:
+        """`forward_backward` as a CUDA graph, captured anew where the shapes have changed."""
+        shapes = [t.shape for t in tensors]
+        if self.graph is None or self.graph[0] != shapes:
+            inputs = [t.clone() for t in tensors]
             side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # lazy initialisations must not be captured
                 for _ in range(3):
-                    self.forward_backward(loss, *static)
+                    self.forward_backward(loss, *inputs)
             torch.cuda.current_stream().wait_stream(side)
             with torch.cuda.graph(graph):
-                outputs = self.forward_backward(loss, *static)
-
-            def replay(_: Callable, *new: Tensor) -> dict[str, Tensor]:
-                for own, value in zip(static, new, strict=True):
-                    own.copy_(value)
-                graph.replay()
-                return outputs
-
-            self.graphs[key] = replay
-        return self.graphs[key]
+                parts = self.forward_backward(loss, *inputs)
+            self.graph = shapes, graph, inputs, parts
+        _, graph, inputs, parts = self.graph
+        for own, value in zip(inputs, tensors, strict=True):
+            own.copy_(value)
+        graph.replay()
+        return parts
 
     def due(self, step: int) -> bool:
         """True where this step's numbers are to be logged."""
@@ -554,20 +527,20 @@ class Run:
     def log(self, parts: dict[str, Tensor], **scores: Tensor | float) -> None:
         """A line of metrics.jsonl: the 0-d tensors of `update` and this process's scores, which are
         averaged over processes; shown as a bar in a terminal, as a line elsewhere."""
-        own = [torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in scores.values()]
-        average(own)
-        if not self.held:
-            return
         values = {name: value for name, value in parts.items() if value.ndim == 0}
-        values |= dict(zip(scores, own, strict=True))
-        step, now = self.step + 1, time.monotonic()
-        record = dict(step=step, **{name: float(value) for name, value in values.items()},
-                      lr=self.optimizer.param_groups[0]["lr"], skipped=self.skipped,
-                      seconds=60 * self.minutes,
-                      seconds_per_step=(now - self.last_log[1]) / (step - self.last_log[0]))
+        for name, value in scores.items():
+            values[name] = torch.as_tensor(value, dtype=torch.float32, device=self.device)
+        average([values[name] for name in scores])
+        if rank() > 0:
+            return
+        (last_step, last), now = self.last_log, time.monotonic()
+        step = self.step + 1
         self.last_log = step, now
+        record = dict(step=step, **values, lr=self.optimizer.param_groups[0]["lr"],
+                      skipped=self.skipped, seconds=60 * self.minutes,
+                      seconds_per_step=(now - last) / (step - last_step))
         for name, value in record.items():
-            if isinstance(value, float):  # six digits; null for what JSON has no number for
+            if not isinstance(value, int):  # six digits; null for what JSON has no number for
                 record[name] = float(f"{value:.6g}") if math.isfinite(value) else None
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
@@ -579,18 +552,17 @@ class Run:
 
     def save(self) -> None:
         """Writes checkpoint.pt: {format, model_name, config, model, optimizer, step, ...}."""
-        if self.held:
+        if rank() == 0:
             buffer = io.BytesIO()
             torch.save(dict(
-                format=FORMAT, model_name=self.name, config=dataclasses.asdict(self.config),
+                format=FORMAT, model_name=self.name, config=asdict(self.config),
                 model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
                 step=self.step, minutes=self.minutes, skipped=self.skipped,
             ), buffer)
             write(self.folder / "checkpoint.pt", buffer.getvalue())
 
     def finish(
-        self, scenes: Any, evaluate: Callable[[Any, Any], dict[str, Any]],
-        draw: Callable[[Any, Any, Path, dict[str, Any]], None], show: Sequence[str], picture: str,
+        self, scenes: Any, evaluate: Callable, draw: Callable, show: Sequence[str], picture: str
     ) -> dict[str, Any]:
         """Evaluates and draws, writes evaluation.json, says what was reached; returns its content.
 
@@ -598,7 +570,7 @@ class Run:
         `draw(model, scenes, folder, results)` writes pictures. Only the first process works; the
         others get {}. `show` names the metrics to print.
         """
-        if not self.held:
+        if rank() > 0:
             return {}
         print("evaluating test scenes, drawing figures", flush=True)
         threads = torch.get_num_threads()
@@ -606,14 +578,11 @@ class Run:
             torch.set_num_threads(1)
         results = evaluate(self.model, scenes)
         torch.set_num_threads(threads)
-        # What trains it anew: a resumed run is the same as one that was never stopped.
-        anew = dataclasses.replace(self.config, out="", resume="", eval_only=False)
         evaluation = dict(
-            model=self.name, preset=self.config.preset,
-            command=typed(self.name, anew, self.default), seed=self.config.seed,
-            device=describe(self.device),
+            model=self.name, preset=self.config.preset, command=self.command,
+            seed=self.config.seed, device=describe(self.device),
             versions=dict(python=platform.python_version(), torch=torch.__version__),
-            commit=commit(), date=datetime.date.today().isoformat(), steps=self.step,
+            commit=commit(), date=time.strftime("%Y-%m-%d"), steps=self.step,
             minutes=self.minutes, skipped=self.skipped, **results,
         )
         write_json(self.folder / "evaluation.json", evaluation)
@@ -624,7 +593,7 @@ class Run:
             if means := shown_means(scores, show):
                 print(f"floor    {means} ({name.replace('_', ' ')})")
         print(f"look at  {self.folder / 'figures' / picture}")
-        self.held.release()
+        self.lock.release()
         return evaluation
 
 
@@ -646,8 +615,9 @@ def start(
 ) -> Run:
     """Opens or resumes a run: folder, weights, header. `compiled`: what `--compile` compiles;
     `kernels`: what the header says about who computes the per-pixel operations. UserError."""
-    default = make_config(type(config), presets, config.preset)
-    run = Run(name, config, default, model, optimizer, next(model.parameters()).device)
+    anew = dataclasses.replace(config, out="", resume="", eval_only=False)
+    command = typed(name, anew, make_config(type(config), presets, config.preset))
+    run = Run(name, config, command, model, optimizer, next(model.parameters()).device)
     if config.resume:
         saved = load_checkpoint(config.resume, name)
         load_state(model, saved["model"], config.resume)
@@ -659,13 +629,11 @@ def start(
         for part in compiled:
             part.compile()
     if rank() == 0:
-        run.folder, run.held = open_folder(config, name)
-        changed = [f"{key} {value}" for key, value in dataclasses.asdict(config).items()
-                   if value != getattr(default, key) and key not in ("seed", "out", "resume")]
+        run.folder, run.lock = open_folder(config, name)
+        device = f"{describe(run.device)}, {config.precision}, torch {torch.__version__}"
+        header = dict(preset=standing(name, config.preset), command=command, device=device,
+                      kernels=kernels, writes=f"{run.folder}/")
         print(f"{title}, {sum(p.numel() for p in model.parameters()):,} parameters")
-        print(f"  preset   {standing(name, config.preset)}, seed {config.seed}")
-        print(f"  changed  {', '.join(changed) or 'nothing'}")
-        print(f"  device   {describe(run.device)}, {config.precision}, torch {torch.__version__}")
-        print(f"  kernels  {kernels}")
-        print(f"  writes   {run.folder}/", flush=True)
+        for label, value in header.items():
+            print(f"  {label:8} {value}", flush=True)
     return run

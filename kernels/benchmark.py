@@ -19,8 +19,9 @@ Operations: "eager" is tests/baselines.py, as ports of the models write them; "f
 "triton" are the public operation, "compiled" is the fallback under torch.compile. GB/s counts
 inputs, cotangents, outputs and gradients once each, which is what a perfect kernel moves; "copy" is
 its share of what copying a large tensor reached in this process. Without a GPU the kernels are not
-timed: a table says what the compiler makes of them, how many bytes a perfect kernel and eager torch
-move, and how many microseconds the card needs for the former at its nominal bandwidth: a bound.
+timed: a table says what the compiler makes of each; in "fused MB", what it moves, each of its
+arguments once ("eager MB" is of the operation, in eager torch); and how many microseconds the card
+needs for that at its nominal bandwidth: a bound. refinement_inputs has two kernels for forward.
 
 Models: ms is a step (loss, gradient, Adam), "fwd ms" the loss alone. `compare` is the timing figure
 of EfficientMORL's paper (Emami et al. 2021): both models with the sizes of CLEVR6 in their own
@@ -244,10 +245,9 @@ def not_measured(options: Options, info: dict[str, Any]) -> bool:
     for entry in compile_kernels.compile_in_child({TARGET: cases}):
         op, (side, slots, *_) = entry["operation"], entry["case"]
         if op in baselines.GRADIENTS:
-            size, direction = sizes[slots, side], entry["direction"]
-            batch, _, *shape = SIZES[size]
-            fused, eager = baselines.bytes_moved(
-                op, batch, *shape, backward=direction == "backward")
+            size, direction, fused = sizes[slots, side], entry["direction"], entry["bytes"]
+            batch, shape = compile_kernels.BATCH, SIZES[size][2:]
+            _, eager = baselines.bytes_moved(op, batch, *shape, backward=direction == "backward")
             group = dict(op=op, size=size, batch=batch, direction=direction)
             report.add(f"{size}, batch {batch}", group | {
                 "kernel": entry["kernel"].removesuffix("_kernel"), "regs": entry["registers"],

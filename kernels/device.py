@@ -4,21 +4,24 @@ A pixel's C means and its mask logit lie side by side in memory (channels-last) 
 tile (BLOCK, C + 1): a load of 16 bytes for C = 3 in float32. A sum over colours is a sum along the
 row without the last column. Triton's tiles are powers of two, hence C is 1 or 3.
 
-Axes: B batch, K slots, C colours, P = H·W pixels; CHANNELS = C + 1, FLOAT the arithmetic's type.
+Axes: B batch, K slots, C colours, P = H·W pixels; CHANNELS = C + 1. The arithmetic has the type
+of sigma.
 """
 
 from kernels.launch import jit, tl
 
 
 @jit
-def load_image(
-    image, batch, pixel, inside, num_pixels, CHANNELS: tl.constexpr, FLOAT: tl.constexpr
-):
-    """Of image (B, C, P): a tile (BLOCK, C + 1) whose last column is 0."""
+def load_block(image, sigma, num_pixels, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's image x, (BLOCK, C + 1) with a last column of 0; sigma; and which pixels."""
+    batch = tl.program_id(0).to(tl.int64)
+    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    inside = pixel < num_pixels
     column = tl.arange(0, CHANNELS)[None, :]  # (1, C+1)
     offset = (batch * (CHANNELS - 1) + column) * num_pixels + pixel[:, None]  # (BLOCK, C+1)
     wanted = inside[:, None] & (column < CHANNELS - 1)
-    return tl.load(image + offset, mask=wanted, other=0.0).to(FLOAT)
+    x = tl.load(image + offset, mask=wanted, other=0.0).to(sigma.dtype.element_ty)
+    return x, tl.load(sigma), batch, pixel, inside
 
 
 @jit
@@ -28,12 +31,11 @@ def slot_offsets(index, pixel, num_pixels, CHANNELS: tl.constexpr):
 
 
 @jit
-def load_slot(
-    decoded, index, pixel, inside, num_pixels, CHANNELS: tl.constexpr, FLOAT: tl.constexpr
-):
-    """The rows of slot number `index`, (BLOCK, C + 1), and its mask logits, (BLOCK,)."""
+def load_slot(x, decoded, index, pixel, inside, num_pixels):
+    """The rows of slot number `index`, as wide as x and in its type, and their last column."""
+    CHANNELS: tl.constexpr = x.shape[1]
     offset = slot_offsets(index, pixel, num_pixels, CHANNELS)
-    slot = tl.load(decoded + offset, mask=inside[:, None], other=0.0).to(FLOAT)
+    slot = tl.load(decoded + offset, mask=inside[:, None], other=0.0).to(x.dtype)
     column = tl.arange(0, CHANNELS)[None, :]
     return slot, tl.sum(tl.where(column == CHANNELS - 1, slot, 0.0), 1)
 
@@ -51,8 +53,7 @@ def log_density_and_score(x, slot, sigma):
 @jit
 def empty_sum(x):
     """Largest term and total of a sum of nothing, for every row of x: −∞ and 0."""
-    nothing = tl.full([x.shape[0]], float("-inf"), x.dtype)
-    return nothing, tl.zeros([x.shape[0]], x.dtype)
+    return tl.full([x.shape[0]], float("-inf"), x.dtype), tl.zeros([x.shape[0]], x.dtype)
 
 
 @jit
@@ -74,19 +75,17 @@ def update_top2(first, second, slot, value, k):
 @jit
 def compare_slots(x, decoded, batch, pixel, inside, num_pixels, sigma, K: tl.constexpr):
     """What `without_slot` needs of all slots; the terms of the sums are exp(logit + log N_k)."""
-    CHANNELS: tl.constexpr = x.shape[1]
-    FLOAT: tl.constexpr = x.dtype
     nothing, zero = empty_sum(x)
     no_slot = tl.full([x.shape[0]], -1, tl.int32)
     # The two largest logits, and the slot of the first.
     logit1, logit2, leader = nothing, nothing, no_slot
     for k in range(K):
-        _, logit = load_slot(decoded, batch * K + k, pixel, inside, num_pixels, CHANNELS, FLOAT)
+        _, logit = load_slot(x, decoded, batch * K + k, pixel, inside, num_pixels)
         logit1, logit2, leader = update_top2(logit1, logit2, leader, logit, k)
     # The two largest terms; the largest without the leader, whose logits are taken from logit2.
     term1, term2, owner, other1 = nothing, nothing, no_slot, nothing
     for k in range(K):
-        slot, logit = load_slot(decoded, batch * K + k, pixel, inside, num_pixels, CHANNELS, FLOAT)
+        slot, logit = load_slot(x, decoded, batch * K + k, pixel, inside, num_pixels)
         log_density, _ = log_density_and_score(x, slot, sigma)
         term1, term2, owner = update_top2(term1, term2, owner, logit - logit1 + log_density, k)
         other = tl.where(k == leader, float("-inf"), logit - logit2 + log_density)
@@ -94,7 +93,7 @@ def compare_slots(x, decoded, batch, pixel, inside, num_pixels, sigma, K: tl.con
     # The sums, relative to these.
     total, rest, prior, other_total, other_prior = zero, zero, zero, zero, zero
     for k in range(K):
-        slot, logit = load_slot(decoded, batch * K + k, pixel, inside, num_pixels, CHANNELS, FLOAT)
+        slot, logit = load_slot(x, decoded, batch * K + k, pixel, inside, num_pixels)
         log_density, _ = log_density_and_score(x, slot, sigma)
         term, other = logit - logit1 + log_density, logit - logit2 + log_density
         prior += tl.exp(logit - logit1)

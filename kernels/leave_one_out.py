@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.device import compare_slots, load_image, load_slot, log_density_and_score, without_slot
+from kernels.device import compare_slots, load_block, load_slot, log_density_and_score, without_slot
 from kernels.launch import check_mixture, jit, launch, tl, triton
 from kernels.mixture import log_density_torch
 
@@ -56,15 +56,10 @@ def leave_one_out_kernel(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    FLOAT: tl.constexpr = sigma.dtype.element_ty
-    batch = tl.program_id(0).to(tl.int64)
-    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = pixel < num_pixels
-    x = load_image(image, batch, pixel, inside, num_pixels, CHANNELS, FLOAT)
-    sigma = tl.load(sigma)
+    x, sigma, batch, pixel, inside = load_block(image, sigma, num_pixels, CHANNELS, BLOCK)
     sums = compare_slots(x, decoded, batch, pixel, inside, num_pixels, sigma, K)
     for k in range(K):
-        slot, logit = load_slot(decoded, batch * K + k, pixel, inside, num_pixels, CHANNELS, FLOAT)
+        slot, logit = load_slot(x, decoded, batch * K + k, pixel, inside, num_pixels)
         log_density, _ = log_density_and_score(x, slot, sigma)
         result = without_slot(sums, logit, log_density, k, K)
         tl.store(out + (batch * K + k) * num_pixels + pixel, result, mask=inside)

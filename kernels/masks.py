@@ -1,21 +1,24 @@
 """Masks: the softmax over slots of mask logits (Greff et al. 2019, eq. 1). Read this kernel first.
 
     m_k = exp(a_k) / Σ_j exp(a_j)
-    backward, from the cotangents dm of the masks:   da_k = m_k (dm_k − Σ_j m_j dm_j)
+    backward, from the cotangents dm = ∂L/∂m:        da_k = ∂L/∂a_k = m_k (dm_k − Σ_j m_j dm_j)
 
-How a Triton kernel works. `kernel[grid](...)` starts many copies of one function, the programs;
-`tl.program_id` says which one this is. A program computes with whole blocks of numbers, here BLOCK
-pixels at once, as torch does with tensors; the compiler spreads a block over the threads. Tensors
-arrive as pointers to their first number: `tl.load(pointer + offsets)` reads a block of numbers,
-`mask=` leaves out those that do not exist. What is `tl.constexpr` is known when the kernel is
-compiled; each new value of it compiles another kernel.
+How a Triton kernel works. `launch(kernel, grid, ...)`, Triton's `kernel[grid](...)`, starts many
+copies of one function, the programs, here B times ⌈P / BLOCK⌉; `tl.program_id(axis)` says which one
+this is. A program computes with whole blocks of numbers, here of BLOCK pixels, as torch does with
+tensors; the compiler spreads a block over the threads. Tensors arrive as pointers to their first
+number, of type `dtype.element_ty`. A pointer plus a block of offsets is a block of pointers, where
+`tl.load` reads numbers and `tl.store` writes them, in the tensor's type. Where `mask=` is False, no
+memory is touched, and a load gives `other`. Each value of a `tl.constexpr` compiles a new kernel.
 
-Here a program takes BLOCK pixels of one image and goes through the K slots of each three times: for
-the largest logit, for the sum of exponentials relative to it (so that none overflows), and to write
-the masks. Only the first time reads the GPU's memory: the block then lies in the cache.
+Here a program goes through the K slots of its pixels three times: for the largest logit, for the
+sum of exponentials relative to it (so that none overflows), and to write the masks. Only the first
+time reads the GPU's memory: the logits then lie in the cache. A block of all slots would need more
+registers, of which a thread has few, and padding: sizes of blocks are powers of two.
 
 Bytes, in numbers per pixel: forward reads K and writes K, backward reads 2K and writes K. Eager
-torch moves as many, but copies a view such as `decoded[:, :, -1]` first: 4K instead of 2K.
+torch moves as many, as tests/baselines.py counts; inside softmax, where that cannot see, a view
+such as `decoded[:, :, -1]` is copied, 2K more. So expect forward to be twice as fast at the most.
 
 Axes: B batch, K slots, H W image, P = H·W pixels.
 """
@@ -26,7 +29,7 @@ from torch import Tensor
 import kernels
 from kernels.launch import jit, launch, refuse_second_derivative, tl, triton
 
-BLOCK = 128  # pixels of a program, one for each thread of four warps. Tests change it.
+BLOCK = 128  # pixels of a program: one for each of its 4 x 32 threads. Tests change it.
 
 
 def masks_torch(logits: Tensor) -> Tensor:
@@ -43,14 +46,14 @@ def forward_kernel(
     pixel_stride,  # from a pixel to the next
     num_pixels,  # P
     K: tl.constexpr,
-    FLOAT: tl.constexpr,  # the type of the arithmetic
     BLOCK: tl.constexpr,
 ):
+    FLOAT: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
     batch = tl.program_id(0).to(tl.int64)  # 64 bits, so that no offset overflows
     pixel = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
     inside = pixel < num_pixels  # the last block of an image has fewer pixels
-    slot_stride = tl.cast(slot_stride, tl.int64)
-    logits += batch * batch_stride + pixel * pixel_stride  # BLOCK pointers, to slot 0
+    slot_stride = tl.cast(slot_stride, tl.int64)  # `.to` fails on 1: Triton makes that a constant
+    logits += batch * batch_stride + pixel * pixel_stride  # (BLOCK,), pointers to slot 0
     masks += batch * K * num_pixels + pixel
 
     largest = tl.full([BLOCK], float("-inf"), FLOAT)
@@ -68,18 +71,18 @@ def forward_kernel(
 
 @jit
 def backward_kernel(
-    d_masks,  # (B, K, P), as all three: the cotangent of the masks
+    d_masks,  # (B, K, P), contiguous as all three: the cotangents of the masks
     masks,  # (B, K, P)
     d_logits,  # out (B, K, P)
     num_pixels,  # P
     K: tl.constexpr,
-    FLOAT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    FLOAT: tl.constexpr = tl.float64 if masks.dtype.element_ty == tl.float64 else tl.float32
     batch = tl.program_id(0).to(tl.int64)
-    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # no stride: 32 bits suffice
     inside = pixel < num_pixels
-    first = batch * K * num_pixels + pixel  # offsets of slot 0
+    first = batch * K * num_pixels + pixel  # (BLOCK,), offsets of slot 0
 
     mean = tl.zeros([BLOCK], FLOAT)  # Σ_j m_j dm_j
     for k in range(K):
@@ -92,6 +95,7 @@ def backward_kernel(
         tl.store(d_logits + first + k * num_pixels, mask * (d_mask - mean), mask=inside)
 
 
+# As operators of torch the launches have a derivative, and torch.compile does not look inside.
 @torch.library.custom_op("slot_kernels::masks", mutates_args=())
 def _forward(logits: Tensor) -> Tensor:
     batch, slots, height, width = logits.shape
@@ -99,8 +103,7 @@ def _forward(logits: Tensor) -> Tensor:
     logits = logits.flatten(2)  # (B, K, P), a copy only where pixels are not evenly spaced
     launch(
         forward_kernel, (batch, triton.cdiv(height * width, BLOCK)),
-        logits, masks, *logits.stride(), height * width,
-        K=slots, FLOAT=_arithmetic(logits), BLOCK=BLOCK,
+        logits, masks, *logits.stride(), height * width, K=slots, BLOCK=BLOCK,
     )  # fmt: skip
     return masks
 
@@ -111,8 +114,7 @@ def _backward(d_masks: Tensor, masks: Tensor) -> Tensor:
     d_logits = _empty(masks)
     launch(
         backward_kernel, (batch, triton.cdiv(height * width, BLOCK)),
-        d_masks.contiguous(), masks.contiguous(), d_logits, height * width,
-        K=slots, FLOAT=_arithmetic(masks), BLOCK=BLOCK,
+        d_masks.contiguous(), masks.contiguous(), d_logits, height * width, K=slots, BLOCK=BLOCK,
     )  # fmt: skip
     return d_logits
 
@@ -120,11 +122,8 @@ def _backward(d_masks: Tensor, masks: Tensor) -> Tensor:
 @_forward.register_fake
 @_backward.register_fake
 def _empty(like: Tensor, *_: Tensor) -> Tensor:
+    """The output, to be filled; torch.compile asks only for its shape and type."""
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-
-
-def _arithmetic(tensor: Tensor) -> "tl.dtype":
-    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
 _forward.register_autograd(

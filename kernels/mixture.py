@@ -16,7 +16,8 @@ left for log N_k; so the result does not depend on a constant added to all logit
 
 Two sweeps over the slots, one for the sum of the softmax and one for the likelihood's, keep the
 registers independent of K; the second reads from the cache. Backward does both again, and a third
-that writes: it needs nothing saved but the inputs.
+that writes: it needs nothing saved but the inputs. As sizes of blocks are powers of two, a pixel's
+C means and its logit are one row of a block (BLOCK, C + 1); device.py loads and stores such rows.
 
 Bytes, in numbers per pixel for C = 3, of eager torch operation by operation (tests/baselines.py):
 
@@ -38,7 +39,7 @@ from torch import Tensor
 import kernels
 from kernels.device import (
     empty_sum,
-    load_image,
+    load_block,
     load_slot,
     log_density_and_score,
     slot_offsets,
@@ -65,17 +66,19 @@ def mixture_log_likelihood_torch(image: Tensor, decoded: Tensor, sigma: Tensor) 
 
 @jit
 def sum_over_slots(x, decoded, batch, pixel, inside, num_pixels, sigma, K: tl.constexpr):
-    """Both sums: Σ_k exp(a_k) = prior · exp(largest); with N_k, total · exp(largest + top)."""
-    CHANNELS: tl.constexpr = x.shape[1]
-    FLOAT: tl.constexpr = x.dtype
+    """Of Σ_k exp(a_k) = prior · exp(largest) and Σ_k exp(a_k) N_k = total · exp(largest + top):
+
+    largest, prior, top and total, each (BLOCK,). A new largest term rescales a sum so far.
+    """
     largest, prior = empty_sum(x)
     for k in range(K):
-        _, logit = load_slot(decoded, batch * K + k, pixel, inside, num_pixels, CHANNELS, FLOAT)
+        # slot (BLOCK, C+1): means and logit of each pixel; logit (BLOCK,): the last column again.
+        _, logit = load_slot(x, decoded, batch * K + k, pixel, inside, num_pixels)
         largest, prior = update_logsumexp(largest, prior, logit)
     top, total = empty_sum(x)
     for k in range(K):
-        slot, logit = load_slot(decoded, batch * K + k, pixel, inside, num_pixels, CHANNELS, FLOAT)
-        log_density, _ = log_density_and_score(x, slot, sigma)
+        slot, logit = load_slot(x, decoded, batch * K + k, pixel, inside, num_pixels)
+        log_density, _ = log_density_and_score(x, slot, sigma)  # (BLOCK,)
         top, total = update_logsumexp(top, total, logit - largest + log_density)
     return largest, prior, top, total
 
@@ -91,14 +94,10 @@ def forward_kernel(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    FLOAT: tl.constexpr = sigma.dtype.element_ty
-    batch = tl.program_id(0).to(tl.int64)
-    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = pixel < num_pixels
-    x = load_image(image, batch, pixel, inside, num_pixels, CHANNELS, FLOAT)
-    sigma = tl.load(sigma)
+    # x (BLOCK, C+1) with a last column of 0; batch, pixel (BLOCK,) and inside as in masks.py.
+    x, sigma, batch, pixel, inside = load_block(image, sigma, num_pixels, CHANNELS, BLOCK)
     _, prior, top, total = sum_over_slots(x, decoded, batch, pixel, inside, num_pixels, sigma, K)
-    result = top + tl.log(total / prior)
+    result = top + tl.log(total / prior)  # `largest` cancels
     tl.store(log_likelihood + batch * num_pixels + pixel, result, mask=inside)
 
 
@@ -114,22 +113,17 @@ def backward_kernel(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    FLOAT: tl.constexpr = sigma.dtype.element_ty
-    batch = tl.program_id(0).to(tl.int64)
-    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = pixel < num_pixels
-    x = load_image(image, batch, pixel, inside, num_pixels, CHANNELS, FLOAT)
-    sigma = tl.load(sigma)
+    x, sigma, batch, pixel, inside = load_block(image, sigma, num_pixels, CHANNELS, BLOCK)
     largest, prior, top, total = sum_over_slots(
         x, decoded, batch, pixel, inside, num_pixels, sigma, K
     )
     cotangent = tl.load(d_log_likelihood + batch * num_pixels + pixel, mask=inside, other=0.0)
     is_logit = tl.arange(0, CHANNELS)[None, :] == CHANNELS - 1  # (1, C+1)
     for k in range(K):
-        slot, logit = load_slot(decoded, batch * K + k, pixel, inside, num_pixels, CHANNELS, FLOAT)
-        log_density, score = log_density_and_score(x, slot, sigma)
-        responsibility = tl.exp(logit - largest + log_density - top) / total
-        by_logit = responsibility - tl.exp(logit - largest) / prior
+        slot, logit = load_slot(x, decoded, batch * K + k, pixel, inside, num_pixels)
+        log_density, score = log_density_and_score(x, slot, sigma)  # score (x − μ) / σ², last 0
+        responsibility = tl.exp(logit - largest + log_density - top) / total  # r_k
+        by_logit = responsibility - tl.exp(logit - largest) / prior  # r_k − m_k
         gradient = tl.where(is_logit, by_logit[:, None], responsibility[:, None] * score)
         offset = slot_offsets(batch * K + k, pixel, num_pixels, CHANNELS)
         tl.store(d_decoded + offset, cotangent[:, None] * gradient, mask=inside[:, None])
@@ -137,7 +131,7 @@ def backward_kernel(
 
 @torch.library.custom_op("slot_kernels::mixture_log_likelihood", mutates_args=())
 def _forward(image: Tensor, decoded: Tensor, sigma: Tensor) -> Tensor:
-    batch, slots, height, width, channels = decoded.shape
+    batch, slots, height, width, channels = decoded.shape  # channels-last
     log_likelihood = _empty_likelihood(image, decoded, sigma)
     launch(
         forward_kernel, (batch, triton.cdiv(height * width, BLOCK)),

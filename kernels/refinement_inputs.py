@@ -51,7 +51,7 @@ import kernels
 from kernels.device import (
     compare_slots,
     empty_sum,
-    load_image,
+    load_block,
     load_slot,
     log_density_and_score,
     slot_offsets,
@@ -117,12 +117,7 @@ def terms_kernel(
     BLOCK: tl.constexpr,
 ):
     """What is normalised, and its moments in every block of pixels."""
-    FLOAT: tl.constexpr = sigma.dtype.element_ty
-    batch = tl.program_id(0).to(tl.int64)
-    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = pixel < num_pixels
-    x = load_image(image, batch, pixel, inside, num_pixels, CHANNELS, FLOAT)
-    sigma = tl.load(sigma)
+    x, sigma, batch, pixel, inside = load_block(image, sigma, num_pixels, CHANNELS, BLOCK)
     sums = compare_slots(x, decoded, batch, pixel, inside, num_pixels, sigma, K)
     logit1, _, prior, term1, _, _, total, _, _ = sums
     likelihood = term1 + tl.log(total / prior)
@@ -130,7 +125,7 @@ def terms_kernel(
     is_logit = tl.arange(0, CHANNELS)[None, :] == CHANNELS - 1  # (1, C+1)
     for k in range(K):
         index = batch * K + k
-        slot, logit = load_slot(decoded, index, pixel, inside, num_pixels, CHANNELS, FLOAT)
+        slot, logit = load_slot(x, decoded, index, pixel, inside, num_pixels)
         log_density, score = log_density_and_score(x, slot, sigma)
         responsibility = tl.exp(logit - logit1 + log_density - term1) / total
         by_logit = tl.exp(logit - logit1) / prior - responsibility
@@ -166,12 +161,10 @@ def side_by_side(left, right):
 @jit
 def sum_over_slots(x, decoded, batch, pixel, inside, num_pixels, sigma, K: tl.constexpr):
     """The largest terms and the sums of the softmaxes over logits and over log densities."""
-    CHANNELS: tl.constexpr = x.shape[1]
-    FLOAT: tl.constexpr = x.dtype
     logit1, prior = empty_sum(x)
     density1, total = empty_sum(x)
     for k in range(K):
-        slot, logit = load_slot(decoded, batch * K + k, pixel, inside, num_pixels, CHANNELS, FLOAT)
+        slot, logit = load_slot(x, decoded, batch * K + k, pixel, inside, num_pixels)
         log_density, _ = log_density_and_score(x, slot, sigma)
         logit1, prior = update_logsumexp(logit1, prior, logit)
         density1, total = update_logsumexp(density1, total, log_density)
@@ -203,13 +196,8 @@ def pack_kernel(
     COORDINATES: tl.constexpr,  # N
     BLOCK: tl.constexpr,
 ):
-    FLOAT: tl.constexpr = sigma.dtype.element_ty
     COLOURS: tl.constexpr = CHANNELS - 1
-    batch = tl.program_id(0).to(tl.int64)
-    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = pixel < num_pixels
-    x = load_image(image, batch, pixel, inside, num_pixels, CHANNELS, FLOAT)
-    sigma = tl.load(sigma)
+    x, sigma, batch, pixel, inside = load_block(image, sigma, num_pixels, CHANNELS, BLOCK)
     likelihood = tl.load(log_likelihood + batch * num_pixels + pixel, mask=inside, other=0.0)
     gain = affine + tl.arange(0, CHANNELS)[None, :]
     pair_gain = affine + CHANNELS + tl.arange(0, 2)[None, :]
@@ -218,11 +206,11 @@ def pack_kernel(
     )
     for k in range(K):
         index = batch * K + k
-        slot, logit = load_slot(decoded, index, pixel, inside, num_pixels, CHANNELS, FLOAT)
+        slot, logit = load_slot(x, decoded, index, pixel, inside, num_pixels)
         log_density, _ = log_density_and_score(x, slot, sigma)
         mask, posterior = tl.exp(logit - logit1) / prior, tl.exp(log_density - density1) / total
         first = index * (CHANNELS + 2)  # the first of its C + 3 normalised channels
-        gradient, _ = load_slot(grad_decoded, index, pixel, inside, num_pixels, CHANNELS, FLOAT)
+        gradient, _ = load_slot(x, grad_decoded, index, pixel, inside, num_pixels)
         gradient = normalise(gradient, statistics, first)
         gradient = gradient * tl.load(gain) + tl.load(gain + CHANNELS + 2)
         others = tl.load(leave_one_out + index * num_pixels + pixel, mask=inside, other=0.0)
@@ -266,22 +254,17 @@ def backward_kernel(
     FEATURES: tl.constexpr,  # F
     BLOCK: tl.constexpr,
 ):
-    FLOAT: tl.constexpr = sigma.dtype.element_ty
     COLOURS: tl.constexpr = CHANNELS - 1
-    batch = tl.program_id(0).to(tl.int64)
-    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = pixel < num_pixels
-    x = load_image(image, batch, pixel, inside, num_pixels, CHANNELS, FLOAT)
-    sigma = tl.load(sigma)
+    x, sigma, batch, pixel, inside = load_block(image, sigma, num_pixels, CHANNELS, BLOCK)
     likelihood = tl.load(log_likelihood + batch * num_pixels + pixel, mask=inside, other=0.0)
     d_likelihood = tl.load(d_log_likelihood + batch * num_pixels + pixel, mask=inside, other=0.0)
     logit1, prior, density1, total = sum_over_slots(
         x, decoded, batch, pixel, inside, num_pixels, sigma, K
     )
-    mask_mean, posterior_mean = tl.zeros([BLOCK], FLOAT), tl.zeros([BLOCK], FLOAT)
+    mask_mean, posterior_mean = tl.zeros([BLOCK], x.dtype), tl.zeros([BLOCK], x.dtype)
     for k in range(K):  # Σ_j m_j dm_j and Σ_j P_j dP_j
         index = batch * K + k
-        slot, logit = load_slot(decoded, index, pixel, inside, num_pixels, CHANNELS, FLOAT)
+        slot, logit = load_slot(x, decoded, index, pixel, inside, num_pixels)
         log_density, _ = log_density_and_score(x, slot, sigma)
         row = d_packed + (index * num_pixels + pixel) * FEATURES + 2 * COLOURS
         d_mask = tl.load(row, mask=inside, other=0.0)
@@ -290,11 +273,11 @@ def backward_kernel(
         posterior_mean += tl.exp(log_density - density1) / total * d_posterior
 
     column, pair_column = tl.arange(0, CHANNELS)[None, :], tl.arange(0, 2)[None, :]
-    d_gain, d_pair_gain = tl.zeros([BLOCK, CHANNELS], FLOAT), tl.zeros([BLOCK, 2], FLOAT)
-    d_bias, d_pair_bias = tl.zeros([BLOCK, CHANNELS], FLOAT), tl.zeros([BLOCK, 2], FLOAT)
+    d_gain, d_pair_gain = tl.zeros([BLOCK, CHANNELS], x.dtype), tl.zeros([BLOCK, 2], x.dtype)
+    d_bias, d_pair_bias = tl.zeros([BLOCK, CHANNELS], x.dtype), tl.zeros([BLOCK, 2], x.dtype)
     for k in range(K):
         index = batch * K + k
-        slot, logit = load_slot(decoded, index, pixel, inside, num_pixels, CHANNELS, FLOAT)
+        slot, logit = load_slot(x, decoded, index, pixel, inside, num_pixels)
         log_density, score = log_density_and_score(x, slot, sigma)
         mask, posterior = tl.exp(logit - logit1) / prior, tl.exp(log_density - density1) / total
         row = d_packed + (index * num_pixels + pixel) * FEATURES + COLOURS
@@ -305,7 +288,7 @@ def backward_kernel(
         by_logit = d_logit + mask * (d_mask - mask_mean)
         by_means = d_means + (posterior * (d_posterior - posterior_mean))[:, None] * score
         d_slot = tl.where(column == COLOURS, by_logit[:, None], by_means)
-        gradient, _ = load_slot(grad_decoded, index, pixel, inside, num_pixels, CHANNELS, FLOAT)
+        gradient, _ = load_slot(x, grad_decoded, index, pixel, inside, num_pixels)
         d_slot -= d_likelihood[:, None] * gradient
         offset = slot_offsets(index, pixel, num_pixels, CHANNELS)
         tl.store(d_decoded + offset, d_slot, mask=inside[:, None])

@@ -80,6 +80,7 @@ def calls(case: Case) -> dict[str, Callable]:
 
 def compile_all(cases: dict[int, list[Case]]) -> list[dict[str, Any]]:
     """Call all operations, forward and backward: an entry for each different compilation."""
+    import baselines
     import torch
 
     import kernels
@@ -100,7 +101,8 @@ def compile_all(cases: dict[int, list[Case]]) -> list[dict[str, Any]]:
         if (at["target"], id(compiled)) not in seen:  # the same object if it is cached
             seen.add((at["target"], id(compiled)))
             name = f"{kernel.fn.__module__}.{kernel.fn.__name__}".removeprefix("kernels.")
-            found.append(dict(**at, kernel=name, **read(compiled)))
+            moved = baselines.num_bytes(arguments)  # each read or written once, of BATCH images
+            found.append(dict(**at, kernel=name, bytes=moved, **read(compiled)))
 
     triton.JITFunction.run = compile_instead
     kernels._triton_obstacle = lambda *_: None  # whatever hinders Triton from running here

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compile_kernels import CASES, compile_in_child, line
+from compile_kernels import BATCH, CASES, Case, compile_in_child, line
 
 import kernels
 from kernels.launch import triton
@@ -20,6 +20,16 @@ pytestmark = pytest.mark.skipif(triton is None, reason="there is nothing to comp
 # loads on the way.
 REGISTERS = {"refinement_inputs": 128}
 OTHERS = 64
+MOVED = {  # numbers that a kernel reads and writes for each pixel, as docstrings say; C = 3, N = 2
+    "masks.forward_kernel": lambda K: 2 * K,
+    "masks.backward_kernel": lambda K: 3 * K,
+    "mixture.forward_kernel": lambda K: 4 + 4 * K,
+    "mixture.backward_kernel": lambda K: 4 + 8 * K,
+    "leave_one_out.leave_one_out_kernel": lambda K: 3 + 5 * K,
+    "refinement_inputs.terms_kernel": lambda K: 4 + 9 * K,
+    "refinement_inputs.pack_kernel": lambda K: 6 + 26 * K,
+    "refinement_inputs.backward_kernel": lambda K: 5 + 30 * K,
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +73,14 @@ def test_a_thread_loads_all_channels_of_a_pixel_at_once(compiled):
         wanted = (colours + 1) * {"float32": 4, "bfloat16": 2}[dtype]
         reads_pixels = entry["operation"] != "masks" and "combine" not in entry["kernel"]
         assert not reads_pixels or entry["load"] >= wanted, line(entry)
+
+
+def test_arguments_are_as_large_as_the_docstrings_say(compiled):
+    side, slots, *_ = case = Case(128, 7)
+    entries = [entry for entry in shipped(compiled) if entry["case"] == list(case)]
+    found = {entry["kernel"]: entry["bytes"] / (4 * BATCH * side**2) for entry in entries}
+    expected = {kernel: numbers(slots) for kernel, numbers in MOVED.items()}
+    assert found == pytest.approx(expected, rel=0.015)  # coordinates are those of all images
 
 
 def test_a_kernel_that_spills_is_seen(compiled):

@@ -521,6 +521,11 @@ def test_a_signal_in_one_process_stops_all(context, tmp_path):
     assert len(log(run)) == step
 
 
+def test_a_log_without_scores_has_nothing_to_average(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    runs.average([])
+
+
 def fast_clock(config: toy.Config) -> None:
     """Trains; rank 1 believes that time runs a hundred times as fast."""
     if runs.rank():
@@ -571,6 +576,7 @@ def test_evaluation_log_and_print(capsys):
     assert again["command"] == evaluation["command"]  # the run's own, wherever it is kept
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "Toy, 34 parameters" and printed[4].startswith("  kernels  none")
+    assert printed[2] == f"  command  {evaluation['command']}"
     assert sum(line.startswith("step ") for line in printed) == 2
     assert printed[-2].startswith("reached  mse ") and printed[-1].startswith("look at  two words")
     record = strict(Path("two words/metrics.jsonl").read_text().splitlines()[1])
