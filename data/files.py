@@ -12,8 +12,7 @@
 images keep their size, but for CLEVR's, which become 128 x 128.
 
 A file's scenes fall into test, validation and train, 10, 10 and 80 %, by a shuffle that depends on
-their number alone. Scene i of a split is entry i of an order that the seed decides; each pass has
-its own. (The papers train on the first 60,000 or 70,000 scenes of an official file.)
+their number alone. Scene i of a split is entry i of an order of the seed; each pass has its own.
 
 A gzip file cannot be read out of order, and unpacked TFRecords are huge (three bytes for one). So
 their first use reads them once, one record at a time, MOST scenes at most, and keeps images and
@@ -125,8 +124,7 @@ def open_source(path: Path, size: int, changed: int) -> Source:
         raise ValueError(f"{path}: {error}") from None
 
 
-def unit(image: np.ndarray) -> np.ndarray:
-    """float32 in [0, 1]."""
+def unit(image: np.ndarray) -> np.ndarray:  # float32 in [0, 1]
     return np.divide(image, 255 if image.dtype == np.uint8 else 1, dtype=np.float32)
 
 

@@ -309,7 +309,6 @@ def write(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """As `write`, indented."""
     write(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
