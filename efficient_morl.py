@@ -38,16 +38,16 @@ runs/efficient_morl-<preset>-<seed>/. `quick` reaches an ARI-FG of 0.932 (median
 to 0.961) in 4.5 minutes (3.1 to 5.3) on one or two threads of an AMD EPYC (notebooks/results/). The
 defaults of Config are the paper's for Tetrominoes; where `quick` differs:
 
-    field                                  paper           quick          why
-    dataset, num_slots                     tetrominoes, 4  mini_sprites_16_shaded, 5
-    latent_size, hidden_size, batch_size   32, 128, 32     16, 64, 16     less work
-    encoder_channels, encoder_kernel       4 x 64, 5       3 x 32, 3      smaller images
-    decoder, coordinate_gain               small, 1        pixel, 15      1x1 kernels: less work
-    num_steps, num_steps_final, test_steps 3               1              less work
-    sigma, kl_weight                       0.3, 1          0.15, 0.01     more KL: unused latents
-    geco, geco_target                      on, -0.274      off, -0.935    a fixed weight suffices
-    init_gain, gru_std                     0.02, 1         1.4, PyTorch's 0.02: no signal at first
-    lr, lr_warmup, lr_half_life            4e-4, 1e4, 1e5  3.65e-3, 100, 750
+    field                                   paper           quick           why
+    dataset, num_slots                      tetrominoes, 4  mini_sprites_16_shaded, 5
+    latent_size, hidden_size, batch_size    32, 128, 32     16, 64, 16      less work
+    encoder_channels, encoder_kernel        4 x 64, 5       3 x 32, 3       smaller images
+    decoder, coordinate_gain                small, 1        pixel, 15       1x1 kernels: less work
+    num_steps, num_steps_final, test_steps  3, 3, 3         1, 1, 1         less work
+    sigma, kl_weight                        0.3, 1          0.15, 0.01      more KL: unused latents
+    geco, geco_target                       on, -0.274      off, -0.935     a fixed weight suffices
+    init_gain, gru_std                      0.02, 1         1.4, PyTorch's  0.02: no signal at first
+    lr, lr_warmup, lr_half_life             4e-4, 1e4, 1e5  3.65e-3, 100, 750
 """
 
 import math
