@@ -34,6 +34,8 @@ def main(
     """
     if not dataset:
         return list_datasets()
+    if count < 1:
+        raise ValueError(f"--count must be at least 1, not {count}")
     scenes = data.make(dataset, split, seed)
     batch = scenes.batch(0, count)
     panels = [batch.image.expand(-1, 3, -1, -1)]

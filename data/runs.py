@@ -1,6 +1,5 @@
 """What a training run needs and no model is about: options, folder, log, checkpoint, processes.
 
-A model's `train` calls start, then in its loop steps, update, due and log, and at its end finish.
 A run can stop at any moment (`kill -9` included) and resumes from its last checkpoint as if it had
 never stopped: a checkpoint is written to a temporary file and renamed, all randomness is a function
 of seed, step and scene, and lines of metrics.jsonl past the checkpoint are dropped on resume.
@@ -256,7 +255,6 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 def describe(device: torch.device) -> str:
-    """For people: 'NVIDIA H100' or 'AMD EPYC, 2 threads'."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
