@@ -218,7 +218,6 @@ def stages_table() -> str:
 def estimators_table() -> str:
     names = ("enumerate", "vimco", "concrete", "rebar", "nvil")
     rows = {f"`{name}`": f"air-quick-cpu-0.json:further.variance.{name}." for name in names}
-    rows["`nvil` (measured without its running mean)"] = rows.pop("`nvil`")
     columns = {name: (name, "{:.2g}") for name in ("variance", "bias", "chance")}
     return table(rows, columns, "`--estimator`")
 
