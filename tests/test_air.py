@@ -21,13 +21,13 @@ import pytest
 import torch
 import torch.distributions as D
 import torch.nn.functional as F
+from checks import assert_close
 from torch import Tensor, nn
 
 import air
 import data
 from data import runs
 
-TOLERANCE = 1e-9  # of the largest value of a tensor
 HALF = 2.0**-25  # what air.logistic adds to uniform numbers
 
 
@@ -37,16 +37,6 @@ def double_precision():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE):
-    """The largest error, as a share of the largest value; 1e-12 for what is zero by symmetry."""
-    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
-    assert actual.shape == expected.shape, f"{name}: {actual.shape}, not {expected.shape}"
-    assert actual.isfinite().all(), f"{name} is off: not finite"
-    error = (actual - expected).abs().max().item()
-    limit = tolerance * expected.abs().max().item() + 1e-12
-    assert error <= limit, f"{name} is off by {error:.3g}, more than {limit:.3g}"
 
 
 # -- an own AIR, written from the paper ------------------------------------------------------------

@@ -22,34 +22,13 @@ import pytest
 import torch
 import torch.distributions as D
 import torch.nn.functional as F
+from checks import assert_close, double_precision
 from torch import Tensor, nn
 
 import data
 import efficient_morl
 import kernels
 from data import metrics, runs
-
-
-@contextlib.contextmanager
-def double_precision():
-    """Buffers are made in the default precision; a float32 0.2 would be 3e-9 off."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float = 1e-9):
-    """The largest error, as a share of the largest value; 1e-12 for what is zero by symmetry."""
-    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
-    assert actual.shape == expected.shape, f"{name}: {actual.shape}, not {expected.shape}"
-    assert actual.isfinite().all(), f"{name} is off: not finite"
-    error = (actual - expected).abs().max().item()
-    limit = tolerance * expected.abs().max().item() + 1e-12
-    assert error <= limit, f"{name} is off by {error:.3g}, more than {limit:.3g}"
-
 
 # -- an independent EfficientMORL, written from the paper ------------------------------------------
 

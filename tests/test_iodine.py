@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributions as D
 import torch.nn.functional as F
+from checks import assert_close, double_precision
 from kernel_checks import TRITON
 from mutants import mutated
 from torch import Tensor, nn
@@ -26,7 +27,6 @@ import kernels
 from data import metrics
 from data.mini_sprites import MiniSprites
 
-TOLERANCE = 1e-9  # of the largest value of a tensor
 
 
 @pytest.fixture(autouse=True)
@@ -217,16 +217,6 @@ class Eager:
 # -- both models, side by side ---------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def double_precision():
-    """Coordinates are made in the default precision; float32 ones would be 1e-8 off."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def small(preset: str = "tetrominoes", **overrides) -> iodine.Config:
     """A preset with networks small enough for exact comparisons in milliseconds."""
     sizes = dict(
@@ -308,14 +298,6 @@ def recorded(model: nn.Module):
         yield calls
     finally:
         hook.remove()
-
-
-def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE):
-    """The largest error, as a share of the largest value; 1e-12 for what is zero by symmetry."""
-    assert actual.shape == expected.shape, f"{name}: {actual.shape}, not {expected.shape}"
-    error = (actual - expected).abs().max().item()
-    limit = tolerance * expected.abs().max().item() + 1e-12
-    assert error <= limit, f"{name} is off by {error:.3g}, more than {limit:.3g}"
 
 
 def compare(config: iodine.Config, module: ModuleType = iodine, channels=3, height=6, width=5):

@@ -7,7 +7,6 @@ what mvae.py must pass and its mutants must fail.
 Axes: B batch, N objects, D latent of one object, S places of the encoder's map, C H W image.
 """
 
-import contextlib
 import functools
 import itertools
 import math
@@ -19,6 +18,7 @@ import pytest
 import torch
 import torch.distributions as D
 import torch.nn.functional as F
+from checks import assert_close, double_precision
 from torch import Tensor, nn
 
 import data
@@ -26,26 +26,6 @@ import mvae
 from data import runs
 
 DATASET = "sprites_3_32"
-
-
-@contextlib.contextmanager
-def double_precision():
-    """Buffers are made in the default precision."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float = 1e-9):
-    """The largest error, as a share of the largest value; 1e-12 for what is zero by symmetry."""
-    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
-    assert actual.shape == expected.shape, f"{name}: {actual.shape}, not {expected.shape}"
-    error = (actual - expected).abs().max().item()
-    limit = tolerance * expected.abs().max().item() + 1e-12
-    assert error <= limit, f"{name} is off by {error:.3g}, more than {limit:.3g}"
 
 
 # -- an independent MVAE and VAE, written from the paper -------------------------------------------
