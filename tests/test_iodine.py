@@ -28,7 +28,6 @@ from data import metrics
 from data.mini_sprites import MiniSprites
 
 
-
 @pytest.fixture(autouse=True)
 def torch_backend():
     with kernels.use("torch"):
