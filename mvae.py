@@ -102,13 +102,20 @@ class Config(runs.RunConfig):
     lr_horizon: int = 3_000_000  # ... over this many steps. Paper: "scheduled", shape open
 
 
+QUICK: dict[str, Any] = dict(
+    dataset="sprites_3_32", encoder_channels=(16, 32, 32, 64), poolings=2,
+    num_slots=3, single_steps=1500, unselected=True, unselected_steps=1000,
+    exclusion=8.0, exclusion_steps=(400, 900, 2500, 6000),
+    batch_size=16, lr=3e-3, lr_final=0.1, lr_horizon=6000, steps=6000,
+)
+SHORT: dict[str, Any] = QUICK | dict(
+    dataset="sprites_3", poolings=3, hidden_size=512, render_channels=16, single_steps=3000,
+    exclusion_steps=(400, 900, 6000, 15000), lr_final=0.03, lr_horizon=15000, steps=15000,
+)
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": dict(
-        dataset="sprites_3_32", encoder_channels=(16, 32, 32, 64), poolings=2,
-        num_slots=3, single_steps=1500, unselected=True, unselected_steps=1000,
-        exclusion=8.0, exclusion_steps=(400, 900, 2500, 6000),
-        batch_size=16, lr=3e-3, lr_final=0.1, lr_horizon=6000, steps=6000,
-    ),
+    "quick": QUICK,
+    "sprites3_short": SHORT,
+    "sprites8_short": SHORT | dict(dataset="sprites_8", num_slots=10),
     "sprites3": dict(dataset="sprites_3", steps=3_000_000),
     "sprites8": dict(dataset="sprites_8", num_slots=10, steps=3_000_000),
 }
