@@ -33,20 +33,19 @@ decoder draws each object alone, then pools, so that their order means nothing:
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
 runs/mvae-<preset>-<seed>/. Measured (ten seeds): places 0.865 (0.843 to 0.875), leak 0.029.
 
-The defaults of Config are the paper's, or ours where it is silent. `quick` trades them for minutes
-and keeps each object in one place. Its first `single_steps` train on scenes that are known to hold
-one sprite: they use the generator's counts, which is mild supervision.
+The defaults of Config are the paper's, or ours where it is silent; other presets trade them for
+minutes. The scenes of `single_steps` use the generator's counts, which is mild supervision.
 
-    field                          paper            quick            why
-    dataset                        sprites_3        sprites_3_32     a quarter of the pixels
-    encoder_channels               32 32 64 64      16 32 32 64      less work
-    poolings                       3                2                8 x 8 places, as at 64 pixels
-    num_slots                      5                3                as many as sprites
-    batch_size                     64               16               more training steps a minute
-    lr, lr_final, lr_horizon       1e-3, .01, 3e6   3e-3, .1, 6,000  minutes
-    single_steps                   0                1,500            one sprite, one code
-    unselected, unselected_steps   no               yes, in 1,000    other places fall silent
-    exclusion, exclusion_steps     1, which is off  8, at last 1     one object, one place
+    field                         paper           quick         sprites3_short  why
+    dataset                       sprites_3       sprites_3_32  sprites_3       fewer pixels
+    encoder_channels              32 32 64 64     16 32 32 64   as quick        less work
+    poolings                      3               2             3               8 x 8 places
+    hidden_size, render_channels  256, 32         256, 32       512, 16         shapes; less work
+    num_slots, batch_size         5, 64           3, 16         3, 16           more steps a minute
+    lr, lr_final, lr_horizon      1e-3, .01, 3e6  3e-3, .1, 6e3  3e-3, .03, 15e3  minutes
+    single_steps                  0               1,500         3,000           one code a sprite
+    unselected, unselected_steps  no              yes, in 1,000  as quick       others fall silent
+    exclusion, exclusion_steps    1, off          8, at last 1  as quick        one place an object
 """
 
 import math
@@ -76,8 +75,7 @@ class Config(runs.RunConfig):
     model: Literal["mvae", "vae"] = "mvae"  # vae: the baseline, one code of N * D latents
     num_slots: int = 5  # N. The paper's baseline has 60 latents, which are 5 of 12
     latent_size: int = 12  # D
-    # Paper: four convolutions with max-pooling, sizes open. Here: the first `poolings` of the four
-    # are followed by one, so that 64 pixels become 8 x 8 places, the side of the decoder's map.
+    # Paper: four convolutions with max-pooling, sizes open. Here 64 pixels become 8 x 8 places.
     encoder_channels: tuple[int, ...] = (32, 32, 64, 64)
     poolings: int = 3  # how many of these convolutions are followed by 2 x 2 max-pooling
     head_channels: int = 64  # of the first of the two convolutions after the coordinates; open
@@ -89,7 +87,6 @@ class Config(runs.RunConfig):
     # Weights start normal with deviation gain / sqrt(inputs), biases at 0; open. torch's own
     # initialisation has a gain of 0.58: seven such layers, from z to the image, leave little of z.
     init_gain: float = 1.2
-    kl_weight: float = 1.0  # of the KL in the loss; the ELBO has 1
     # One object, one place. Paper: none of the next five.
     single_steps: int = 0  # first training steps, of scenes with exactly one sprite, with N = 1
     unselected: bool = False  # the places that are not selected pay their KL too, ...
@@ -102,23 +99,21 @@ class Config(runs.RunConfig):
     lr_horizon: int = 3_000_000  # ... over this many steps. Paper: "scheduled", shape open
 
 
-QUICK: dict[str, Any] = dict(
-    dataset="sprites_3_32", encoder_channels=(16, 32, 32, 64), poolings=2,
-    num_slots=3, single_steps=1500, unselected=True, unselected_steps=1000,
-    exclusion=8.0, exclusion_steps=(400, 900, 2500, 6000),
-    batch_size=16, lr=3e-3, lr_final=0.1, lr_horizon=6000, steps=6000,
-)
-SHORT: dict[str, Any] = QUICK | dict(
-    dataset="sprites_3", poolings=3, hidden_size=512, render_channels=16, single_steps=3000,
-    exclusion_steps=(400, 900, 6000, 15000), lr_final=0.03, lr_horizon=15000, steps=15000,
-)
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": QUICK,
-    "sprites3_short": SHORT,
-    "sprites8_short": SHORT | dict(dataset="sprites_8", num_slots=10),
+    "quick": dict(
+        dataset="sprites_3_32", encoder_channels=(16, 32, 32, 64), poolings=2,
+        num_slots=3, single_steps=1500, unselected=True, unselected_steps=1000,
+        exclusion=8.0, exclusion_steps=(400, 900, 2500, 6000),
+        batch_size=16, lr=3e-3, lr_final=0.1, lr_horizon=6000, steps=6000,
+    ),
     "sprites3": dict(dataset="sprites_3", steps=3_000_000),
     "sprites8": dict(dataset="sprites_8", num_slots=10, steps=3_000_000),
 }
+PRESETS["sprites3_short"] = PRESETS["quick"] | dict(
+    dataset="sprites_3", poolings=3, hidden_size=512, render_channels=16, single_steps=3000,
+    exclusion_steps=(400, 900, 6000, 15000), lr_final=0.03, lr_horizon=15000, steps=15000,
+)
+PRESETS["sprites8_short"] = PRESETS["sprites3_short"] | dict(dataset="sprites_8", num_slots=10)
 
 
 def make_config(preset: str = "quick", **overrides: Any) -> Config:
@@ -266,15 +261,15 @@ class MVAE(nn.Module):
         Paper: the negative ELBO. `quick` adds the KL of the places that are not selected, and for a
         while a multiple of the KL of places beside a larger one.
         """
-        _, nll, kl, all_kl = self.elbo(image, noise)
-        loss = nll + self.config.kl_weight * kl
+        elbo, nll, kl, all_kl = self.elbo(image, noise)
+        loss = -elbo
         if self.to_code is None:
             kl_map = all_kl.unflatten(1, self.map_size)  # (B, h, w)
             beside = kl_map < F.max_pool2d(kl_map, 3, stride=1, padding=1)
             loss = loss + self.unselected * (all_kl.sum(1) - kl)
             loss = loss + self.exclusion * (kl_map * beside).flatten(1).sum(1)
-        loss, nll, kl = loss.mean(), nll.mean(), kl.mean()
-        return dict(loss=loss, elbo=-nll - kl, nll=nll, kl=kl)
+        parts = dict(loss=loss, elbo=elbo, nll=nll, kl=kl)
+        return {name: value.mean() for name, value in parts.items()}
 
     def noise(self, scenes: data.Scenes, index: Tensor) -> Tensor:
         """Standard normal (B, N, D), a function of seed, split and scene."""
@@ -385,10 +380,9 @@ def kl_maps(model: MVAE, scenes: data.Scenes, count: int) -> tuple[Tensor, Tenso
 def evaluate(model: MVAE, scenes: data.Scenes, count: int = 1000) -> dict[str, Any]:
     """`metrics` over the first `count` scenes, and of the MVAE the counting of section 4.3.
 
-    `nll_floor` is the part of nll that no model can avoid; `mse` is that of the posterior means;
-    `leak` is that of an exchange. Thresholds are chosen on 6.4 x count validation scenes and tested
-    on 12.8 x count (paper: 6,400 and 12,800). `count_accuracy` is of places, the literal reading;
-    `count_chance` always says the most frequent number.
+    `mse` is that of the posterior means, `leak` that of an exchange. Thresholds are chosen on
+    6.4 x count validation scenes and tested on 12.8 x count (paper: 6,400 and 12,800).
+    `count_accuracy` is of places, the literal reading; `count_chance` of the most frequent number.
     """
     values = defaultdict(list)
     for index in torch.arange(count, device=scenes.device).split(64):
@@ -449,8 +443,7 @@ def draw(model: MVAE, scenes: data.Scenes, folder: Path, results: dict[str, Any]
         x = [record["step"] for record in history]
         panels = {name: {"": (x, [record[name] for record in history], None)}
                   for name in ("elbo", "nll", "kl")}
-        figures.curves(folder / "training.png", panels, "training step",
-                       f"Training, preset {model.config.preset}")
+        figures.curves(folder / "training.png", panels, "training step", "Training")
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -466,7 +459,7 @@ def check(config: Config) -> None:
     runs.check(config)
     runs.at_least(config, 1, "num_slots", "latent_size", "encoder_channels", "lr_horizon",
                   "unselected_steps", "exclusion")
-    runs.at_least(config, 0, "poolings", "kl_weight", "single_steps")
+    runs.at_least(config, 0, "poolings", "single_steps")
     runs.positive(config, "init_gain", "lr_final")
     runs.require(config.kernels == "auto", "--kernels: MVAE uses none; leave it out")
     try:

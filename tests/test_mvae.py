@@ -133,7 +133,7 @@ class Eager:
         return SimpleNamespace(
             loc=torch.stack([q_n.loc for q_n in q]), kl_map=torch.stack(kl_map), logits=logits,
             log_scale=torch.stack([q_n.scale.log() for q_n in q]), kls=kl, nll=nll, kl=kl.sum(),
-            elbo=-nll - kl.sum(), loss=nll + c.kl_weight * kl.sum() + extra,
+            elbo=-nll - kl.sum(), loss=nll + kl.sum() + extra,
         )  # fmt: skip
 
 
@@ -219,12 +219,12 @@ def check_eager(module: ModuleType = mvae, shape=SHAPE, step=0, slots=None, **ov
 
 @pytest.mark.parametrize("case", [
     {}, dict(aggregation="sum"), dict(num_slots=1), dict(num_slots=16),
-    dict(encoder_channels=(3, 4, 2), poolings=1, num_slots=5, kl_weight=0.3),
+    dict(encoder_channels=(3, 4, 2), poolings=1, num_slots=5),
     dict(shape=(1, 32, 32), latent_size=3),
     *(dict(QUICK, step=step) for step in (0, 10, 15, 20, 25, 30, 60)),
-    dict(QUICK, step=5, slots=1, kl_weight=0.5), dict(QUICK, step=25, unselected=False),
+    dict(QUICK, step=5, slots=1), dict(QUICK, step=25, unselected=False),
     dict(QUICK, model="vae", step=25),
-    dict(model="vae"), dict(model="vae", num_slots=4, latent_size=3, kl_weight=2.0),
+    dict(model="vae"), dict(model="vae", num_slots=4, latent_size=3),
 ], ids=str)  # fmt: skip
 def test_equals_the_eager_model(case):
     check_eager(**case)
@@ -573,7 +573,7 @@ def check_training(module: ModuleType = mvae) -> None:
 
 CHECKS: dict[str, Callable[..., None]] = {
     "eager": check_eager,
-    "sum": lambda module: check_eager(module, aggregation="sum", kl_weight=0.3),
+    "sum": lambda module: check_eager(module, aggregation="sum"),
     "vae": lambda module: check_eager(module, model="vae"),
     "quick": lambda module: check_eager(module, **QUICK, step=15),
     "schedule": check_schedule, "training": check_training, "readings": check_readings,
@@ -599,7 +599,6 @@ MUTANTS = {  # name: (check, text of mvae.py, its mutation)
     "one single step more": ("training", "step < config.single", "step <= config.single"),
     "many sprites for one code": ("training", "single if early", "scenes if early"),
     "weights of the next step": ("training", "model.set_step(step)", "model.set_step(step + 1)"),
-    "KL not weighted": ("sum", "nll + self.config.kl_weight * kl", "nll + kl"),
     "half of the floor": ("floor", " + torch.special.entr(1 - image)", ""),
     "t reaches the count": ("threshold", "high, low, right=True", "high, low, right=False"),
     "places not sorted": ("threshold", "flatten(1).sort(1, descending=True)[0]", "flatten(1)"),
