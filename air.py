@@ -65,7 +65,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 import data
-from data import draws, figures, metrics, runs
+from data import draws, figures, metrics, processes, runs
 
 # B batch (B*S in estimators), S samples, N steps, D size of z_what, P glimpse side, C H W image
 
@@ -343,7 +343,7 @@ class Baseline(nn.Module):
     def track(self, error: Tensor, asked: Tensor) -> None:
         """Moves the moments by 1/5 towards those of the errors (B, N) where `asked` (B, N)."""
         totals = torch.stack([(error * asked).sum(), (error.square() * asked).sum(), asked.sum()])
-        runs.average([totals])  # over processes
+        processes.average([totals])  # over processes
         new = self.moments.lerp(totals[:2] / totals[2], 0.2)
         self.moments.copy_(torch.where(new.isfinite(), new, self.moments))  # else keep the old
 

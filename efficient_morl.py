@@ -64,7 +64,7 @@ from torch.distributions import Normal, kl_divergence
 
 import data
 import kernels
-from data import draws, figures, metrics, runs
+from data import draws, figures, metrics, processes, runs
 
 # B batch, K slots, N = B K, L layers, I refinement steps, D latent, P pixels = H W, C H W image,
 # O channels of a convolution, E entities of a scene (0: the background); lam: lambda, 2D
@@ -598,7 +598,7 @@ def check(config: Config) -> None:
     try:
         data.make(config.dataset)
         kernels.use(config.kernels)
-        kernels.backend(runs.pick_device(config.device))  # no Triton on a CPU
+        kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:
         raise runs.UserError(error) from None
     lowest = math.log(config.sigma * math.sqrt(2 * math.pi))  # of a perfect reconstruction

@@ -65,7 +65,7 @@ from torch import Tensor, nn
 
 import data
 import kernels
-from data import draws, figures, metrics, runs
+from data import draws, figures, metrics, processes, runs
 
 # B batch, K slots, T decodes, D latent, C H W image, F input channels of the refinement network
 
@@ -573,7 +573,7 @@ def check(config: Config) -> None:
     try:
         data.make(config.dataset)
         kernels.use(config.kernels)
-        kernels.backend(runs.pick_device(config.device))  # no Triton on a CPU
+        kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:
         raise runs.UserError(error) from None
 

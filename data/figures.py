@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from einops import rearrange, repeat
 
-from data import metrics, runs
+from data import checkpoints, metrics
 
 if "MPLBACKEND" in os.environ and "matplotlib" not in sys.modules:
     backend = os.environ.pop("MPLBACKEND")
@@ -446,5 +446,5 @@ def _save(figure: Figure, title: str, path: str | Path) -> Path:
     figure.savefig(content, format="png", bbox_inches=box, metadata={"Software": None})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write(path, content.getvalue())
+    checkpoints.write(path, content.getvalue())
     return path

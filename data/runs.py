@@ -9,15 +9,11 @@ import contextlib
 import ctypes
 import dataclasses
 import io
-import itertools
 import json
 import math
 import os
 import platform
-import re
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,22 +25,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import tqdm
 
-FORMAT = 1  # of checkpoint.pt
+from data import checkpoints, processes
+from data.checkpoints import UserError, require
+
 CHECKPOINT_SECONDS = 60.0  # between checkpoints
 SHOWN = ("loss", "elbo", "kl", "ari_fg", "count_accuracy")  # in the progress line, where measured
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "notebooks" / "results"
+RESULTS = processes.ROOT / "notebooks" / "results"
 # On resume only these may differ from the checkpoint: they say where and how long, not what.
 RUN_CONTROL = {"steps", "minutes", "out", "device", "kernels", "compile", "cuda_graph", "log_every",
                "resume", "eval_only"}
-
-
-class UserError(Exception):
-    """Something that the person at the keyboard can put right: one line, exit status 2."""
 
 
 # -- options ---------------------------------------------------------------------------------------
@@ -89,12 +82,6 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def require(condition: Any, message: str) -> None:
-    """UserError unless the condition holds."""
-    if not condition:
-        raise UserError(message)
-
-
 def at_least(config: Any, least: float, *names: str) -> None:
     """UserError that names the first of these fields that is (or holds a value) below `least`."""
     for name in names:
@@ -110,21 +97,6 @@ def positive(config: Any, *names: str) -> None:
         require(value > 0, f"{option(name)} must be larger than 0, not {value}")
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of `--device`, this process's under torchrun; UserError where it is missing."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise UserError(f"--device {name}: not available here ({reason})") from None
-    return device
-
-
 def check(config: RunConfig) -> None:
     """UserError where the options of RunConfig cannot be."""
     for name, value in asdict(config).items():
@@ -135,9 +107,10 @@ def check(config: RunConfig) -> None:
     positive(config, "lr")
     require(-(2**63) <= config.seed < 2**63, f"--seed must fit into 64 bits, not {config.seed}")
     require(config.resume or not config.eval_only, "--eval-only needs --resume CHECKPOINT")
-    require(config.batch_size % world_size() == 0,
-            f"--batch-size {config.batch_size} does not divide among {world_size()} processes")
-    device = pick_device(config.device)
+    count = processes.world_size()
+    require(config.batch_size % count == 0,
+            f"--batch-size {config.batch_size} does not divide among {count} processes")
+    device = processes.pick_device(config.device)
     require(not config.cuda_graph or device.type == "cuda",
             f"--cuda-graph needs a CUDA device, and this run is on {device}")
 
@@ -158,8 +131,8 @@ def parse(model_name: str, config_class: type, presets: dict[str, dict], argv: l
     """The command line as a `config_class`; `--preset` or `--resume` says what it overrides."""
     first, _ = tyro.cli(RunConfig, args=argv, add_help=False, return_unknown_args=True)
     if first.resume:
-        content = load_checkpoint(first.resume, model_name)
-        saved = saved_config(config_class, content, first.resume)
+        content = checkpoints.load(first.resume, model_name)
+        saved = checkpoints.saved_config(config_class, content, first.resume)
         default = dataclasses.replace(saved, out="", resume="", eval_only=False)
     else:
         default = make_config(config_class, presets, first.preset)
@@ -199,28 +172,15 @@ def main(model_name: str, config_class: type, presets: dict[str, dict], train: C
         print(f"{model_name}.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        if rank() == 0:
+        if processes.rank() == 0:
             reason = str(interrupt) or "stopped; --resume continues from the last checkpoint"
             print(f"{model_name}.py: {reason}", file=sys.stderr)
         sys.exit(130)
 
 
-# -- processes and devices -------------------------------------------------------------------------
-
-
-def rank() -> int:
-    """This process's number; 0 without torchrun. The first process writes, prints, evaluates."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def set_up(config: RunConfig) -> torch.device:
     """Device, number formats, memory allocator and process group, as the config says."""
-    device = pick_device(config.device)
+    device = processes.pick_device(config.device)
     tf32 = config.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if device.type == "cpu" and platform.system() == "Linux":
@@ -229,85 +189,11 @@ def set_up(config: RunConfig) -> torch.device:
         with contextlib.suppress(OSError, AttributeError):
             for parameter in (-3, -1, -2):
                 ctypes.CDLL(None).mallopt(parameter, 1 << 28)
-    if world_size() > 1 and not dist.is_initialized():
+    if processes.world_size() > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
-
-
-def average(tensors: list[Tensor]) -> None:
-    """Mean over processes of every tensor, in place, in one message."""
-    if world_size() > 1 and tensors:
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            t.copy_(mean.view_as(t) / world_size())  # in place: a CUDA graph knows the address
-
-
-def any_process(flag: bool, device: torch.device) -> bool:
-    """True where the flag is set in any process, so that all stop at the same step."""
-    if world_size() == 1:
-        return flag
-    message = torch.tensor(float(flag), device=device)
-    average([message])
-    return message.item() > 0
-
-
-def describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else []
-    threads = torch.get_num_threads()
-    return f"{[*names, platform.processor()][0]}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def commit() -> str | None:
-    """The commit of this code, `-dirty` where it was changed since; None where it has none."""
-    # A repository that begins further up is another project's, with a copy of this code in it.
-    environment = os.environ | dict(GIT_CEILING_DIRECTORIES=str(ROOT.parent))
-    with contextlib.suppress(OSError):  # no git here
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
-                              env=environment, capture_output=True, text=True)
-        return done.stdout.strip() or None
-    return None
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that gets Ctrl-C's or SIGTERM's number; a second signal acts as it did before."""
-    raised = []
-    with contextlib.ExitStack() as before:
-
-        def on_signal(number: int, _: Any) -> None:
-            raised.append(number)
-            before.close()
-            if rank() == 0:
-                print("\nstopping after this step (again: at once)", file=sys.stderr)
-
-        with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before.callback(signal.signal, number, signal.signal(number, on_signal))
-        yield raised
-
-
-# -- files -----------------------------------------------------------------------------------------
-
-
-def write(path: Path, content: bytes) -> None:
-    """Through a temporary file that is renamed: all of it or nothing. OSError."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, content: Any) -> None:
-    write(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def read_log(folder: Path, last_step: int | None = None) -> list[dict[str, Any]]:
@@ -318,89 +204,16 @@ def read_log(folder: Path, last_step: int | None = None) -> list[dict[str, Any]]
             records.append(json.loads(line))
     if last_step is not None:
         records = [record for record in records if record["step"] <= last_step]
-        write(path, "".join(f"{json.dumps(record)}\n" for record in records).encode())
+        checkpoints.write(path, "".join(f"{json.dumps(record)}\n" for record in records).encode())
     return records
-
-
-def load_checkpoint(path: str | Path, model_name: str) -> dict[str, Any]:
-    """The content of a checkpoint, or of the one in a run's folder; UserError if it is missing,
-    damaged, newer than this code or another model's."""
-    file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
-    require(file.is_file(), f"{file}: no such checkpoint")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # half a dozen types, which all mean the same here
-        raise UserError(f"{file}: not a readable checkpoint ({type(error).__name__})") from None
-    keys = {"format", "model_name", "config", "model", "step"}
-    require(isinstance(content, dict) and keys <= content.keys()
-            and isinstance(content["format"], int), f"{file}: not a checkpoint of this repository")
-    require(content["format"] <= FORMAT,
-            f"{file}: format {content['format']}, newer than this code's {FORMAT}")
-    require(content["model_name"] == model_name,
-            f"{file}: a checkpoint of {content['model_name']}.py, not {model_name}.py")
-    return content
-
-
-def saved_config(config_class: type, content: dict[str, Any], path: str | Path) -> Any:
-    """The config of a checkpoint's content. A field that it lacks gets its default, which is what
-    the code did before the field existed; UserError for fields that are unknown."""
-    unknown = content["config"].keys() - {field.name for field in dataclasses.fields(config_class)}
-    require(not unknown, f"{path}: its settings are another version's ({', '.join(unknown)})")
-    return config_class(**content["config"])
-
-
-def load_state(part: nn.Module | torch.optim.Optimizer, state: Any, path: str | Path) -> None:
-    """`load_state_dict`; UserError where the file's tensors are not this model's."""
-    try:
-        part.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: its tensors do not fit this model ({reason})") from None
 
 
 def load_model(path: str | Path, model_name: str, config_class: type, build: Callable) -> Any:
     """The trained model of a checkpoint (a file or a run's folder); `build(config)` makes it."""
-    content = load_checkpoint(path, model_name)
-    model = build(saved_config(config_class, content, path))
-    load_state(model, content["model"], path)
+    content = checkpoints.load(path, model_name)
+    model = build(checkpoints.saved_config(config_class, content, path))
+    checkpoints.load_state(model, content["model"], path)
     return model.eval()
-
-
-def open_folder(config: RunConfig, model_name: str) -> tuple[Path, FileLock]:
-    """The folder that this run writes to, with the lock that it holds while its process lives.
-
-    The default folder gets -2, -3, ... where it holds another run or one is at work in it; one
-    named with `--out` is then refused. A resumed run continues in its own folder, or in `--out`
-    with a copy of the log. UserError where nothing can be written or another process resumes it.
-    """
-    path = Path(config.resume)
-    source = path if path.is_dir() else path.parent
-    # Weights that somebody keeps elsewhere have no config.json beside them.
-    own = (config.resume and (source / "config.json").exists()
-           and Path(config.out or source).resolve() == source.resolve())
-    first = source if own else config.out or f"runs/{model_name}-{config.preset}-{config.seed}"
-    for number in itertools.count(1):
-        folder = Path(first if number == 1 else f"{first}-{number}")
-        lock = FileLock(folder / ".lock", blocking=False)
-        try:
-            (folder / "figures").mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(Timeout):
-                lock.acquire()
-        except OSError as error:
-            raise UserError(f"cannot write to {folder} ({error}); name another --out") from None
-        if own and config.eval_only:  # another process may be training here
-            return folder, lock
-        full = any((folder / name).exists() for name in ("checkpoint.pt", "evaluation.json"))
-        if lock.is_locked and (own or not full):
-            break
-        lock.release()
-        require(not own, f"{folder}: another process is training this run")
-        require(not config.out,
-                f"{folder} holds another run; name another --out, or --resume {folder}")
-    if config.resume and not own and (source / "metrics.jsonl").exists():
-        write(folder / "metrics.jsonl", (source / "metrics.jsonl").read_bytes())
-    write_json(folder / "config.json", asdict(config))
-    return folder, lock
 
 
 # -- a run -----------------------------------------------------------------------------------------
@@ -433,21 +246,22 @@ class Run:
         config = self.config
         if config.eval_only:
             return
-        local_batch_size = config.batch_size // world_size()
-        if rank() == 0:
+        local_batch_size = config.batch_size // processes.world_size()
+        if processes.rank() == 0:
             read_log(self.folder, last_step=self.step)
         self.save()
         saved = time.monotonic()
         began = saved - 60 * self.minutes
         self.last_log = self.step, saved
+        shown = processes.rank() == 0 and sys.stderr
         bar = tqdm(total=config.steps, initial=self.step, leave=False,
-                   disable=None if rank() == 0 and sys.stderr else True,  # None: unless a terminal
+                   disable=None if shown else True,  # None: unless it is a terminal
                    bar_format="{n_fmt}/{total_fmt} {bar:9} {elapsed}<{remaining}{postfix}")
-        with stop_signals() as raised, bar as self.bar:
-            while self.step < config.steps and not any_process(
+        with processes.stop_signals() as raised, bar as self.bar:
+            while self.step < config.steps and not processes.any_process(
                 bool(raised) or self.minutes >= (config.minutes or math.inf), self.device
             ):
-                first = (self.step * world_size() + rank()) * local_batch_size
+                first = (self.step * processes.world_size() + processes.rank()) * local_batch_size
                 yield self.step, torch.arange(first, first + local_batch_size, device=self.device)
                 self.step += 1
                 now = time.monotonic()
@@ -455,7 +269,7 @@ class Run:
                 if now - saved > CHECKPOINT_SECONDS:
                     self.save()
                     saved = now
-            stopped = any_process(bool(raised), self.device)
+            stopped = processes.any_process(bool(raised), self.device)
         self.save()
         if stopped:
             raise KeyboardInterrupt(f"stopped after step {self.step}; "
@@ -476,7 +290,7 @@ class Run:
         parts = {name: value.detach() for name, value in run(loss, *tensors).items()}
         groups = self.optimizer.param_groups
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        average(gradients + [value for value in parts.values() if value.ndim == 0])
+        processes.average(gradients + [value for value in parts.values() if value.ndim == 0])
         parts["grad_norm"] = nn.utils.clip_grad_norm_(groups[0]["params"], clip)
         groups[0]["lr"] = lr
         if parts["grad_norm"].isfinite():
@@ -527,8 +341,8 @@ class Run:
         values = {name: value for name, value in parts.items() if value.ndim == 0}
         for name, value in scores.items():
             values[name] = torch.as_tensor(value, dtype=torch.float32, device=self.device)
-        average([values[name] for name in scores])
-        if rank() > 0:
+        processes.average([values[name] for name in scores])
+        if processes.rank() > 0:
             return
         (last_step, last), now = self.last_log, time.monotonic()
         step = self.step + 1
@@ -549,14 +363,14 @@ class Run:
 
     def save(self) -> None:
         """Writes checkpoint.pt: {format, model_name, config, model, optimizer, step, ...}."""
-        if rank() == 0:
+        if processes.rank() == 0:
             buffer = io.BytesIO()
             torch.save(dict(
-                format=FORMAT, model_name=self.name, config=asdict(self.config),
+                format=checkpoints.FORMAT, model_name=self.name, config=asdict(self.config),
                 model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
                 step=self.step, minutes=self.minutes, skipped=self.skipped,
             ), buffer)
-            write(self.folder / "checkpoint.pt", buffer.getvalue())
+            checkpoints.write(self.folder / "checkpoint.pt", buffer.getvalue())
 
     def finish(
         self, scenes: Any, evaluate: Callable, draw: Callable, show: Sequence[str], picture: str
@@ -567,7 +381,7 @@ class Run:
         `draw(model, scenes, folder, results)` writes pictures. Only the first process works; the
         others get {}. `show` names the metrics to print.
         """
-        if rank() > 0:
+        if processes.rank() > 0:
             return {}
         print("evaluating test scenes, drawing figures", flush=True)
         threads = torch.get_num_threads()
@@ -577,12 +391,12 @@ class Run:
         torch.set_num_threads(threads)
         evaluation = dict(
             model=self.name, preset=self.config.preset, command=self.command,
-            seed=self.config.seed, device=describe(self.device),
+            seed=self.config.seed, device=processes.describe(self.device),
             versions=dict(python=platform.python_version(), torch=torch.__version__),
-            commit=commit(), date=time.strftime("%Y-%m-%d"), steps=self.step,
+            commit=processes.commit(), date=time.strftime("%Y-%m-%d"), steps=self.step,
             minutes=self.minutes, skipped=self.skipped, **results,
         )
-        write_json(self.folder / "evaluation.json", evaluation)
+        checkpoints.write_json(self.folder / "evaluation.json", evaluation)
         draw(self.model, scenes, self.folder / "figures", results)
         reached = shown_means(results["metrics"], show)
         print(f"reached  {reached} after {self.step:,} steps in {self.minutes:.1f} min")
@@ -616,18 +430,18 @@ def start(
     command = typed(name, anew, make_config(type(config), presets, config.preset))
     run = Run(name, config, command, model, optimizer, next(model.parameters()).device)
     if config.resume:
-        saved = load_checkpoint(config.resume, name)
-        load_state(model, saved["model"], config.resume)
+        saved = checkpoints.load(config.resume, name)
+        checkpoints.load_state(model, saved["model"], config.resume)
         if not config.eval_only:
-            load_state(optimizer, saved["optimizer"], config.resume)
+            checkpoints.load_state(optimizer, saved["optimizer"], config.resume)
         run.step = saved["step"]
         run.minutes, run.skipped = saved.get("minutes", 0.0), saved.get("skipped", 0)
     if config.compile and not config.eval_only:
         for part in compiled:
             part.compile()
-    if rank() == 0:
-        run.folder, run.lock = open_folder(config, name)
-        device = f"{describe(run.device)}, {config.precision}, torch {torch.__version__}"
+    if processes.rank() == 0:
+        run.folder, run.lock = checkpoints.open_folder(config, name)
+        device = f"{processes.describe(run.device)}, {config.precision}, torch {torch.__version__}"
         header = dict(preset=standing(name, config.preset), command=command, device=device,
                       kernels=kernels, writes=f"{run.folder}/")
         print(f"{title}, {sum(p.numel() for p in model.parameters()):,} parameters")

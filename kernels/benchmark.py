@@ -64,9 +64,9 @@ import efficient_morl
 import iodine
 import kernels
 import mvae
-from data import figures, runs
+from data import checkpoints, figures, processes, runs
 
-sys.path.append(str(runs.ROOT / "tests"))
+sys.path.append(str(processes.ROOT / "tests"))
 import baselines
 import compile_kernels
 
@@ -390,7 +390,7 @@ class Report:
 
     def write(self) -> bool:
         """Both files; True where no row is wrong."""
-        runs.write_json(self.path.with_suffix(".json"), dict(**self.info, rows=self.rows))
+        checkpoints.write_json(self.path.with_suffix(".json"), dict(**self.info, rows=self.rows))
         with open(self.path.with_suffix(".csv"), "w", newline="") as file:
             file.writelines(f"# {key}: {value}\n" for key, value in self.info.items())
             table = csv.DictWriter(file, dict.fromkeys(key for row in self.rows for key in row))
@@ -412,7 +412,7 @@ def benchmark(options: Options, arguments: Sequence[str]) -> bool:
     versions = dict(python=platform.python_version(), torch=torch.__version__)
     with suppress(importlib.metadata.PackageNotFoundError):
         versions["triton"] = importlib.metadata.version("triton")
-    info = dict(device=runs.describe(device), versions=versions, commit=runs.commit(),
+    info = dict(device=processes.describe(device), versions=versions, commit=processes.commit(),
                 date=datetime.date.today().isoformat(),
                 command=shlex.join(["python", "-m", "kernels.benchmark", *arguments]))
     slug = re.sub(r"[^a-z0-9]+", "-", info["device"].lower()).strip("-")

@@ -35,7 +35,7 @@ NOTEBOOKS = Path(__file__).resolve().parent
 sys.path.insert(0, str(NOTEBOOKS.parent))
 
 import data  # noqa: E402
-from data import metrics, runs  # noqa: E402
+from data import checkpoints, metrics, runs  # noqa: E402
 
 RESULTS, WEIGHTS, FIGURES = (NOTEBOOKS / name for name in ("results", "weights", "figures"))
 LIMIT = 2 * 2**20  # bytes of a file of weights: everybody who clones downloads it
@@ -48,7 +48,7 @@ def read_run(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     path = run / "evaluation.json"
     runs.require(path.exists(), f"{path}: no such file; only a finished run has one")
     evaluation = json.loads(path.read_text())
-    checkpoint = runs.load_checkpoint(run, evaluation["model"])
+    checkpoint = checkpoints.load(run, evaluation["model"])
     runs.require(checkpoint["step"] == evaluation["steps"],
                  f"{path}: of step {evaluation['steps']}, and the checkpoint is of step "
                  f"{checkpoint['step']}; evaluate it with --eval-only")
@@ -84,16 +84,16 @@ def keep(run: Path, scores_only: bool, pictures: Iterable[str]) -> None:
     if hasattr(module, "further_scores") and not scores_only:
         evaluation["further"] = module.further_scores(module.load_model(run), test)
     kind = "cuda" if "NVIDIA" in evaluation["device"] else "cpu"
-    runs.write_json(RESULTS / f"{name}-{kind}-{evaluation['seed']}.json", evaluation)
+    checkpoints.write_json(RESULTS / f"{name}-{kind}-{evaluation['seed']}.json", evaluation)
     if scores_only:
         return
     path = WEIGHTS / f"{name}.pt"
-    runs.write(path, pack(checkpoint, half=True))
+    checkpoints.write(path, pack(checkpoint, half=True))
     if moved(evaluation["metrics"], module.evaluate(module.load_model(path), test)["metrics"]):
-        runs.write(path, pack(checkpoint, half=False))
+        checkpoints.write(path, pack(checkpoint, half=False))
     origin = "model", "preset", "command", "seed", "device", "minutes", "steps", "commit"
     means = {metric: score["mean"] for metric, score in evaluation["metrics"].items()}
-    runs.write_json(path.with_suffix(".json"), {key: evaluation[key] for key in origin}
+    checkpoints.write_json(path.with_suffix(".json"), {key: evaluation[key] for key in origin}
                     | dict(metrics=means))
     runs.require(path.stat().st_size <= LIMIT,
                  f"{path}: {path.stat().st_size:,} bytes, more than {LIMIT:,}")
@@ -105,7 +105,7 @@ def keep(run: Path, scores_only: bool, pictures: Iterable[str]) -> None:
 def keep_floors(name: str) -> None:
     """What no learning scores on the test scenes of a data set, into results/."""
     content = metrics.dataset_floors(data.make(name, "test"))
-    runs.write_json(RESULTS / f"floors-{name}.json", content)
+    checkpoints.write_json(RESULTS / f"floors-{name}.json", content)
 
 
 # -- tables ----------------------------------------------------------------------------------------

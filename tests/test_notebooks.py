@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 
 import data
 import iodine
-from data import runs
+from data import checkpoints
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
@@ -176,5 +176,5 @@ def test_what_cannot_be_kept_is_said_in_one_line(run, monkeypatch, capsys):
     monkeypatch.setattr(results, "LIMIT", 10)
     assert "more than 10" in keep(monkeypatch, capsys, run)
     changed = json.loads((run / "evaluation.json").read_text()) | dict(steps=1)
-    runs.write_json(run / "evaluation.json", changed)
+    checkpoints.write_json(run / "evaluation.json", changed)
     assert "evaluate it with --eval-only" in keep(monkeypatch, capsys, run)

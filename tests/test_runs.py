@@ -25,7 +25,7 @@ import pytest
 import torch
 import toy
 
-from data import runs
+from data import checkpoints, processes, runs
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -342,7 +342,7 @@ def test_a_run_that_is_training_cannot_be_resumed(tmp_path, context):
 
 
 def test_killed_before_the_first_checkpoint_the_same_command_works_again():
-    runs.open_folder(tiny("run"), "toy")[1].release()
+    checkpoints.open_folder(tiny("run"), "toy")[1].release()
     assert toy.train(tiny("run", steps=2))["steps"] == 2
 
 
@@ -367,10 +367,10 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys, name):
 
 def test_writing_is_all_or_nothing(monkeypatch):
     path = Path("config.json")
-    runs.write(path, b"old")
+    checkpoints.write(path, b"old")
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("no")))
     with pytest.raises(OSError):
-        runs.write(path, b"new")
+        checkpoints.write(path, b"new")
     assert path.read_bytes() == b"old" and list(Path().iterdir()) == [path]
 
 
@@ -428,7 +428,7 @@ def damaged(content: dict, good: bytes, path: Path) -> dict[str, tuple]:
         "tensor": (lambda: save(torch.ones(3)), "not a checkpoint of this repository"),
         "state_dict": (lambda: save(content["model"]), "not a checkpoint of this repository"),
         "format": (lambda: save({**content, "format": "1"}), "not a checkpoint of this repository"),
-        "newer": (lambda: save({**content, "format": runs.FORMAT + 1}), "newer"),
+        "newer": (lambda: save({**content, "format": checkpoints.FORMAT + 1}), "newer"),
         "other": (lambda: save({**content, "model_name": "air"}), "air.py, not toy.py"),
         "folder": (path.mkdir, "no such checkpoint"),
     }
@@ -523,12 +523,12 @@ def test_a_signal_in_one_process_stops_all(context, tmp_path):
 
 def test_a_log_without_scores_has_nothing_to_average(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    runs.average([])
+    processes.average([])
 
 
 def fast_clock(config: toy.Config) -> None:
     """Trains; rank 1 believes that time runs a hundred times as fast."""
-    if runs.rank():
+    if processes.rank():
         runs.time = types.SimpleNamespace(monotonic=lambda: 100 * time.monotonic())
     toy.train(config)
 
@@ -622,23 +622,23 @@ def test_closed_streams_and_letters_that_the_terminal_lacks():
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 def test_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.setattr(runs, "ROOT", tmp_path)
-    assert runs.commit() is None  # not a repository
+    monkeypatch.setattr(processes, "ROOT", tmp_path)
+    assert processes.commit() is None  # not a repository
     names = [f"{option}=x" for option in ("user.name", "user.email")]
     git = ["git", "-C", str(tmp_path), *(part for name in names for part in ("-c", name))]
     subprocess.run([*git, "init", "-q"], check=True)
     (tmp_path / "file").write_text("1")
     subprocess.run([*git, "add", "file"], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "x"], check=True)
-    clean = runs.commit()
+    clean = processes.commit()
     assert clean and not clean.endswith("-dirty")
     (tmp_path / "file").write_text("2")
-    assert runs.commit() == f"{clean}-dirty"
+    assert processes.commit() == f"{clean}-dirty"
     (tmp_path / "copy").mkdir()
-    monkeypatch.setattr(runs, "ROOT", tmp_path / "copy")  # in another project's repository
-    assert runs.commit() is None
+    monkeypatch.setattr(processes, "ROOT", tmp_path / "copy")  # in another project's repository
+    assert processes.commit() is None
     monkeypatch.setenv("PATH", "")
-    assert runs.commit() is None  # no git at all
+    assert processes.commit() is None  # no git at all
 
 
 # -- options ---------------------------------------------------------------------------------------
