@@ -152,7 +152,8 @@ ROWS = [
     ("air", "quick", "count_accuracy", 0.97, "–"),
     ("air", "multi_mnist", "count_accuracy", 0.97, "0.987 (Pyro)"),
     ("mvae", "quick", "count_accuracy", 0.85, "0.726 (at 64 x 64)"),
-    ("mvae", "sprites3", "count_accuracy", 0.75, "0.726"),
+    ("mvae", "sprites3_short", "count_accuracy", 0.9, "0.726"),
+    ("mvae", "sprites8_short", "count_accuracy", 0.5, "–"),
 ]
 
 
@@ -233,11 +234,14 @@ def backgrounds_table() -> str:
 
 
 def mvae_table() -> str:
-    names = {"`quick`": "", "without the start with one sprite": "-no-single",
-             "places that are not selected pay nothing": "-no-unselected",
-             "a place beside a larger one pays no more": "-no-exclusion",
-             "`quick` after one step of training": "-untrained"}
-    rows = {label: f"mvae-quick{name}-cpu-?.json:metrics." for label, name in names.items()}
+    names = {"`quick`": "quick", "without the start with one sprite": "quick-no-single",
+             "places that are not selected pay nothing": "quick-no-unselected",
+             "a place beside a larger one pays no more": "quick-no-exclusion",
+             "sum instead of max": "quick-sum", "VAE": "quick-vae",
+             "`quick` after one step of training": "quick-untrained",
+             "`sprites3_short`": "sprites3_short", "its VAE": "sprites3_short-vae",
+             "`sprites8_short`": "sprites8_short"}
+    rows = {label: f"mvae-{name}-cpu-?.json:metrics." for label, name in names.items()}
     columns = {"ELBO, nats": ("elbo.mean", "{:.1f}"), "KL, nats": ("kl.mean", "{:.1f}"),
                "places": ("count_accuracy.mean", "{:.3f}"),
                "peaks": ("count_accuracy_peaks.mean", "{:.3f}"),
