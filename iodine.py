@@ -112,15 +112,17 @@ class Config(runs.RunConfig):
 
 
 DSPRITES = dict(latent_size=16, lstm_size=128)  # appendix C.2
+QUICK = dict(
+    dataset="mini_sprites_16_shaded", num_slots=6, latent_size=16, sigma=0.2, sigma_start=0.4,
+    sigma_steps=(660, 2200), flat_colors=0.5, color_steps=(1320, 1760), num_steps=6,
+    decoder_channels=(32, 32, 32), decoder_kernel=1, coordinate_gain=5.0, test_steps=8,
+    step_weights="from_zero", refinement_channels=(32, 64), refinement_kernel=3,
+    refinement_stride=2, pooling="max", activation="relu", update_gain=0.1, batch_size=16,
+    lr=3e-3, lr_warmup=100, lr_final=0.067, lr_hold=1100, lr_horizon=2200, steps=2200,
+)
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": dict(
-        dataset="mini_sprites_16_shaded", num_slots=6, latent_size=16, sigma=0.2, sigma_start=0.4,
-        sigma_steps=(660, 2200), flat_colors=0.5, color_steps=(1320, 1760), num_steps=6,
-        decoder_channels=(32, 32, 32), decoder_kernel=1, coordinate_gain=5.0, test_steps=8,
-        step_weights="from_zero", refinement_channels=(32, 64), refinement_kernel=3,
-        refinement_stride=2, pooling="max", activation="relu", update_gain=0.1, batch_size=16,
-        lr=3e-3, lr_warmup=100, lr_final=0.067, lr_hold=1100, lr_horizon=2200, steps=2200,
-    ),
+    "quick": QUICK,
+    "quick_same_color": QUICK | dict(dataset="mini_sprites_16_same_color"),
     "tetrominoes": dict(),  # appendix C.3: the defaults
     "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", num_slots=6, **DSPRITES),
     # Paper: no architecture for the next two. Here: C.2's, with slots for all objects and one more.
@@ -526,22 +528,19 @@ def evaluate(model: IODINE, scenes: data.Scenes, count: int = 320) -> dict[str, 
 
 @torch.no_grad()
 def draw(model: IODINE, scenes: data.Scenes, folder: Path, results: dict[str, Any]) -> None:
-    """Writes decomposition.png and refinement.png."""
-    index = torch.arange(6, device=scenes.device)
-    batch = scenes.scenes(index)
-    steps = model.infer(batch.image, model.noise(scenes, index))
-    mean, masks, means = reconstruct(steps[-1].decoded)
-    figures.decomposition(
-        folder / "decomposition.png", batch.image, mean, batch.masks, masks, means,
-        "IODINE takes unseen scenes apart, without ever having seen a mask",
-        None if batch.masks is None else metrics.ari(batch.masks, masks),
-    )
-    first = zip(*([part[0] for part in reconstruct(step.decoded)] for step in steps), strict=True)
-    figures.refinement(
-        folder / "refinement.png", batch.image[0],
-        None if batch.masks is None else batch.masks[0], *map(torch.stack, first),
-        "Iterative inference: every row refines the one above",
-    )
+    """Writes decomposition.png, refinement.png and inference.gif."""
+    batch = scenes.batch(0, 6)
+    steps = model.infer(batch.image, model.noise(scenes, torch.arange(6, device=scenes.device)))
+    parts = zip(*(reconstruct(step.decoded) for step in steps), strict=True)
+    mean, masks, means = map(torch.stack, parts)  # (T, B, ...)
+    truth, title = batch.masks, "IODINE takes unseen scenes apart, without ever having seen a mask"
+    scores = None if truth is None else metrics.ari(truth, masks[-1])
+    figures.decomposition(folder / "decomposition.png", batch.image, mean[-1], truth, masks[-1],
+                          means[-1], title, scores)
+    figures.refinement(folder / "refinement.png", batch.image[0],
+                       None if truth is None else truth[0], mean[:, 0], masks[:, 0], means[:, 0],
+                       "Iterative inference: every row refines the one above")
+    figures.animation(folder / "inference.gif", batch.image, mean, truth, masks, means, title)
 
 
 # -- training --------------------------------------------------------------------------------------

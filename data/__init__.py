@@ -23,8 +23,8 @@ SPLITS = ("train", "validation", "test")  # to fit, to choose, to report
 
 
 class Batch(NamedTuple):
-    """Scenes with their ground truth. Whether `present` means exists or visible, and how the
-    entities are ordered, is in each generator's docstring."""
+    """Scenes with their ground truth; sequences have a frame axis after B. Whether `present` means
+    exists or visible, and how the entities are ordered, is in each generator's docstring."""
 
     image: Tensor  # (B, C, H, W) float32 in [0, 1]
     masks: Tensor | None  # (B, E, H, W) bool, exactly one entity per pixel, the topmost wins
@@ -86,6 +86,7 @@ _mini_16 = partial(_mini, size=16, sprite=5, min_objects=2, max_objects=4)
 _dsprites = partial(_late, "multi_dsprites.MultiDSprites")
 _sprites = partial(_late, "blended_sprites.BlendedSprites")
 _digits = partial(_late, "digits.MultiMNIST")
+_moving = partial(_late, "moving_digits.MovingDigits")
 
 DATASETS: dict[str, partial[Scenes]] = {  # called with name, split, seed, device, **options
     "mini_sprites": partial(_mini, size=12, sprite=4, min_objects=2, max_objects=3),
@@ -107,6 +108,10 @@ DATASETS: dict[str, partial[Scenes]] = {  # called with name, split, seed, devic
     "multi_mnist_3": partial(_digits, min_objects=3, max_objects=3),
     "multi_mnist_small": partial(_digits, shrink=2.0, shrink_std=0.15),
     "multi_mnist_color": partial(_digits, colored=True),
+    "moving_mnist": _moving,
+    "moving_mnist_enter": partial(_moving, enter=True),
+    "moving_mnist_leave": partial(_moving, leave=True),
+    "moving_mnist_crossing": partial(_moving, crossing=1.0),
 }
 for _name in ("sprites_3", "sprites_8", "sprites_3_32", "sprites_8_32"):
     DATASETS[f"{_name}_scaled"] = partial(DATASETS[_name], scaled=True)

@@ -38,6 +38,8 @@ def main(
         raise ValueError(f"--count must be at least 1, not {count}")
     scenes = data.make(dataset, split, seed)
     batch = scenes.batch(0, count)
+    if batch.image.ndim == 5:  # sequences: the first `count` frames, one after the other
+        batch = data.Batch(*(v.flatten(0, 1)[:count] for v in batch[:3]), batch.factors)
     panels = [batch.image.expand(-1, 3, -1, -1)]
     if batch.masks is not None:
         panels.append(paint(batch.masks))

@@ -48,17 +48,9 @@ class BlendedSprites(Scenes):
 
     num_channels = 3
 
-    def __init__(
-        self,
-        name: str = "sprites_3",
-        split: str = "train",
-        seed: int = 0,
-        device: str | torch.device = "cpu",
-        size: int = 64,
-        max_objects: int = 3,
-        scaled: bool = False,
-        number: int | None = None,
-    ):
+    def __init__(self, name: str = "sprites_3", split: str = "train", seed: int = 0,
+                 device: str | torch.device = "cpu", size: int = 64, max_objects: int = 3,
+                 scaled: bool = False, number: int | None = None):
         super().__init__(name, split, seed, device)
         # Whether scaled or not: all else of a scene is the same.
         self.key = draws.make_key(name.removesuffix("_scaled"), split, seed)

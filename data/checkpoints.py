@@ -31,6 +31,7 @@ def require(condition: Any, message: str) -> None:
 
 def write(path: Path, content: bytes) -> None:
     """Through a temporary file that is renamed: all of it or nothing. OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_bytes(content)

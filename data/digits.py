@@ -74,20 +74,10 @@ class MultiMNIST(Scenes):
 
     height = width = SIZE
 
-    def __init__(
-        self,
-        name: str = "multi_mnist",
-        split: str = "train",
-        seed: int = 0,
-        device: str | torch.device = "cpu",
-        min_objects: int = 0,
-        max_objects: int = 2,
-        shrink: float = 1.3,
-        shrink_std: float = 0.1,
-        background: str = "black",
-        colored: bool = False,
-        folder: str | Path = "",
-    ):
+    def __init__(self, name: str = "multi_mnist", split: str = "train", seed: int = 0,
+                 device: str | torch.device = "cpu", min_objects: int = 0, max_objects: int = 2,
+                 shrink: float = 1.3, shrink_std: float = 0.1, background: str = "black",
+                 colored: bool = False, folder: str | Path = ""):
         super().__init__(name, split, seed, device)
         if not 0 <= min_objects <= max_objects or not 1 <= max_objects <= 4:
             raise ValueError(f"{min_objects} to {max_objects} digits; at most 4 always fit")

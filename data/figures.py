@@ -1,11 +1,10 @@
 """The pictures of a run: decompositions, steps of inference, samples, curves, tables and bars.
 
-Every function takes torch tensors (on any device) or arrays, writes a PNG of 150 dots per inch to
+Every function takes torch tensors (on any device) or arrays, writes a PNG (`animation`: a GIF) to
 `path` and returns the path. Equal input gives an equal file: neither a backend nor a matplotlibrc
 of the user changes it, and matplotlib.pyplot is left alone. Images are floats with one or three
-channels, clipped to [0, 1]. ValueError for images and masks of a wrong shape and for NaN.
-Images are enlarged by a whole number, so that their pixels stay square and sharp; matplotlib places
-the text around them, and the picture is cropped to what is on it.
+channels, clipped to [0, 1], and enlarged by a whole number, so that their pixels stay sharp.
+ValueError for images and masks of a wrong shape and for NaN.
 
 Colours: entity 0, the background, is grey; entity e and the slot that matches it (`metrics.match`)
 have PALETTE[e - 1]; slots that match nothing take the colours after those of the entities.
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL.Image
 import torch
 from einops import rearrange, repeat
 
@@ -47,7 +47,6 @@ from matplotlib.transforms import Bbox
 PALETTE = (
     "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442", "#332288",
     "#882255", "#4B692D", "#A58CFF", "#A5F0B4", "#9600F0", "#00FF78", "#4B2D1E", "#F01E4B",
-    "#784BD2", "#690F69", "#A50000", "#C3A54B", "#785A87", "#FF7896", "#5A00B4", "#000000",
 )  # fmt: skip
 LINES = (5, 4, 3, 1, 6, 2, 8, 9, 10, 11)  # of curves, as entity numbers, the darker ones first
 BACKGROUND = "#CDD0D6"
@@ -58,24 +57,12 @@ DPI = 150
 PANEL = 120  # dots; images are enlarged by a whole number to this width or more
 FRAME, GAP, WIDE = 3, 14, 30  # dots: around a panel; between panels; between groups of panels
 
-STYLE = {
-    "figure.dpi": DPI, "font.size": 7, "text.color": FAINT, "text.parse_math": False,
-    "axes.labelcolor": FAINT, "axes.titlecolor": INK, "axes.titlesize": 8,
-    "axes.titlelocation": "left", "axes.edgecolor": HAIRLINE, "axes.axisbelow": True,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.formatter.useoffset": False,
-    "axes.formatter.limits": (-9, 9), "xtick.labelcolor": FAINT, "ytick.labelcolor": FAINT,
-    "xtick.major.size": 0, "ytick.major.size": 0, "grid.color": "#ECEEF1", "legend.frameon": False,
-    "legend.labelcolor": INK, "figure.constrained_layout.h_pad": 0.08,
-}  # fmt: skip
-drawing = context(["default", STYLE])  # decorates all functions that draw
+drawing = context(["default", Path(__file__).with_suffix(".mplstyle")])  # of all that draws
 
 
 class Panel(NamedTuple):
     image: np.ndarray  # (H, W, 3)
     frame: Any = None  # its colour; a hairline where None
-
-
-# -- the figures -----------------------------------------------------------------------------------
 
 
 @drawing
@@ -85,27 +72,30 @@ def decomposition(path: str | Path, image: Any, reconstruction: Any, true_masks:
 
     image, reconstruction (N, C, H, W); true_masks (N, E, H, W) bool, exclusive, or None; masks
     (N, K, H, W) in [0, 1], shown as a mixture of the slots' colours; means (N, K, C, H, W), shown
-    with the mask as opacity. The slots of a row stand in the order of its entities, the
-    background's first, those that match none last; frames have the slots' colours. `scores` (N):
-    ARI-FG, printed at the left, a dash for NaN.
+    with the mask as opacity. The slots of a row stand in the order of its entities, those that
+    match none last. `scores` (N): ARI-FG, printed at the left, a dash for NaN.
     """
-    image, reconstruction = _images(image, "image", 4), _images(reconstruction, "reconstruction", 4)
-    masks, means = _array(masks, "masks", 4), _images(means, "means", 5)
-    truths = [None] * len(image) if true_masks is None else _array(true_masks, "true_masks", 4)
-    slots = 1 - masks[..., None] * (1 - means)  # on white, (N, K, H, W, 3)
-    rows = []
-    for n, truth in enumerate(truths):
-        row = [Panel(image[n]), Panel(reconstruction[n])]
-        if truth is not None:
-            row.append(Panel(_paint(truth, range(len(truth)))))
-        rows.append([*row, *_panels(masks[n], slots[n], _entities(truth, masks[n]))])
-    heads = ["Input", "Reconstruction", "True masks", "Predicted masks"]
-    if true_masks is None:
-        heads.remove("True masks")
-    apart = 2, len(heads)
-    heads += [f"Slot {k}" for k in range(1, masks.shape[1] + 1)]
     labels = [] if scores is None else [f"{s:.2f}".replace("nan", "–") for s in _array(scores)]
-    return _save(_sheet(rows, heads, labels, "ARI-FG" if labels else "", apart), title, path)
+    args = image, reconstruction, true_masks, masks, means, masks, labels
+    return _save(_decomposition(*args), title, path)
+
+
+@drawing
+def animation(path: str | Path, image: Any, reconstructions: Any, true_masks: Any, masks: Any,
+              means: Any, title: str) -> Path:
+    """Inference as a GIF: `decomposition` of four scenes after each step, with the last step's
+    order and colours. With T: reconstructions (T, N, C, H, W), masks and means.
+    """
+    frames = []
+    for t, (mean, *slots) in enumerate(zip(reconstructions, masks, means, strict=True), 1):
+        sheet = _decomposition(image[:4], mean, true_masks, *slots, masks[-1])
+        png = io.BytesIO(_png(sheet, f"{title}: step {t} of {len(masks)}"))
+        frames.append(PIL.Image.open(png).convert("RGB").quantize(dither=PIL.Image.Dither.NONE))
+    content = io.BytesIO()
+    times = [500] * (len(frames) - 1) + [2500]  # milliseconds
+    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+    checkpoints.write(Path(path), content.getvalue())
+    return Path(path)
 
 
 @drawing
@@ -114,10 +104,9 @@ def refinement(path: str | Path, image: Any, true_masks: Any, reconstructions: A
     """Iterative inference on one scene, a step a row (IODINE's Fig. 7), below what it should find.
 
     image (C, H, W); true_masks (E, H, W) or None; reconstructions (T, C, H, W); masks (T, K, H, W);
-    means (T, K, C, H, W). The first row is the truth: the input, the true masks and, above the
-    slots that match them at the last step, the entities cut out of the input. Order and colours of
-    the slots are those of the last step throughout, so that one colour follows one slot. `labels`
-    (T) stand at the left; step 1, step 2, ... where there are none.
+    means (T, K, C, H, W). The first row is the truth: the input, the true masks and the entities,
+    cut out, above the slots that match them at the last step, which decides order and colours.
+    `labels` (T) stand at the left; step 1, step 2, ... where there are none.
     """
     image, means = _images(image, "image", 3), _images(means, "means", 5)
     reconstructions = _images(reconstructions, "reconstructions", 4)
@@ -144,9 +133,9 @@ def attention(path: str | Path, image: Any, boxes: Any, canvases: Any, title: st
     """A scene a row (AIR's Fig. 3): Input, Attention, then the canvas after every step taken.
 
     image (N, C, H, W); boxes (N, S, 4) in pixels: top, left, height, width, all NaN from the first
-    step that was not taken; or of each scene (n, 4), n <= S. canvases (N, S, C, H, W) after each
-    step: the last one taken is the reconstruction. Step s has colour PALETTE[s - 1]: its box, cut
-    off at the edges of the image, and the frame of its canvas. `labels` (N) stand at the left.
+    step that was not taken; or of each scene (n, 4), n <= S. canvases (N, S, C, H, W): the last
+    step's is the reconstruction. Step s has colour PALETTE[s - 1]: its box, cut off at the edges of
+    the image, and the frame of its canvas. `labels` (N) stand at the left.
     """
     image, canvases = _images(image, "image", 4), _images(canvases, "canvases", 5)
     rows = []
@@ -162,27 +151,19 @@ def attention(path: str | Path, image: Any, boxes: Any, canvases: Any, title: st
 
 
 @drawing
-def grid(path: str | Path, images: Any, title: str, heads: Sequence[str] = (),
+def grid(path: str | Path, images: Any, title: str, heads: Sequence[str | float] = (),
          labels: Sequence[str] = (), apart: Sequence[int] = ()) -> Path:
-    """Images (R, V, C, H, W) in rows and columns, with `heads` (V) above and `labels` (R) beside.
-    Before the columns that `apart` names, the gap is wide."""
+    """Images (R, V, C, H, W) in rows and columns, with `heads` (V; numbers, where the columns are
+    values of a latent) above and `labels` (R) beside. Before columns `apart` the gap is wide."""
     rows = [[Panel(image) for image in row] for row in _images(images, "images", 5)]
     return _save(_sheet(rows, heads, labels, "", apart), title, path)
-
-
-def traversals(path: str | Path, images: Any, labels: Any, values: Any, title: str) -> Path:
-    """Images (R, V, C, H, W) in a grid (IODINE's Fig. 6): a row per latent, named by `labels` (R),
-    a column per value that it is set to, `values` (V)."""
-    heads = [f"{v:g}".replace("-", "−") for v in _array(values).round(2) + 0.0]  # no -0
-    return grid(path, images, title, heads, labels)
 
 
 @drawing
 def samples(path: str | Path, images: Any, title: str, masks: Any = None) -> Path:
     """Images (N, C, H, W) in a grid, with the segments of `masks` (N, K, H, W) below each.
 
-    There is no truth to match: slot k has colour PALETTE[k], and the slot with the largest mask the
-    grey of the background.
+    Slot k has colour PALETTE[k], and the slot with the largest mask the background's grey.
     """
     images = _images(images, "images", 4)
     lines = [[Panel(image) for image in images]]
@@ -204,15 +185,14 @@ def curves(path: str | Path, panels: Mapping[str, Mapping[str, tuple[Any, Any, A
            logy: Sequence[str] = ()) -> Path:
     """Panels side by side (IODINE's Fig. 8): {panel title: {label: (x, y, stderr or None)}}.
 
-    A line a label, the same colour in every panel, with a band of ± stderr; one legend if there is
-    more than one label. None and NaN leave a gap. `marks` {text: x} are dotted vertical lines.
-    `logy` names panels with a logarithmic axis. More than four panels take several rows.
+    A line a label, the same colour in every panel, with a band of ± stderr; None and NaN leave a
+    gap. `marks` {text: x} are dotted vertical lines. `logy` names panels with a logarithmic axis.
     """
     marks = marks or {}
     num_rows = math.ceil(len(panels) / 4)
     num_columns = math.ceil(len(panels) / num_rows)
     figure = Figure((num_columns * 360 / DPI, num_rows * 290 / DPI), layout="constrained")
-    plots = figure.subplots(num_rows, num_columns, sharex=True, squeeze=False).ravel()
+    plots = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     handles = {}
     for axes, (name, panel) in zip(plots, panels.items(), strict=False):
         for label, (x, y, stderr) in panel.items():
@@ -226,7 +206,6 @@ def curves(path: str | Path, panels: Mapping[str, Mapping[str, tuple[Any, Any, A
             (handles[label],) = axes.plot(x, y, color=color, linewidth=1.2, **dots)
         axes.set_title(textwrap.fill(name, 40), pad=6 + 9 * len(marks))  # points, above the marks
         axes.set_xlabel(xlabel)
-        axes.tick_params(labelbottom=True)  # in every row
         axes.grid(True)
         _ticks(axes.xaxis)
         _ticks(axes.yaxis, name in logy)
@@ -249,8 +228,8 @@ def confusion(path: str | Path, matrix: Any, title: str, rows: str = "true count
               columns: str = "predicted count") -> Path:
     """A table of how often what is r was taken for v, `matrix` (R, V) of integers, 0 or more.
 
-    Below each number stands its share of the row, if that is not empty, and the larger the share,
-    the darker the cell. The diagonal is framed. `rows` and `columns` say what was counted."""
+    Below each number stands its share of the row, which darkens the cell; the diagonal is framed.
+    """
     matrix = _array(matrix)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)  # (R, V)
     width, height = max(130, 24 + 11 * len(f"{matrix.max():,.0f}")), 84  # dots, of a cell
@@ -277,8 +256,8 @@ def bars(path: str | Path, values: Mapping[str, tuple[float | None, float | None
          ylabel: str, log: bool = False) -> Path:
     """{label: (value, stderr or None)}: a horizontal bar each, its value in print, ± stderr a line.
 
-    `ylabel` says what the values are. `log`: their axis is logarithmic, and a value that is not
-    above 0 has no bar. None, NaN and infinity become a dash.
+    `log`: on a logarithmic axis, where a value that is not above 0 has no bar. None, NaN and
+    infinity become a dash.
     """
     value, stderr = np.array([_array(pair) for pair in values.values()]).T  # (R,) each
     printed = [_number(v) if math.isfinite(v) else "–" for v in value]
@@ -313,8 +292,7 @@ def _color(entity: int) -> tuple[float, float, float]:
 
 
 def _entities(true_masks: np.ndarray | None, masks: np.ndarray) -> dict[int, int]:
-    """{slot: entity} of (E, H, W) and (K, H, W), in the order of entities. Slots that match none
-    have the numbers after theirs, from 1 on without true masks."""
+    """{slot: entity} of (E, H, W) and (K, H, W); slots that match none have the numbers after."""
     matched = [-1]
     if true_masks is not None:
         both = torch.from_numpy(true_masks[None] > 0), torch.from_numpy(masks[None])
@@ -333,17 +311,36 @@ def _paint(masks: np.ndarray, entities: Iterable[int]) -> np.ndarray:
     return mixture + np.clip(1 - total, 0, 1)[..., None]
 
 
+def _decomposition(image: Any, reconstruction: Any, true_masks: Any, masks: Any, means: Any,
+                   matched: Any, labels: Sequence[str] = ()) -> Figure:
+    """The sheet of `decomposition`; the masks `matched` say which slot belongs to which entity."""
+    image, reconstruction = _images(image, "image", 4), _images(reconstruction, "reconstruction", 4)
+    masks, means = _array(masks, "masks", 4), _images(means, "means", 5)
+    truths = [None] * len(image) if true_masks is None else _array(true_masks, "true_masks", 4)
+    slots = 1 - masks[..., None] * (1 - means)  # on white, (N, K, H, W, 3)
+    rows = []
+    for n, (truth, match) in enumerate(zip(truths[: len(image)], _array(matched), strict=False)):
+        row = [Panel(image[n]), Panel(reconstruction[n])]
+        if truth is not None:
+            row.append(Panel(_paint(truth, range(len(truth)))))
+        rows.append([*row, *_panels(masks[n], slots[n], _entities(truth, match))])
+    known = [] if true_masks is None else ["True masks"]
+    heads = ["Input", "Reconstruction", *known, "Predicted masks"]
+    apart = 2, len(heads)
+    heads += [f"Slot {k}" for k in range(1, masks.shape[1] + 1)]
+    return _sheet(rows, heads, labels, "ARI-FG" if labels else "", apart)
+
+
 def _panels(masks: np.ndarray, slots: np.ndarray, entity_of: dict[int, int]) -> list[Panel]:
     """All masks in one panel, then a panel for each slot."""
     panels = [Panel(slots[k], _color(entity)) for k, entity in entity_of.items()]
     return [Panel(_paint(masks, [entity_of[k] for k in range(len(masks))])), *panels]
 
 
-def _sheet(rows: Sequence[Sequence[Panel]], heads: Sequence[str] = (),
+def _sheet(rows: Sequence[Sequence[Panel]], heads: Sequence[str | float] = (),
            labels: Sequence[str] = (), corner: str = "", columns_apart: Sequence[int] = (),
            rows_apart: Sequence[int] = ()) -> Figure:
-    """Equally large panels, pasted into one array. `heads` stand above the columns, `labels` left
-    of the rows, `corner` above these. Before the columns and rows `apart` the gap is wide."""
+    """Equally large panels, pasted into one array. `corner` stands above the labels of the rows."""
     height, width = _enlarge(rows[0][0].image).shape[:2]
     left = _starts(max(map(len, rows)), width, columns_apart)
     top = _starts(len(rows), height, rows_apart)
@@ -356,7 +353,8 @@ def _sheet(rows: Sequence[Sequence[Panel]], heads: Sequence[str] = (),
     axes = _axes(canvas.shape[1], canvas.shape[0])  # a dot of the canvas is one of the figure
     axes.imshow(canvas, interpolation="nearest", aspect="auto")
     axes.xaxis.tick_top()
-    heads, labels = [_wrap(head, width + GAP) for head in heads], [_wrap(text) for text in labels]
+    heads = [_wrap(h if isinstance(h, str) else _number(h), width + GAP) for h in heads]
+    labels = [_wrap(label) for label in labels]
     axes.set_xticks(left + width / 2 if heads else [], heads)
     axes.set_yticks(top + height / 2 if labels else [], labels)
     place = dict(xycoords="axes fraction", textcoords="offset points", ha="right", va="bottom")
@@ -410,9 +408,8 @@ def _ticks(axis: Any, log: bool = False) -> None:
 
 
 def _number(value: float) -> str:
-    """In three digits or whole: 0.0123, 12.3, 12,345, 1.23e7."""
+    """In three digits or whole: 0.0123, 12.3, 12,345, 1.23e+07."""
     text = f"{value:,.0f}" if 1000 <= round(abs(value)) < 1e6 else f"{value:.3g}"
-    text = text.replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
     return text.replace("-", "−", text.startswith("-"))
 
 
@@ -433,7 +430,12 @@ def _images(values: Any, name: str, ndim: int) -> np.ndarray:
 
 
 def _save(figure: Figure, title: str, path: str | Path) -> Path:
-    """Writes the title above all that is drawn, and a PNG of this with a margin."""
+    checkpoints.write(Path(path), _png(figure, title))
+    return Path(path)
+
+
+def _png(figure: Figure, title: str) -> bytes:
+    """With the title above all that is drawn, and a margin around it."""
     FigureCanvasAgg(figure)
     box = figure.get_tightbbox()  # inches
     title = textwrap.fill(title, int(max(box.width * DPI, 480) / 12))
@@ -444,7 +446,4 @@ def _save(figure: Figure, title: str, path: str | Path) -> Path:
     box = Bbox.from_extents((dots + np.array([0, 0, 0.01, 0.01])) / DPI)
     content = io.BytesIO()
     figure.savefig(content, format="png", bbox_inches=box, metadata={"Software": None})
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.write(path, content.getvalue())
-    return path
+    return content.getvalue()

@@ -17,8 +17,8 @@ their number alone. Scene i of a split is entry i of an order of the seed; each 
 A gzip file cannot be read out of order, and unpacked TFRecords are huge (three bytes for one). So
 their first use reads them once, one record at a time, MOST scenes at most, and keeps images and
 labels beside the file as `PATH@128.scenes` (6.5 GB for CLEVR), or in the system's temporary folder
-where the file's is read-only. Scenes come from the disk when they are asked for; only a compressed
-.npz is unpacked into memory.
+where the file's is read-only. Scenes come from the disk when they are asked for; only an .npz is
+read into memory.
 
 `present` means visible in the image as it is given; absent entities have zero factors.
 
@@ -26,7 +26,6 @@ Axes: N scenes of a file, B scenes, E entities, C H W image.
 """
 
 import os
-import struct
 import tempfile
 import zipfile
 import zlib
@@ -52,14 +51,8 @@ Source = tuple[int, Callable[[int], Scene]]  # the number of scenes, and one of 
 class FromDisk(Scenes):
     """Raises ValueError, in one line, for a file that is damaged, of no known kind or too small."""
 
-    def __init__(
-        self,
-        name: str,
-        split: str = "train",
-        seed: int = 0,
-        device: str | torch.device = "cpu",
-        size: int = 0,
-    ):
+    def __init__(self, name: str, split: str = "train", seed: int = 0,
+                 device: str | torch.device = "cpu", size: int = 0):
         super().__init__(name, split, seed, device)
         stem, _, suffix = name.rpartition("@")
         if suffix.isdecimal() and not Path(name).exists():
@@ -251,30 +244,13 @@ def entities(mask: np.ndarray, background: int) -> tuple[np.ndarray, int]:
 
 
 def load_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """`image` and `masks`, mapped into memory unless they are compressed."""
+    """`image` and `masks`: those of an .npz in memory, an .npy on the disk."""
     try:
         if path.suffix == ".npy":
             return np.lib.format.open_memmap(path, mode="r"), None
-        with zipfile.ZipFile(path) as archive:
-            members = {info.filename: info for info in archive.infolist()}
-            image, masks = (members.get(f"{name}.npy") for name in ("image", "masks"))
-            if image is None:
-                raise ValueError(f"no array `image`, but {', '.join(members) or 'nothing'}")
-            return load_member(archive, image), load_member(archive, masks) if masks else None
+        with open(path, "rb") as file, np.lib.npyio.NpzFile(file) as arrays:
+            if "image" not in arrays:
+                raise ValueError(f"no array `image`, but {', '.join(arrays) or 'nothing'}")
+            return arrays["image"], arrays.get("masks")
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def load_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    if info.compress_type != zipfile.ZIP_STORED:
-        with archive.open(info) as file:
-            return np.lib.format.read_array(file)
-    with open(archive.filename, "rb") as file:
-        file.seek(info.header_offset + 26)  # of the member's own header; its name and extra follow
-        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
-        np.lib.format.read_magic(file)
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype.hasobject:
-            raise ValueError(f"{info.filename} holds Python objects")
-        order = "F" if fortran_order else "C"
-        return np.memmap(file, dtype, "r", file.tell(), shape, order)

@@ -228,7 +228,7 @@ def dataset_floors(scenes: Any, num_slots: int | None = None) -> dict[str, Any]:
     """
     num_slots, floors, first = num_slots or scenes.max_entities, {}, scenes.batch(0, 1)
     if first.coverage is not None:
-        counts = scenes.batch(0, FLOOR_SCENES).present[:, 1:].sum(1)
+        counts = scenes.batch(0, FLOOR_SCENES).present[..., 1:].sum(-1).flatten()  # per frame
         floors["most_frequent_count"] = {"count_accuracy": count_floor(counts)}
     elif first.masks is not None:
         for i in range(FLOOR_SCENES):  # one by one, as a photograph has thousands of components

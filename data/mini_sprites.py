@@ -42,21 +42,11 @@ class MiniSprites(Scenes):
     Raises ValueError where max_objects might not fit, and for an `exclude` that cannot be.
     """
 
-    def __init__(
-        self,
-        name: str = "mini_sprites",
-        split: str = "train",
-        seed: int = 0,
-        device: str | torch.device = "cpu",
-        size: int = 12,
-        sprite: int = 4,
-        min_objects: int = 2,
-        max_objects: int = 3,
-        shaded: bool = False,
-        colors: str = "own",
-        touching: bool = False,
-        exclude: tuple[int, int] | None = None,
-    ):
+    def __init__(self, name: str = "mini_sprites", split: str = "train", seed: int = 0,
+                 device: str | torch.device = "cpu", size: int = 12, sprite: int = 4,
+                 min_objects: int = 2, max_objects: int = 3, shaded: bool = False,
+                 colors: str = "own", touching: bool = False,
+                 exclude: tuple[int, int] | None = None):
         super().__init__(name, split, seed, device)
         # Of positions 2 * sprite - 1 apart, one object blocks at most one, so this many objects
         # fit wherever the ones before them went.

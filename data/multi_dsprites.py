@@ -52,14 +52,9 @@ class MultiDSprites(Scenes):
 
     height = width = SIZE
 
-    def __init__(
-        self,
-        name: str = "multi_dsprites_colored_on_grayscale",
-        split: str = "train",
-        seed: int = 0,
-        device: str | torch.device = "cpu",
-        colors: str = "colored_on_grayscale",
-    ):
+    def __init__(self, name: str = "multi_dsprites_colored_on_grayscale", split: str = "train",
+                 seed: int = 0, device: str | torch.device = "cpu",
+                 colors: str = "colored_on_grayscale"):
         super().__init__(name, split, seed, device)
         if colors not in SPRITES:
             raise ValueError(f"unknown colors {colors!r}; choose from {', '.join(SPRITES)}")

@@ -32,13 +32,8 @@ class Shapes(Scenes):
     height = width = SIZE
     max_entities = NUM_SHAPES + 1
 
-    def __init__(
-        self,
-        name: str = "shapes",
-        split: str = "train",
-        seed: int = 0,
-        device: str | torch.device = "cpu",
-    ):
+    def __init__(self, name: str = "shapes", split: str = "train", seed: int = 0,
+                 device: str | torch.device = "cpu"):
         super().__init__(name, split, seed, device)
         self.stencils = make_stencils().to(self.device)  # (3, BOX+2, BOX+2)
 

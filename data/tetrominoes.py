@@ -78,15 +78,8 @@ class Tetrominoes(Scenes):
     num_channels = 3
     max_entities = NUM_PIECES + 1
 
-    def __init__(
-        self,
-        name: str = "tetrominoes",
-        split: str = "train",
-        seed: int = 0,
-        device: str | torch.device = "cpu",
-        tile: str = "shaded",
-        cell: int = 5,
-    ):
+    def __init__(self, name: str = "tetrominoes", split: str = "train", seed: int = 0,
+                 device: str | torch.device = "cpu", tile: str = "shaded", cell: int = 5):
         super().__init__(name, split, seed, device)
         if (tile, cell) not in TILES:
             raise ValueError(f"no {tile} tile of {cell} px; choose from {list(TILES)}")

@@ -8,6 +8,7 @@ import sys
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from matplotlib.text import Text
@@ -55,7 +56,7 @@ CALLS = {
     "decomposition": ("decomposition", *scene(), LONG, torch.tensor([0.5, torch.nan]).bfloat16()),
     "grey": ("decomposition", *scene(1, 1, 1, 128, 1), "One scene, one slot"),
     "refinement": ("refinement", *steps(), LONG),
-    "traversals": ("traversals", torch.rand(2, 3, 3, 16, 16), ["latent", LONG], [-2, -0.0, 1], "t"),
+    "grid": ("grid", torch.rand(2, 3, 3, 16, 16), "Traversals", [-2, -0.0, 1], ["latent", LONG]),
     "samples": ("samples", torch.rand(9, 1, 12, 12), LONG, torch.rand(9, 5, 12, 12).softmax(1)),
     "curves": ("curves", PANELS, "test steps", LONG, {"trained": 5, "twice": 10}, ("mse",)),
     "attention": ("attention", *GLANCES, LONG, ["counts 2, has 3 of the $ that there are"]),
@@ -185,6 +186,27 @@ def test_one_colour_follows_one_slot_through_the_steps(draw):
     for k, above, below in zip(order, truth[2:], rows[0][2:], strict=False):
         assert abs(above.image - on_white(image, true[slots.index(k)].float())).max() < 1e-6
         assert above.frame == below.frame
+
+
+def test_an_animation_ends_as_the_decomposition_with_its_order_throughout(draw, tmp_path):
+    image, mean, true, masks, means = scene()
+    trace = torch.stack([masks.flip(1), (masks.flip(1) + masks) / 2, masks])  # (T, N, K, H, W)
+    args = mean.repeat(3, 1, 1, 1, 1), true, trace, means.repeat(3, 1, 1, 1, 1, 1)
+    path = figures.animation(tmp_path / "steps.gif", image, *args, "Title")
+    with PIL.Image.open(path) as file:
+        frames, times = [], []
+        for t in range(file.n_frames):
+            file.seek(t)
+            frames.append(np.asarray(file.convert("RGB")).astype(int))
+            times.append(file.info["duration"])
+    assert times == [500, 500, 2500] and file.info["loop"] == 0
+    _, rows, last = draw("decomposition", image, mean, true, masks, means, "Title: step 3 of 3")
+    assert abs(frames[2] - last).mean() < 1  # of 255; a GIF has 256 colours
+    # The frame of a panel is its slot's colour at every step, and what it holds is not.
+    rim = (last == np.array(rows[0][4].frame).reshape(3) * 255).all(2)
+    assert rim.sum() > 1000
+    for before in frames[:2]:
+        assert abs(before - last)[rim].mean() < 6 and abs(before - last).mean() > 3
 
 
 def test_the_largest_mask_of_a_sample_is_grey(draw):
