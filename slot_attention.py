@@ -15,17 +15,17 @@
 #     "pillow>=10.0",
 # ]
 # ///
-"""Slot Attention: slots compete for pixels, and an autoencoder makes them objects.
+"""Slot Attention: slots compete for pixels, so that each becomes an object of an autoencoder.
 
-Locatello et al., NeurIPS 2020, "Object-Centric Learning with Slot Attention". A deterministic
-autoencoder: no posterior, no KL. EfficientMORL's layer is a stochastic relative of one iteration.
+Locatello et al., NeurIPS 2020. Nothing is sampled but the initial slots, and there is no KL;
+EfficientMORL's layer is one iteration made stochastic.
 
-    h_i = encoder(x), a feature of every pixel i;   s_k ~ N(mu, diag(sigma^2)), mu and sigma learned
-    T times:                                                                      algorithm 1
-        A_ki = softmax_k(Wq LN(s_k) . Wk LN(h_i) / sqrt(D))         slots compete for each pixel
-        u_k = sum_i A_ki Wv LN(h_i) / sum_i A_ki                    what slot k has found, a mean
-        s_k = GRU(u_k, s_k);   s_k = s_k + MLP(LN(s_k))             the same weights each time
-    mu_k, a_k = decoder(s_k);   m = softmax_k(a);   minimise the mean of (x - sum_k m_k mu_k)^2
+    h_i = encoder(x), a feature of every pixel i;   s_k ~ N(mu, diag(sigma^2)), mu, sigma learned
+    T times:                                                                       algorithm 1
+        A_ki = softmax_k(Wq LN(s_k) . Wk LN(h_i) / sqrt(D))        slots compete for every pixel
+        u_k = sum_i A_ki Wv LN(h_i) / sum_i A_ki                   what slot k has found: a mean
+        s_k = GRU(u_k, s_k);   s_k = s_k + MLP(LN(s_k))            the same weights every time
+    mu_k, a_k = decoder(s_k);   m = softmax_k(a);   minimise (x - sum_k m_k mu_k)^2, a mean
 
     python slot_attention.py                                 the quick preset, two CPU cores
     python slot_attention.py --slots mlp                     the baseline Slot MLP: ordered slots
@@ -35,17 +35,20 @@ A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figu
 runs/slot_attention-<preset>-<seed>/. The defaults of Config are the paper's for Tetrominoes; where
 `quick` differs:
 
-    field                                   paper            quick           why
-    dataset, num_slots                      tetrominoes, 4   mini_sprites_16_shaded, 5
-    latent_size, mlp_size, batch_size       64, 128, 64      32, 64, 16      less work
-    encoder_channels, encoder_kernel        4 x 32, 5        3 x 32, 3       smaller images
-    decoder_kernel, coordinate_gain         5, 1             1, 15           1x1: less work
-    lr, lr_warmup, lr_half_life             4e-4, 1e4, 1e5   2e-3, 500, 2000
-    clip                                    none             1
+    field                              paper            quick           why
+    dataset, num_slots                 tetrominoes, 4   mini_sprites_16_shaded, 6: a spare slot
+    flat_colors, normalise             off, mean        on, sum: masks draw shapes, slots get empty
+    mask_entropy, entropy_steps        0, any           0.1, 12000: else two slots share an object
+    latent_size, batch_size            64, 64           32, 16          less work
+    encoder_channels, encoder_kernel   4 x 32, 5        3 x 32, 3       smaller images
+    decoder_kernel, coordinate_gain    5, 1             1, 15           1x1: less work
+    test_iterations, clip              3, none          4, 1
+    lr, lr_warmup, lr_half_life        4e-4, 1e4, 1e5   3e-3, 300, 2500
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -68,22 +71,22 @@ class Config(runs.RunConfig):
     """The defaults are the paper's for Tetrominoes; PRESETS override them."""
 
     dataset: str = "tetrominoes"  # one of data.DATASETS
-    # slots
     num_slots: int = 4  # K
     latent_size: int = 64  # D, of one slot
     slots: Literal["attention", "mlp"] = "attention"  # mlp: the baseline Slot MLP
-    mlp_size: int = 128  # of the hidden layer of a slot's residual MLP; Slot MLP: a quarter of it
     num_iterations: int = 3  # T
-    test_iterations: int = 0  # T of evaluation; 0: num_iterations
-    implicit: bool = False  # the gradient of the last iteration alone; memory does not grow with T
-    # networks
+    test_iterations: int = 3  # T of evaluation
+    normalise: Literal["mean", "sum"] = "mean"  # sum: a slot sees how many pixels it has
+    implicit: bool = False  # the gradient of the last iteration alone: less time and memory
     encoder_channels: tuple[int, ...] = (32, 32, 32, 32)  # of the convolutions
     encoder_kernel: int = 5  # pixels, odd
     decoder_channels: tuple[int, ...] = (32, 32, 32)  # of the hidden layers
     decoder_kernel: int = 5  # pixels, odd; of the last layer: at most 3
-    decoder_doublings: int = 0  # layers that double the image before those; CLEVR6: 4
     coordinate_gain: float = 1.0  # the decoder's coordinates run from 0 to this
+    flat_colors: bool = False  # one colour a slot, so that only masks draw shapes; see `decode`
     # optimisation
+    mask_entropy: float = 0.0  # weight in the loss of a pixel's entropy over slots, nats ...
+    entropy_steps: int = 1  # ... which it reaches in so many training steps
     batch_size: int = 64
     lr: float = 4e-4
     clip: float = 0.0  # largest norm of the gradient; 0: any
@@ -94,15 +97,14 @@ class Config(runs.RunConfig):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
-        dataset="mini_sprites_16_shaded", num_slots=5, latent_size=32, mlp_size=64,
-        encoder_channels=(32, 32, 32), encoder_kernel=3, decoder_kernel=1, coordinate_gain=15.0,
-        batch_size=16, lr=2e-3, clip=1.0, lr_warmup=500, lr_half_life=2000, steps=8000,
+        dataset="mini_sprites_16_shaded", num_slots=6, latent_size=32, test_iterations=4,
+        normalise="sum", encoder_channels=(32, 32, 32), encoder_kernel=3, decoder_kernel=1,
+        coordinate_gain=15.0, flat_colors=True, mask_entropy=0.1, entropy_steps=12_000,
+        batch_size=16, lr=3e-3, clip=1.0, lr_warmup=300, lr_half_life=2500, steps=12_000,
     ),
     "tetrominoes": dict(),
     "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", num_slots=6),
 }
-CLEVR6 = dict(num_slots=7, encoder_channels=(64,) * 4, decoder_channels=(64,),
-              decoder_doublings=4)  # benchmark
 
 
 def make_config(preset: str = "quick", **overrides: Any) -> Config:
@@ -112,14 +114,11 @@ def make_config(preset: str = "quick", **overrides: Any) -> Config:
 
 # -- building blocks -------------------------------------------------------------------------------
 
+LayerNorm = partial(nn.LayerNorm, eps=1e-3)  # paper: silent; released code, and here: Keras's
+
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
-
-
-def layer_norm(size: int) -> nn.LayerNorm:
-    """Paper: silent. Released code, and here: Keras's epsilon."""
-    return nn.LayerNorm(size, eps=1e-3)
 
 
 def full_precision(layer: nn.Module, x: Tensor, *others: Any) -> Any:
@@ -161,7 +160,7 @@ class Encoder(nn.Module):
         sizes = channels, *config.encoder_channels
         self.convs = nn.ModuleList(Conv(i, o, config.encoder_kernel) for i, o in pairwise(sizes))
         self.embedding = Embedding(sizes[-1], height, width)
-        self.mlp = nn.Sequential(layer_norm(sizes[-1]), mlp(sizes[-1], sizes[-1], sizes[-1]))
+        self.mlp = nn.Sequential(LayerNorm(sizes[-1]), mlp(sizes[-1], sizes[-1], sizes[-1]))
 
     def forward(self, image: Tensor) -> Tensor:
         x = 2 * image - 1
@@ -175,23 +174,26 @@ class SlotAttention(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        size, inputs, self.implicit = config.latent_size, config.encoder_channels[-1], config.implicit
-        # Of the initial slots, the same for all: only their noise tells slots apart.
+        size, inputs = config.latent_size, config.encoder_channels[-1]
+        self.config = config
+        # The initial slots' distribution is the same for all: only noise tells slots apart.
         self.loc, self.log_scale = (nn.Parameter(torch.empty(1, size)) for _ in range(2))
-        self.norm_inputs, self.norm_slots = layer_norm(inputs), layer_norm(size)
+        self.norm_inputs, self.norm_slots = LayerNorm(inputs), LayerNorm(size)
         # Paper: silent. Released code, and here: no biases (some ports have them).
         self.keys = nn.Linear(inputs, size, bias=False)
         self.values = nn.Linear(inputs, size, bias=False)
         self.queries = nn.Linear(size, size, bias=False)
         self.gru = nn.GRUCell(size, size)
-        self.mlp = nn.Sequential(layer_norm(size), mlp(size, config.mlp_size, size))
+        self.mlp = nn.Sequential(LayerNorm(size), mlp(size, 2 * size, size))
 
     def iterate(self, keys: Tensor, values: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """keys and values (B, P, D), slots (B, K, D) -> slots, attention (B, K, P)."""
         queries = self.queries(self.norm_slots(slots)) * slots.shape[-1] ** -0.5
         attention = (queries @ keys.mT).softmax(1)  # over slots, (B, K, P)
         weights = attention + 1e-8  # a slot without pixels: no division by 0
-        weights = weights / weights.sum(2, keepdim=True)  # over pixels
+        share = keys.shape[1] / self.config.num_slots  # of the pixels; sum: empty slots know it
+        mean = self.config.normalise == "mean"
+        weights = weights / (weights.sum(2, keepdim=True) if mean else share)  # over pixels
         updates = weights @ values  # what a slot has found: a mean of values, (B, K, D)
         rows = self.gru(updates.flatten(0, 1), slots.flatten(0, 1))  # (N, D)
         slots = rows.unflatten(0, slots.shape[:2])
@@ -202,11 +204,10 @@ class SlotAttention(nn.Module):
         x = self.norm_inputs(features)
         keys, values = self.keys(x), self.values(x)
         slots, results = self.loc + self.log_scale.exp() * noise, []
-        graph = torch.is_grad_enabled()
         for t in range(1, num_iterations + 1):
-            # Implicit: all iterations but the last are a search for a fixed point, without a graph.
-            with torch.set_grad_enabled(graph and not (self.implicit and t < num_iterations)):
-                slots, attention = self.iterate(keys, values, slots)
+            if self.config.implicit and t == num_iterations:
+                slots = slots.detach()  # the iterations before only search for a fixed point
+            slots, attention = self.iterate(keys, values, slots)
             results.append((slots, attention))
         return results
 
@@ -216,16 +217,16 @@ class SlotMLP(nn.Module):
 
     def __init__(self, config: Config, height: int, width: int):
         super().__init__()
-        self.shape, self.num_slots = (height, width), config.num_slots
+        self.shape, self.slots = (height, width), (config.num_slots, config.latent_size)
         # Paper: features "resized and flattened". Here: averaged to at most 16 x 16.
-        self.pool = nn.AdaptiveAvgPool2d((min(height, 16), min(width, 16)))
-        inputs = config.encoder_channels[-1] * math.prod(self.pool.output_size)
-        self.mlp = mlp(inputs, 4 * config.mlp_size, config.num_slots * config.latent_size)
+        self.size = min(height, 16), min(width, 16)
+        inputs = config.encoder_channels[-1] * math.prod(self.size)
+        self.mlp = mlp(inputs, 8 * config.latent_size, math.prod(self.slots))
 
     def forward(self, features: Tensor, noise: Tensor, num_iterations: int) -> list[tuple]:
         """As SlotAttention, with neither noise nor iterations: one result, without attention."""
-        x = self.pool(features.mT.unflatten(2, self.shape)).flatten(1)
-        return [(self.mlp(x).unflatten(1, (self.num_slots, -1)), None)]
+        x = F.adaptive_avg_pool2d(features.mT.unflatten(2, self.shape), self.size)
+        return [(self.mlp(x.flatten(1)).unflatten(1, self.slots), None)]
 
 
 class BroadcastDecoder(nn.Module):
@@ -233,29 +234,18 @@ class BroadcastDecoder(nn.Module):
 
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
-        sizes, kernel, doublings = (
-            config.decoder_channels, config.decoder_kernel, config.decoder_doublings)
-        grid = height >> doublings, width >> doublings
-        self.embedding = Embedding(config.latent_size, *grid, config.coordinate_gain)
-        inputs = [config.latent_size, *[sizes[0]] * doublings]
-        self.doubling = nn.ModuleList(nn.ConvTranspose2d(i, o, 5, 2, padding=2, output_padding=1)
-                                      for i, o in pairwise(inputs))
-        self.first = Conv(inputs[-1], sizes[0], kernel)
+        size, sizes, kernel = config.latent_size, config.decoder_channels, config.decoder_kernel
+        self.embedding = Embedding(size, height, width, config.coordinate_gain)
+        self.first = Conv(size, sizes[0], kernel)
         self.hidden = nn.ModuleList(Conv(i, o, kernel) for i, o in pairwise(sizes))
         self.last = Conv(sizes[-1], channels + 1, min(kernel, 3))
 
     def forward(self, slots: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
-        embedding = self.embedding()  # (D, H, W), or smaller by the doublings
-        if self.doubling:
-            x = slots[:, :, None, None] + embedding  # (N, D, h, w)
-            for conv in self.doubling:
-                x = F.relu(conv(x), inplace=True)
-            x = self.first(x)
-        else:  # the image of slots plus embeddings is never built: convolutions are linear
-            response = self.first(embedding[None])  # the same for every slot
-            layout = kernels.layout(response, self.first.kernel_size[0])
-            response = response.contiguous(memory_format=layout)[0]  # (O, H, W)
-            x = kernels.broadcast_conv(slots, self.first.weight, response)
+        # The first layer sees slot plus embedding at every pixel; that image is never built.
+        response = self.first(self.embedding()[None])  # the same for every slot
+        layout = kernels.layout(response, self.first.kernel_size[0])
+        response = response.contiguous(memory_format=layout)[0]  # (O, H, W)
+        x = kernels.broadcast_conv(slots, self.first.weight, response)
         for conv in self.hidden:
             x = conv(F.relu(x, inplace=True))
         return full_precision(self.last, F.relu(x, inplace=True))
@@ -271,50 +261,55 @@ class SlotAutoencoder(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config, channels, height, width)
-        attention = config.slots == "attention"
-        self.slots = SlotAttention(config) if attention else SlotMLP(config, height, width)
+        mlp = config.slots == "mlp"
+        self.slots = SlotMLP(config, height, width) if mlp else SlotAttention(config)
         self.decoder = BroadcastDecoder(config, channels, height, width)
+        self.flat = nn.Linear(config.latent_size, channels + 1) if config.flat_colors else None
+        self.register_buffer("entropy_weight", torch.tensor(0.0))
         # Paper: silent. Released code, and here: Keras's initial values.
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        if attention:
-            for weight in (self.slots.loc, self.slots.log_scale, self.slots.gru.weight_ih):
-                nn.init.xavier_uniform_(weight)
-            nn.init.orthogonal_(self.slots.gru.weight_hh)
-            for bias in (self.slots.gru.bias_ih, self.slots.gru.bias_hh):
-                nn.init.zeros_(bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("weight_hh"):
+                nn.init.orthogonal_(parameter)
+            elif parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter, 0.3 if name == "flat.weight" else 1.0)
+            elif "bias" in name:
+                nn.init.zeros_(parameter)
 
-    def noise(self, scenes: data.Scenes, index: Tensor, num_slots: int = 0) -> Tensor:
-        """(B, K, D) standard normal: a function of seed, split and scene; num_slots 0: Config's."""
+    def set_step(self, step: int) -> None:
+        """Sets what changes with the training step: the weight of the masks' entropy."""
         c = self.config
-        key = draws.make_key("slot_attention noise", scenes.split, c.seed)
-        return draws.normal(key, index, (num_slots or c.num_slots, c.latent_size))
+        self.entropy_weight.fill_(c.mask_entropy * min(step / c.entropy_steps, 1.0))
 
-    def encode(self, image: Tensor, noise: Tensor, num_iterations: int = 0) -> list[tuple]:
-        """Slots (B, K, D) and attention (B, K, P) after each of T iterations (0: Config's).
+    def noise(self, scenes: data.Scenes, index: Tensor) -> Tensor:
+        """(B, K, D) standard normal, a function of seed, split and scene."""
+        key = draws.make_key("slot_attention noise", scenes.split, self.config.seed)
+        return draws.normal(key, index, (self.config.num_slots, self.config.latent_size))
 
-        image (B, C, H, W) in [0, 1]; noise (B, K, D) standard normal, of any number K of slots.
-        """
-        features = self.encoder(image)
-        return full_precision(self.slots, features, noise,
-                              num_iterations or self.config.num_iterations)
+    def encode(self, image: Tensor, noise: Tensor, num_iterations: int) -> list[tuple]:
+        """Slots (B, K, D) and attention (B, K, P) after each of T iterations; noise for any K."""
+        return full_precision(self.slots, self.encoder(image), noise, num_iterations)
 
     def decode(self, slots: Tensor) -> Tensor:
         """Every slot alone: (B, K, D) -> means and mask logits (B, K, C+1, H, W)."""
-        decoded = self.decoder(slots.flatten(0, 1))  # (N, C+1, H, W)
+        rows = slots.flatten(0, 1)  # (N, D)
+        decoded = self.decoder(rows)  # (N, C+1, H, W)
+        if self.flat:  # colour and mask logit of the whole slot, and the logits of its pixels
+            flat = full_precision(self.flat, rows)[:, :, None, None]  # (N, C+1, 1, 1)
+            decoded = flat + F.pad(4 * decoded[:, -1:], (0, 0, 0, 0, decoded.shape[1] - 1, 0))
         # Paper: means of images in [-1, 1]. Here: in [0, 1], the same but for the scale.
         means, mask_logits = (decoded[:, :-1] + 1) / 2, decoded[:, -1:]
         return torch.cat([means, mask_logits], 1).unflatten(0, slots.shape[:2])
 
     def loss(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """The mean squared error of images in [-1, 1], as `mse` in [0, 1], and `decoded`."""
-        slots, _ = self.encode(image, noise)[-1]
+        """Mean squared error of images in [-1, 1], plus the weighted entropy of the masks; also
+        mse (of images in [0, 1]), entropy (nats, a mean over pixels) and decoded."""
+        slots, _ = self.encode(image, noise, self.config.num_iterations)[-1]
         decoded = self.decode(slots)
-        mse = (image - reconstruct(decoded)[0]).square().mean()
-        return dict(loss=4 * mse, mse=mse, decoded=decoded)
+        mean, masks, _ = reconstruct(decoded)
+        mse = (image - mean).square().mean()
+        entropy = -(masks * decoded[:, :, -1].log_softmax(1)).sum(1).mean()
+        loss = 4 * mse + self.entropy_weight * entropy
+        return dict(loss=loss, mse=mse, entropy=entropy, decoded=decoded)
 
 
 def reconstruct(decoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -329,9 +324,8 @@ def reconstruct(decoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @torch.no_grad()
 def evaluate(model: SlotAutoencoder, scenes: data.Scenes, count: int = 320) -> dict[str, Any]:
     """`metrics` after the test's T iterations; `settings`: after 1 to 2T of them."""
-    c = model.config
-    test = c.test_iterations or c.num_iterations
-    results: list[dict[str, list]] = [{} for _ in range(max(test, 2 * c.num_iterations))]
+    test = model.config.test_iterations
+    results: list[dict[str, list]] = [{} for _ in range(2 * test)]
     for index in torch.arange(count, device=scenes.device).split(32):
         batch = scenes.scenes(index)
         trace = model.encode(batch.image, model.noise(scenes, index), len(results))
@@ -352,34 +346,32 @@ def evaluate(model: SlotAutoencoder, scenes: data.Scenes, count: int = 320) -> d
 @torch.no_grad()
 def draw(model: SlotAutoencoder, scenes: data.Scenes, folder: Path, results: dict) -> None:
     """Writes decomposition.png and iterations.png."""
-    c, index = model.config, torch.arange(6, device=scenes.device)
-    batch, known = scenes.scenes(index), scenes.scenes(index).masks is not None
-    trace = model.encode(batch.image, model.noise(scenes, index),
-                         c.test_iterations or c.num_iterations)
-    decoded = [model.decode(slots) for slots, _ in trace]
+    index = torch.arange(6, device=scenes.device)
+    batch, noise = scenes.scenes(index), model.noise(scenes, index)
+    trace = model.encode(batch.image, noise, model.config.test_iterations)
+    decoded = torch.stack([model.decode(slots) for slots, _ in trace])  # (T, B, K, C+1, H, W)
     mean, masks, means = reconstruct(decoded[-1])
+    known = batch.masks is not None
     figures.decomposition(
         folder / "decomposition.png", batch.image, mean, batch.masks, masks, means,
         "Slot Attention decomposes unseen scenes, trained without masks",
         metrics.ari(batch.masks, masks) if known else None)
-    first = torch.stack([one[0] for one in decoded])  # (T, K, C+1, H, W) of scene 0
     figures.refinement(
         folder / "iterations.png", batch.image[0], batch.masks[0] if known else None,
-        *reconstruct(first), "Slots compete for pixels, again and again",
-        [f"iteration {t}" for t in range(1, len(first) + 1)])
+        *reconstruct(decoded[:, 0]), "Slots compete for pixels, again and again",
+        [f"iteration {t}" for t in range(1, len(decoded) + 1)])
 
 
 @torch.no_grad()
 def further_scores(model: SlotAutoencoder, scenes: data.Scenes) -> dict[str, Any]:
     """DCI of the slots, as EfficientMORL's paper measures it (app. E.2): the masks match slots to
     the objects of 320 scenes, those with an IoU above 0.1."""
-    c, latents, factors = model.config, [], {}
+    latents, factors, test_iterations = [], {}, model.config.test_iterations
     for index in torch.arange(320, device=scenes.device).split(32):
         batch = scenes.scenes(index)
         if batch.masks is None:
             return {}
-        slots, _ = model.encode(batch.image, model.noise(scenes, index),
-                                c.test_iterations or c.num_iterations)[-1]
+        slots, _ = model.encode(batch.image, model.noise(scenes, index), test_iterations)[-1]
         masks = reconstruct(model.decode(slots))[1]
         owners = metrics.match(batch.masks, masks, least_iou=0.1).to(index.device)  # (B, E)
         scene, entity = (batch.present & (owners >= 0))[:, 1:].nonzero().unbind(1)
@@ -403,20 +395,17 @@ def learning_rate(config: Config, step: int) -> float:
 def check(config: Config) -> None:
     """UserError, in one line, where the options cannot be."""
     runs.check(config)
-    runs.at_least(config, 1, "num_slots", "latent_size", "mlp_size", "num_iterations",
-                  "encoder_channels", "decoder_channels", "lr_half_life")
-    runs.at_least(config, 0, "test_iterations", "decoder_doublings", "lr_warmup", "clip")
+    runs.at_least(config, 1, "num_slots", "latent_size", "num_iterations", "test_iterations",
+                  "entropy_steps", "lr_half_life")
+    runs.at_least(config, 0, "mask_entropy", "lr_warmup", "clip")
     for name in ("encoder_kernel", "decoder_kernel"):
         runs.require(getattr(config, name) % 2 == 1, f"{runs.option(name)} must be odd")
     try:
-        scenes = data.make(config.dataset)
+        data.make(config.dataset)
         kernels.use(config.kernels)
         kernels.backend(runs.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:
         raise runs.UserError(error) from None
-    runs.require(math.gcd(scenes.height, scenes.width) % 2**config.decoder_doublings == 0,
-                 f"--decoder-doublings {config.decoder_doublings}: images of {scenes.height} x "
-                 f"{scenes.width} pixels cannot be halved as often")
 
 
 def build(config: Config, scenes: data.Scenes) -> SlotAutoencoder:
@@ -444,6 +433,7 @@ def train(config: Config) -> dict[str, Any]:
                      kernels=kernels.describe(device), compiled=(model.encoder, model.decoder))
     for step, index in run.steps():
         batch = scenes.scenes(index)
+        model.set_step(step)
         parts = run.update(model.loss, batch.image, model.noise(scenes, index),
                            lr=learning_rate(config, step), clip=config.clip or math.inf)
         if run.due(step):

@@ -21,10 +21,11 @@ import efficient_morl
 import iodine
 import kernels
 import mvae
+import slot_attention
 from data import runs
 
 ROOT = Path(__file__).parent.parent
-MODELS = {module.__name__: module for module in (iodine, efficient_morl, air, mvae)}
+MODELS = {module.__name__: module for module in (iodine, efficient_morl, slot_attention, air, mvae)}
 WEIGHTS = sorted((ROOT / "notebooks" / "weights").glob("*.pt"))
 PRESETS = [(name, preset) for name, module in MODELS.items() for preset in module.PRESETS]
 models = pytest.mark.parametrize("name", MODELS)
@@ -32,6 +33,7 @@ models = pytest.mark.parametrize("name", MODELS)
 TINY = {
     "iodine": dict(decoder_channels=(4,), refinement_channels=(4,), latent_size=4),
     "efficient_morl": dict(decoder_channels=(4,), encoder_channels=(4,), latent_size=4),
+    "slot_attention": dict(decoder_channels=(4,), encoder_channels=(4,), latent_size=4),
     "air": dict(lstm_size=16, latent_size=4, encoder_sizes=(8,), decoder_sizes=(8,)),
     "mvae": dict(encoder_channels=(4, 4, 4), hidden_size=8, latent_size=4),
 }
@@ -172,7 +174,7 @@ def test_a_run_writes_what_it_says(name, capsys):
 
 
 @pytest.mark.parametrize("kind", test_files.KINDS)
-@pytest.mark.parametrize("name", ["iodine", "efficient_morl", "mvae"])  # AIR needs boxes
+@pytest.mark.parametrize("name", ["iodine", "efficient_morl", "slot_attention", "mvae"])  # AIR needs boxes
 def test_official_files_are_trained_on(name, kind, tmp_path, monkeypatch):
     """Two steps on a file of each kind, then an evaluation of four scenes."""
     path, module = test_files.write_records(tmp_path / "official", kind, 5), MODELS[name]
@@ -182,7 +184,7 @@ def test_official_files_are_trained_on(name, kind, tmp_path, monkeypatch):
     assert result["steps"] == 2 and ("ari_fg" in result["metrics"]) == (name != "mvae")
 
 
-@pytest.mark.parametrize("name", ["iodine", "efficient_morl", "mvae"])
+@pytest.mark.parametrize("name", ["iodine", "efficient_morl", "slot_attention", "mvae"])
 def test_pictures_without_masks_are_trained_on(name, tmp_path, monkeypatch):
     """Scores that need masks are left out; pictures are drawn all the same."""
     (tmp_path / "pictures").mkdir()

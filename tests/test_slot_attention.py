@@ -1,0 +1,573 @@
+"""slot_attention.py against an independent autoencoder and against brute force.
+
+The independent model takes one image, one slot and one pixel's competition at a time, with the same
+weights and noise in float64, and must agree on every intermediate and on the gradient of every
+parameter. Then the properties of the slots, the implicit gradient, evaluation and DCI on a model
+whose answer is known; and mutants of slot_attention.py, which must be caught.
+
+Axes: B batch, K slots, T iterations, D size of a slot, P pixels, C H W image.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import mutants
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import assert_close, double_precision
+from torch import Tensor, nn
+
+import data
+import slot_attention
+from data import metrics, runs
+
+# -- an independent Slot Attention, written from algorithm 1 ---------------------------------------
+
+
+class Eager:
+    """The autoencoder for one image; the weights have slot_attention.py's names."""
+
+    def __init__(self, config: slot_attention.Config, weights: dict[str, Tensor]):
+        self.config, self.weights = config, weights
+
+    def layer(self, name: str) -> tuple[Tensor, Tensor | None]:
+        return self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        weight, bias = self.layer(name)
+        return x @ weight.T + (0 if bias is None else bias)
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        gain, bias = self.layer(name)
+        centred = x - x.mean(-1, keepdim=True)
+        return gain * centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt() + bias
+
+    def mlp(self, name: str, x: Tensor) -> Tensor:
+        return self.linear(f"{name}.2", self.linear(f"{name}.0", x).clamp(min=0))
+
+    def gru(self, x: Tensor, state: Tensor) -> Tensor:
+        weights = (self.weights[f"slots.gru.{part}"]
+                   for part in ("weight_ih", "bias_ih", "weight_hh", "bias_hh"))  # fmt: skip
+        of_x, bias_x, of_state, bias_state = weights
+        reset, update, new = (of_x @ x + bias_x).chunk(3)
+        old_reset, old_update, old = (of_state @ state + bias_state).chunk(3)
+        keep = (update + old_update).sigmoid()
+        return keep * state + (1 - keep) * (new + (reset + old_reset).sigmoid() * old).tanh()
+
+    def embedding(self, name: str, height: int, width: int, gain: float = 1.0) -> Tensor:
+        """(size, H, W): of [1 - x, x, y, 1 - y]."""
+        places = []
+        for row, col in itertools.product(range(height), range(width)):
+            x, y = (i / max(n - 1, 1) for i, n in ((col, width), (row, height)))
+            places.append([1 - x, x, y, 1 - y])
+        return self.linear(name, gain * torch.tensor(places)).T.unflatten(1, (height, width))
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Features (P, O)."""
+        x = 2 * image - 1
+        for i in range(len(self.config.encoder_channels)):
+            x = F.conv2d(x, *self.layer(f"encoder.convs.{i}"), padding="same").clamp(min=0)
+        x = (x + self.embedding("encoder.embedding", *image.shape[1:])).flatten(1).T
+        return self.mlp("encoder.mlp.1", self.norm("encoder.mlp.0", x))
+
+    def attend(self, features: Tensor, noise: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """After each iteration: slots (K, D), and who gets how much of which pixel, (K, P)."""
+        pixels = self.norm("slots.norm_inputs", features)
+        keys, values = self.linear("slots.keys", pixels), self.linear("slots.values", pixels)
+        scale = self.weights["slots.log_scale"][0].exp()
+        slots = [self.weights["slots.loc"][0] + scale * epsilon for epsilon in noise]
+        trace = []
+        for _ in range(self.config.num_iterations):
+            queries = [self.linear("slots.queries", self.norm("slots.norm_slots", s))
+                       for s in slots]  # fmt: skip
+            columns = []
+            for key in keys:  # each pixel is shared out among the slots
+                scores = torch.stack([q @ key / math.sqrt(len(key)) for q in queries])
+                columns.append(scores.exp() / scores.exp().sum())
+            attention = torch.stack(columns, 1)
+            found = []
+            for shares in attention + 1e-8:
+                terms = [share * value for share, value in zip(shares, values, strict=True)]
+                mean = self.config.normalise == "mean"
+                number = shares.sum() if mean else len(shares) / self.config.num_slots
+                found.append(sum(terms) / number)
+            slots = [self.gru(u, s) for u, s in zip(found, slots, strict=True)]
+            slots = [s + self.mlp("slots.mlp.1", self.norm("slots.mlp.0", s)) for s in slots]
+            trace.append((torch.stack(slots), attention))
+        return trace
+
+    def ordered(self, features: Tensor, height: int, width: int) -> Tensor:
+        """Slot MLP, for images of at most 16 x 16: all slots (K, D) of all features."""
+        x = features.reshape(height, width, -1).movedim(-1, 0).flatten()
+        return self.mlp("slots.mlp", x).reshape(self.config.num_slots, -1)
+
+    def decode(self, slot: Tensor, height: int, width: int) -> Tensor:
+        """One slot, (C+1, H, W): the slot at every place, plus the embedding of the place."""
+        gain = self.config.coordinate_gain
+        x = slot[:, None, None] + self.embedding("decoder.embedding", height, width, gain)
+        hidden = range(len(self.config.decoder_channels) - 1)
+        for name in ("first", *(f"hidden.{i}" for i in hidden)):
+            x = F.conv2d(x, *self.layer(f"decoder.{name}"), padding="same").clamp(min=0)
+        x = F.conv2d(x, *self.layer("decoder.last"), padding="same")
+        if self.config.flat_colors:
+            flat = self.linear("flat", slot)[:, None, None].expand(-1, height, width)
+            x = torch.cat([flat[:-1], flat[-1:] + 4 * x[-1:]])
+        return torch.cat([(x[:-1] + 1) / 2, x[-1:]])
+
+    def run(self, image: Tensor, noise: Tensor) -> SimpleNamespace:
+        features, size = self.encode(image), image.shape[1:]
+        if self.config.slots == "mlp":
+            trace = [(self.ordered(features, *size), None)]
+        else:
+            trace = self.attend(features, noise)
+        decoded = torch.stack([self.decode(slot, *size) for slot in trace[-1][0]])
+        shares = decoded[:, -1:].exp() / decoded[:, -1:].exp().sum(0)
+        entropy = -(shares * shares.log()).sum(0).mean()
+        return SimpleNamespace(features=features, trace=trace, decoded=decoded, entropy=entropy,
+                               mean=(shares * decoded[:, :-1]).sum(0))  # fmt: skip
+
+
+# -- both models, side by side ---------------------------------------------------------------------
+
+SMALL = dict(num_slots=3, latent_size=3, encoder_channels=(3, 4), encoder_kernel=3,
+             decoder_channels=(4, 3), decoder_kernel=3)  # fmt: skip
+SHAPE = (3, 6, 4)
+
+
+def small(**overrides) -> slot_attention.Config:
+    """Networks for exact comparisons in milliseconds."""
+    return slot_attention.Config(**SMALL | overrides)
+
+
+@double_precision()
+def make_model(config, shape=SHAPE, module: ModuleType = slot_attention) -> nn.Module:
+    """In float64, with biases and gains moved off the 0 and 1 that would hide mistakes."""
+    torch.manual_seed(0)
+    model = module.SlotAutoencoder(config, *shape).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def make_inputs(config, shape=SHAPE, batch: int = 2) -> tuple[Tensor, Tensor]:
+    """image (B, C, H, W) and noise (B, K, D)."""
+    g = torch.Generator().manual_seed(1)
+    image = torch.rand(batch, *shape, generator=g, dtype=torch.float64)
+    size = batch, config.num_slots, config.latent_size
+    return image, torch.randn(size, generator=g, dtype=torch.float64)
+
+
+@double_precision()
+def check_eager(module: ModuleType = slot_attention, shape=SHAPE, **overrides) -> None:
+    """AssertionError, which names the first quantity in which the two models differ."""
+    config = small(**overrides)
+    model = make_model(config, shape, module)
+    model.set_step(1)  # of two in which the weight of the entropy rises
+    image, noise = make_inputs(config, shape)
+    copies = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    eager = Eager(config, copies)
+    expected = [eager.run(*inputs) for inputs in zip(image, noise, strict=True)]
+
+    def stacked(name: str) -> Tensor:
+        return torch.stack([getattr(run, name) for run in expected])
+
+    assert_close("features", model.encoder(image), stacked("features"))
+    trace = model.encode(image, noise, config.num_iterations)
+    found = len(trace)
+    assert found == len(expected[0].trace), f"number of iterations is off: {found}"
+    wanted = zip(*(run.trace for run in expected), strict=True)
+    for t, (found, want) in enumerate(zip(trace, wanted, strict=True), 1):
+        for name, own, others in zip(("slots", "attention"), found, zip(*want, strict=True),
+                                     strict=True):  # fmt: skip
+            if own is not None:
+                assert_close(f"{name}, iteration {t}", own, torch.stack(others))
+    decoded = model.decode(trace[-1][0])
+    assert_close("decoded", decoded, stacked("decoded"))
+    assert_close("mean", module.reconstruct(decoded)[0], stacked("mean"))
+
+    parts = model.loss(image, noise)
+    # In [-1, 1], as the paper's.
+    error = torch.stack([((2 * x - 1) - (2 * run.mean - 1)).square().mean()
+                         for x, run in zip(image, expected, strict=True)]).mean()  # fmt: skip
+    loss = error + config.mask_entropy / 2 * stacked("entropy").mean()
+    for name, value in dict(loss=loss, mse=error / 4, entropy=stacked("entropy").mean()).items():
+        assert_close(name, parts[name], value)
+    actual = torch.autograd.grad(parts["loss"], list(model.parameters()), materialize_grads=True)
+    wanted = torch.autograd.grad(loss, list(copies.values()), materialize_grads=True)
+    largest = max(g.abs().max() for g in wanted)
+    for name, a, w in zip(copies, actual, wanted, strict=True):
+        # The softmax over slots removes what shifts all queries, or all masks, alike.
+        unused = name in ("slots.norm_slots.bias", "decoder.last.bias" * config.flat_colors)
+        assert (w.abs().max() < 1e-9 * largest) == unused, f"{name}: nothing to compare"
+        assert_close(f"gradient of {name}", a, 0 * w if unused else w)
+
+
+CASES: dict[str, dict] = {
+    "three iterations": {},
+    "one iteration": dict(num_iterations=1),
+    "five iterations, six slots": dict(num_iterations=5, num_slots=6),
+    "1 x 1 decoder": dict(decoder_kernel=1, coordinate_gain=7.0),
+    "5 x 5 decoder": dict(decoder_kernel=5, encoder_kernel=5),
+    "one layer of a decoder": dict(decoder_channels=(4,)),
+    "grey images": dict(shape=(1, 5, 7)),
+    "flat colours": dict(flat_colors=True),
+    "a sum, and entropy": dict(normalise="sum", mask_entropy=0.3, entropy_steps=2),
+    "Slot MLP": dict(slots="mlp"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_eager_model(case):
+    check_eager(**CASES[case])
+
+
+# -- sizes and initial values ----------------------------------------------------------------------
+
+
+def test_encoder_and_attention_have_the_released_codes_number_of_parameters():
+    """890,308 for CLEVR6, where another decoder doubles 8 x 8 pixels four times: five layers of 64
+    channels and 5 x 5 taps, a last one of 3 x 3, and the embedding of positions."""
+    config = slot_attention.Config(encoder_channels=(64, 64, 64, 64))
+    model = slot_attention.SlotAutoencoder(config, 3, 128, 128)
+    parameters = [*model.encoder.parameters(), *model.slots.parameters()]
+    decoder = 5 * (64 * 64 * 25 + 64) + (64 * 4 * 9 + 4) + (4 * 64 + 64)
+    assert sum(p.numel() for p in parameters) + decoder == 890_308
+
+
+def test_the_first_values_are_keras():
+    """Glorot's uniform ones, an orthogonal recurrence, biases 0 and gains 1."""
+    torch.manual_seed(0)
+    model = slot_attention.SlotAutoencoder(slot_attention.Config(), 3, 35, 35)
+    for name, p in model.named_parameters():
+        if name == "slots.gru.weight_hh":
+            assert_close(name, p.T @ p, torch.eye(64), 1e-5)
+        elif p.ndim == 1:
+            assert (p == (name.endswith(("norm_inputs.weight", "norm_slots.weight", "mlp.0.weight"))
+                          and "mlp.1" not in name)).all(), name
+        else:
+            bound = math.sqrt(6 / (p[0].numel() + p.shape[0] * p[0, 0].numel()))
+            assert 0.9 * bound < p.abs().max() <= bound, name
+
+
+# -- slots -----------------------------------------------------------------------------------------
+
+
+def test_permuting_the_noise_permutes_the_slots():
+    """Slots share all weights and their distribution: only their noise tells them apart."""
+    model = make_model(small(num_slots=4))
+    image, noise = make_inputs(model.config)
+    order = torch.tensor([2, 0, 3, 1])
+    traces = (model.encode(image, n, 3) for n in (noise, noise[:, order]))
+    for a, b in zip(*traces, strict=True):
+        for name, own, permuted in zip(("slots", "attention"), a, b, strict=True):
+            assert_close(name, permuted, own[:, order])
+    decoded, permuted = (model.decode(slots) for slots in (a[0], b[0]))
+    assert_close("decoded", permuted, decoded[:, order])
+    means = (slot_attention.reconstruct(one)[0] for one in (decoded, permuted))
+    assert_close("mean", *means)
+    assert (a[0][:, 0] - a[0][:, 1]).abs().max() > 1e-3  # the order could have mattered
+
+
+def test_slot_mlp_has_an_order_and_no_noise():
+    model = make_model(small(slots="mlp"))
+    image, noise = make_inputs(model.config)
+    [(slots, attention)] = model.encode(image, noise, 3)
+    assert attention is None and torch.equal(slots, model.encode(image, -noise, 1)[0][0])
+    flipped = model.encode(image.flip(3), noise, 3)[0][0]
+    assert (slots - flipped).abs().max() > 1e-3
+
+
+def test_attention_is_shared_out_among_any_number_of_slots():
+    """More slots at test time than in training, and more iterations."""
+    model = make_model(small(latent_size=4))
+    image, _ = make_inputs(model.config)
+    noise = torch.randn(2, 7, 4, generator=torch.Generator().manual_seed(2)).double()
+    trace = model.encode(image, noise, 5)
+    assert len(trace) == 5
+    for slots, attention in trace:
+        assert slots.shape == (2, 7, 4) and attention.shape == (2, 7, 24)
+        assert_close("sum over slots", attention.sum(1), torch.ones(2, 24).double())
+
+
+def test_an_image_has_the_same_slots_in_a_batch_of_any_size():
+    model = make_model(small())
+    image, noise = make_inputs(model.config, batch=5)
+    whole, _ = model.encode(image, noise, 3)[-1]
+    for part in ([0], [1, 2], [2, 3, 4]):
+        assert_close("slots", model.encode(image[part], noise[part], 3)[-1][0], whole[part])
+
+
+@pytest.mark.parametrize("name", ["loc", "log_scale"])
+def test_the_gradient_reaches_the_slots_distribution(name):
+    """And is that of finite differences."""
+    model = make_model(small())
+    inputs, parameter = make_inputs(model.config), getattr(model.slots, name)
+    (gradient,) = torch.autograd.grad(model.loss(*inputs)["loss"], parameter)
+    for i in range(parameter.numel()):
+        losses = []
+        for step in (1e-6, -2e-6, 1e-6):  # up, down, and back
+            with torch.no_grad():
+                parameter[0, i] += step
+                losses.append(model.loss(*inputs)["loss"])
+        slope = (losses[0] - losses[1]) / 2e-6
+        assert abs(gradient[0, i] - slope) < 1e-5 * gradient.abs().max()
+
+
+def check_implicit(module: ModuleType = slot_attention) -> None:
+    """The values of the whole graph, and the gradient of the last iteration alone."""
+    config = small(implicit=True, num_iterations=4)
+    model, plain = (make_model(c, module=module) for c in (config, small(num_iterations=4)))
+    image, noise = make_inputs(config)
+    parts = model.loss(image, noise)
+    assert_close("loss", parts["loss"], plain.loss(image, noise)["loss"])
+
+    before = plain.encode(image, noise, 4)[-2][0].detach()
+    pixels = plain.slots.norm_inputs(plain.encoder(image))
+    slots, _ = plain.slots.iterate(plain.slots.keys(pixels), plain.slots.values(pixels), before)
+    mean = module.reconstruct(plain.decode(slots))[0]
+    last = 4 * (mean - image).square().mean()
+    names = [name for name, _ in model.named_parameters()]
+    actual, wanted = (torch.autograd.grad(loss, list(m.parameters()), materialize_grads=True)
+                      for m, loss in ((model, parts["loss"]), (plain, last)))
+    for name, a, w in zip(names, actual, wanted, strict=True):
+        if name != "slots.norm_slots.bias":  # zero by symmetry
+            assert_close(f"gradient of {name}", a, w)
+    assert not actual[names.index("slots.loc")].any(), "gradient of the start is off: there is one"
+
+
+def test_the_noise_is_a_function_of_the_scene():
+    scenes = data.make("mini_sprites")
+    model, other = (slot_attention.build(tiny(seed=seed), scenes) for seed in (0, 1))
+    index = torch.tensor([5, 2**40, 7])
+    noise = model.noise(scenes, index)
+    assert noise.shape == (3, 3, 4) and len(set(noise.flatten().tolist())) == 36
+    assert torch.equal(noise[2:], model.noise(scenes, index[2:]))
+    assert not torch.equal(noise, other.noise(scenes, index))
+
+
+def test_under_autocast_slots_and_colours_are_of_float32():
+    scenes = data.make("mini_sprites")
+    model = slot_attention.build(tiny(), scenes)
+    inputs = scenes.batch(0, 2).image, model.noise(scenes, torch.arange(2))
+    exact = model.loss(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model.loss(*inputs)
+    assert rounded["loss"].dtype == torch.float32
+    assert abs(rounded["loss"] - exact["loss"]) < 0.02 * exact["loss"]
+    colours = rounded["decoded"]
+    assert (colours != colours.bfloat16()).float().mean() > 0.8  # not merely cast at the end
+
+
+# -- schedules and options -------------------------------------------------------------------------
+
+
+def check_schedules(module: ModuleType = slot_attention) -> None:
+    config = small(lr=1e-2, lr_warmup=4, lr_half_life=100, mask_entropy=0.5, entropy_steps=20)
+    rates = [module.learning_rate(config, step) for step in (0, 3, 4, 100, 300)]
+    expected = [2e-3, 8e-3 * 0.5**0.03, 1e-2 * 0.5**0.04, 5e-3, 1.25e-3]
+    assert_close("learning rate", torch.tensor(rates), torch.tensor(expected), 1e-6)
+    model, weights = make_model(config, module=module), []
+    for step in (0, 10, 20, 99):
+        model.set_step(step)
+        weights.append(model.entropy_weight.item())
+    assert weights == [0, 0.25, 0.5, 0.5], f"weights of the entropy are off: {weights}"
+
+
+def test_the_gradient_of_the_entropy_is_finite_where_masks_are_zero(monkeypatch):
+    model = make_model(small(mask_entropy=0.3))
+    model.set_step(1)
+    image, noise = make_inputs(model.config)
+    logits = (1e4 * noise[..., 0]).requires_grad_()  # (B, K)
+    decoded = torch.cat([image[:, None].expand(-1, 3, -1, -1, -1),
+                         logits[..., None, None, None].expand(-1, -1, 1, *SHAPE[1:])], 2)
+    monkeypatch.setattr(model, "decode", lambda slots: decoded)
+    parts = model.loss(image, noise)
+    assert parts["entropy"] == 0 and parts["mse"] == 0
+    assert torch.autograd.grad(parts["loss"], logits)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    (dict(encoder_kernel=4), "--encoder-kernel must be odd"),
+    (dict(mask_entropy=-0.1), "--mask-entropy must be at least 0"),
+    (dict(num_iterations=0), "--num-iterations must be at least 1"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused(changes, message):
+    with pytest.raises(runs.UserError, match=message):
+        slot_attention.check(tiny(**changes))
+
+
+# -- evaluation ------------------------------------------------------------------------------------
+
+
+def tiny(out: Path | str = "", **changes) -> slot_attention.Config:
+    small = dict(dataset="mini_sprites", num_slots=3, latent_size=4, encoder_channels=(4,),
+                 decoder_channels=(4,), batch_size=4, device="cpu", out=str(out))  # fmt: skip
+    return slot_attention.make_config("quick", **small | changes)
+
+
+@pytest.mark.parametrize("slots", ["attention", "mlp"])
+def test_evaluation_scores_every_iteration_and_any_number_of_scenes(slots):
+    """33 scenes are 32 and the last one, alone; its scores are those of its own inference."""
+    scenes = data.make("mini_sprites", "test")
+    model = slot_attention.build(tiny(slots=slots, test_iterations=4), scenes)
+    few, more = (slot_attention.evaluate(model, scenes, count) for count in (32, 33))
+    number = 8 if slots == "attention" else 1
+    assert [s["num_iterations"] for s in more["settings"]] == [*range(1, number + 1)]
+    assert more["metrics"] == more["settings"][min(3, number - 1)]["metrics"]
+    batch, index = scenes.batch(32, 1), torch.tensor([32])
+    trace = model.encode(batch.image, model.noise(scenes, index), 8)
+    for i, (own, _) in enumerate(trace):
+        mean, masks, _ = slot_attention.reconstruct(model.decode(own))
+        expected = dict(mse=metrics.mse(batch.image, mean), ari_fg=metrics.ari(batch.masks, masks),
+                        ari=metrics.ari(batch.masks, masks, foreground=False),
+                        miou=metrics.miou(batch.masks, batch.present, masks))  # fmt: skip
+        for name, value in expected.items():
+            sums = (count * result["settings"][i]["metrics"][name]["mean"]
+                    for count, result in ((33, more), (-32, few)))  # fmt: skip
+            assert sum(sums) == pytest.approx(value.item(), abs=1e-5), name
+
+
+class Known:
+    """A model whose slots are the objects, in another order, and whose codes are four factors and
+    noise. Of the first scene of each batch it finds a single pixel of every object.
+
+    It cheats: it keeps the scenes that it makes noise for.
+    """
+
+    config = SimpleNamespace(test_iterations=3)
+    order = (2, 0, 3, 1)  # the slots of the entities
+
+    def noise(self, scenes: data.Scenes, index: Tensor) -> Tensor:
+        self.batch, g = scenes.scenes(index), torch.Generator().manual_seed(int(index[0]))
+        return torch.randn(len(index), 4, 5, generator=g)
+
+    def encode(self, image: Tensor, noise: Tensor, num_iterations: int) -> list[tuple]:
+        assert num_iterations == 3, "number of iterations is off"
+        factors = [self.batch.factors[name] for name in ("color_id", "shape", "row", "col")]
+        code = torch.stack([*factors, noise[..., 0]], -1).float()  # (B, E, D)
+        return [(0 * code, None), (code[:, torch.tensor(self.order).argsort()], None)]
+
+    def decode(self, slots: Tensor) -> Tensor:
+        masks = self.batch.masks.clone()
+        if len(masks) > 1:
+            pixels = masks[0].flatten(1)
+            pixels[1:] &= pixels[1:].long().cumsum(1) == 1
+            pixels[0] = ~pixels[1:].any(0)
+        decoded = torch.cat([torch.zeros(*masks.shape[:2], 3, *masks.shape[2:]),
+                             50 * masks[:, :, None].float()], 2)  # fmt: skip
+        return decoded[:, torch.tensor(self.order).argsort()]
+
+
+def check_dci(module: ModuleType = slot_attention) -> None:
+    """The perfect code is found in the slots that match."""
+    scenes, asked = data.make("mini_sprites", "test"), {}
+
+    def scored(codes: Tensor, factors: dict[str, Tensor]) -> dict[str, float]:
+        asked.update(codes=codes, factors=factors)
+        return dict(disentanglement=1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "dci", scored)
+        result = module.further_scores(Known(), scenes)["dci"]
+    present = scenes.batch(0, 320).present[:, 1:].clone()
+    present[::32] = False
+    found = result["pairs"], len(asked["codes"])
+    assert found == (int(present.sum()),) * 2, f"numbers are off: {found}"
+    for latent, name in enumerate(("color_id", "shape", "row", "col")):
+        assert_close(f"latent {latent}", asked["codes"][:, latent], asked["factors"][name].float())
+    pictures = SimpleNamespace(device="cpu", scenes=lambda index: SimpleNamespace(masks=None))
+    assert module.further_scores(Known, pictures) == {}, "scores without masks are off"
+
+
+# -- mutants ---------------------------------------------------------------------------------------
+
+CHECKS: dict[str, Callable[..., None]] = {
+    "eager": check_eager,
+    "1 x 1": functools.partial(check_eager, **CASES["1 x 1 decoder"]),
+    "sum": functools.partial(check_eager, **CASES["a sum, and entropy"]),
+    "mlp": functools.partial(check_eager, **CASES["Slot MLP"]),
+    "implicit": check_implicit,
+    "flat": functools.partial(check_eager, **CASES["flat colours"]),
+    "schedules": check_schedules,
+    "dci": check_dci,
+}
+MUTANTS = {  # name: (check, text of slot_attention.py, its mutation)
+    # Encoder and attention
+    "image in [0, 1]": ("eager", "x = 2 * image - 1", "x = image"),
+    "embedding missing": ("eager", "rearrange(x + self.embedding()", "rearrange(x"),
+    "columns mirrored": ("eager", "[1 - x, x, y, 1 - y]", "[x, 1 - x, y, 1 - y]"),
+    "PyTorch's epsilon": ("eager", "eps=1e-3", "eps=1e-5"),
+    "inputs not normalised": ("eager", "x = self.norm_inputs(features)", "x = features"),
+    "slots not normalised": ("eager", "self.queries(self.norm_slots(slots))",
+                             "self.queries(slots)"),
+    "queries not scaled": ("eager", " * slots.shape[-1] ** -0.5", ""),
+    "softmax over pixels": ("eager", "softmax(1)  # over slots", "softmax(2)  # over slots"),
+    "always a sum over pixels": ("eager", "== \"mean\"", "== \"sum\""),
+    "normalised over slots twice": ("eager", "weights.sum(2, keep", "weights.sum(1, keep"),
+    "keys for values": ("eager", "self.keys(x), self.values(x)", "self.keys(x), self.keys(x)"),
+    "no GRU": ("eager", "rows.unflatten(0, slots.shape[:2])", "updates"),
+    "GRU's state normalised": ("eager", "slots.flatten(0, 1))  # (N, D)",
+                               "self.norm_slots(slots).flatten(0, 1))"),
+    "no residual": ("eager", "return slots + self.mlp(slots)", "return self.mlp(slots)"),
+    "slots start at their mean": ("eager", "+ self.log_scale.exp() * noise",
+                                  "+ 0 * self.log_scale.exp() * noise"),
+    "sigma without exp": ("eager", "self.log_scale.exp()", "self.log_scale"),
+    "no gradient to the distribution": ("eager", "self.loc + self.log_scale.exp() * noise",
+                                        "(self.loc + self.log_scale.exp() * noise).detach()"),
+    "an iteration too few": ("eager", "range(1, num_iterations + 1)", "range(1, num_iterations)"),
+    "a share of the wrong number": ("sum", "keys.shape[1] / self", "1 / self"),
+    "slots not carried": ("eager", "slots, attention = self.iterate(keys, values, slots)",
+                          "_, attention = self.iterate(keys, values, slots)"),
+    "always implicit": ("eager", "if self.config.implicit and", "if"),
+    "never implicit": ("implicit", "if self.config.implicit and", "if False and"),
+    "the first iteration in the graph": ("implicit", "t == num_iterations:", "t == 2:"),
+    # Slot MLP, decoder, loss
+    "slots of interleaved values": ("mlp", "unflatten(1, self.slots)",
+                                    "unflatten(1, self.slots[::-1]).mT"),
+    "decoder without positions": ("eager", "self.first(self.embedding()[None])",
+                                  "self.first(0 * self.embedding()[None])"),
+    "embedding without its gain": ("1 x 1", "grid = gain * ", "grid = 0.5 * "),
+    "no activation before the last layer": ("eager", "self.last, F.relu(x, inplace=True))",
+                                            "self.last, x)"),
+    "colours not moved to [0, 1]": ("eager", "(decoded[:, :-1] + 1) / 2", "decoded[:, :-1]"),
+    "masks not normalised": ("eager", "kernels.masks(decoded[:, :, -1])", "decoded[:, :, -1]"),
+    "error in [0, 1]": ("eager", "loss = 4 * mse", "loss = mse"),
+    "error of a sum": ("eager", ".square().mean()", ".square().sum()"),
+    "entropy summed over pixels": ("sum", "log_softmax(1)).sum(1).mean()", "log_softmax(1)).sum()"),
+    "entropy of logits": ("sum", "log_softmax(1)).sum", "neg()).sum"),
+    # Flat colours, schedules, DCI
+    "logits at their own scale": ("flat", "4 * decoded[:, -1:]", "decoded[:, -1:]"),
+    "no logit of the whole slot": ("flat", "decoded = flat + F", "decoded = flat * 0 + F"),
+    "entropy at once": ("schedules", "min(step / c.entropy_steps, 1.0)", "1.0"),
+    "entropy grows forever": ("schedules", "min(step / c.entropy_steps, 1.0)",
+                              "step / c.entropy_steps"),
+    "halving after the warm-up": ("schedules", "0.5 ** (step / config",
+                                  "0.5 ** ((step - config.lr_warmup) / config"),
+    "no warm-up": ("schedules", "config.lr * warmup", "config.lr"),
+    "any slot that shares a pixel": ("dci", ", least_iou=0.1)", ")"),
+    "slots not matched": ("dci", "slots[scene, owners[scene, entity + 1]]",
+                          "slots[scene, entity + 1]"),
+    "the next entity's factors": ("dci", "values[scene, entity + 1]", "values[scene, entity]"),
+}  # fmt: skip
+mutated = functools.partial(mutants.mutated, slot_attention)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_file_passes_all_checks(check):
+    """Unmutated, but read again in the same way."""
+    CHECKS[check](mutated())
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_caught(name):
+    check, old, new = MUTANTS[name]
+    module = mutated(old, new)
+    with pytest.raises(AssertionError, match=r" (is|are) off\b"):
+        CHECKS[check](module)
