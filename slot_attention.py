@@ -60,7 +60,7 @@ from torch import Tensor, nn
 
 import data
 import kernels
-from data import draws, figures, metrics, runs
+from data import draws, figures, metrics, processes, runs
 
 # B batch, K slots, N = B K, T iterations, D size of a slot, P pixels = H W, C H W image,
 # O channels of a convolution, E entities of a scene (0: the background)
@@ -346,20 +346,17 @@ def evaluate(model: SlotAutoencoder, scenes: data.Scenes, count: int = 320) -> d
 @torch.no_grad()
 def draw(model: SlotAutoencoder, scenes: data.Scenes, folder: Path, results: dict) -> None:
     """Writes decomposition.png and iterations.png."""
-    index = torch.arange(6, device=scenes.device)
-    batch, noise = scenes.scenes(index), model.noise(scenes, index)
+    batch, noise = scenes.batch(0, 6), model.noise(scenes, torch.arange(6, device=scenes.device))
     trace = model.encode(batch.image, noise, model.config.test_iterations)
-    decoded = torch.stack([model.decode(slots) for slots, _ in trace])  # (T, B, K, C+1, H, W)
-    mean, masks, means = reconstruct(decoded[-1])
-    known = batch.masks is not None
-    figures.decomposition(
-        folder / "decomposition.png", batch.image, mean, batch.masks, masks, means,
-        "Slot Attention decomposes unseen scenes, trained without masks",
-        metrics.ari(batch.masks, masks) if known else None)
-    figures.refinement(
-        folder / "iterations.png", batch.image[0], batch.masks[0] if known else None,
-        *reconstruct(decoded[:, 0]), "Slots compete for pixels, again and again",
-        [f"iteration {t}" for t in range(1, len(decoded) + 1)])
+    parts = zip(*(reconstruct(model.decode(slots)) for slots, _ in trace), strict=True)
+    mean, masks, means = map(torch.stack, parts)  # (T, B, ...)
+    truth, title = batch.masks, "Slot Attention decomposes unseen scenes, trained without masks"
+    scores = None if truth is None else metrics.ari(truth, masks[-1])
+    figures.decomposition(folder / "decomposition.png", batch.image, mean[-1], truth, masks[-1],
+                          means[-1], title, scores)
+    figures.refinement(folder / "iterations.png", batch.image[0],
+                       None if truth is None else truth[0], mean[:, 0], masks[:, 0], means[:, 0],
+                       "Slots compete for pixels, iteration by iteration")
 
 
 @torch.no_grad()
@@ -403,7 +400,7 @@ def check(config: Config) -> None:
     try:
         data.make(config.dataset)
         kernels.use(config.kernels)
-        kernels.backend(runs.pick_device(config.device))  # no Triton on a CPU
+        kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:
         raise runs.UserError(error) from None
 
