@@ -46,6 +46,11 @@ class Scenes:
         self.device = torch.device(device)
         self.key = draws.make_key(name, split, seed)  # of all draws of these scenes
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """C, H, W of the images."""
+        return self.num_channels, self.height, self.width
+
     def batch(self, start: int, size: int) -> Batch:
         """Scenes start .. start+size-1. Raises ValueError for a negative start or size < 1."""
         if start < 0 or size < 1:
