@@ -102,6 +102,7 @@ DATASETS: dict[str, partial[Scenes]] = {  # called with name, split, seed, devic
     "mini_tetrominoes": partial(_late, "tetrominoes.Tetrominoes", tile="flat", cell=2),
     "tetrominoes": partial(_late, "tetrominoes.Tetrominoes", tile="shaded", cell=5),
     "shapes": partial(_late, "shapes.Shapes"),
+    "shapes_levels": partial(_late, "shapes.Shapes", levels=True),
     "multi_dsprites_binarized": partial(_dsprites, colors="binarized"),
     "multi_dsprites_colored_on_grayscale": partial(_dsprites, colors="colored_on_grayscale"),
     "multi_dsprites_colored_on_colored": partial(_dsprites, colors="colored_on_colored"),
