@@ -36,7 +36,7 @@ Config's defaults are the paper's (appendix C). `quick` trades them for minutes:
 
     field                                 paper            quick
     dataset, num_slots                    tetrominoes, 4   mini_sprites_16_shaded, 6: a spare slot
-    flat_colors, color_steps              0, none          0.5, 1320 to 1760: flat, masks draw shapes
+    flat_colors, color_steps              0, none          0.5, 1320 to 1760: masks draw shapes
     sigma, sigma_start, sigma_steps       0.1, 0, none     0.2, 0.4, 660 to 2200: a sharp likelihood
         destroys slots; the KL weight follows, so that sigma^2 times it stays the paper's
     num_steps, test_steps                 5, the same      6, 8: more decodes help at test time
@@ -121,9 +121,8 @@ QUICK = dict(
 )
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": QUICK,
-    "quick_same_color": QUICK | dict(  # what an object is, is learned where each has its own colour
-        dataset="mini_sprites_16_same_color", curriculum=("mini_sprites_16", 2200),
-        lr_steps=(1100, 3400), steps=3400),
+    "quick_same_color": QUICK | dict(dataset="mini_sprites_16_same_color", lr_steps=(1100, 3400),
+                                     curriculum=("mini_sprites_16", 2200), steps=3400),
     "tetrominoes": dict(),  # appendix C.3: the defaults
     "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", num_slots=6, **DSPRITES),
     # Paper: no architecture for the next two. Here: C.2's, with slots for all objects and one more.
@@ -569,8 +568,9 @@ def check(config: Config) -> None:
     for name in ("decoder_kernel", "refinement_kernel"):
         runs.require(getattr(config, name) % 2 == 1, f"{runs.option(name)} must be odd")
     try:
-        data.make(config.dataset)
-        data.make(config.curriculum[0] or config.dataset)
+        shape = data.make(config.dataset).shape
+        first = data.make(config.curriculum[0] or config.dataset).shape
+        runs.require(first == shape, f"--curriculum: images of {first}, not {shape} as --dataset's")
         kernels.use(config.kernels)
         kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:
@@ -580,7 +580,7 @@ def check(config: Config) -> None:
 def build(config: Config, scenes: data.Scenes) -> IODINE:
     """The model for these scenes, initialised from the seed."""
     torch.manual_seed(config.seed)
-    model = IODINE(config, scenes.num_channels, scenes.height, scenes.width).to(scenes.device)
+    model = IODINE(config, *scenes.shape).to(scenes.device)
     on_cuda = scenes.device.type == "cuda"
     return model.to(memory_format=torch.channels_last) if on_cuda else model
 

@@ -46,6 +46,11 @@ class Scenes:
         self.device = torch.device(device)
         self.key = draws.make_key(name, split, seed)  # of all draws of these scenes
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """C, H, W of the images."""
+        return self.num_channels, self.height, self.width
+
     def batch(self, start: int, size: int) -> Batch:
         """Scenes start .. start+size-1. Raises ValueError for a negative start or size < 1."""
         if start < 0 or size < 1:
@@ -97,6 +102,7 @@ DATASETS: dict[str, partial[Scenes]] = {  # called with name, split, seed, devic
     "mini_tetrominoes": partial(_late, "tetrominoes.Tetrominoes", tile="flat", cell=2),
     "tetrominoes": partial(_late, "tetrominoes.Tetrominoes", tile="shaded", cell=5),
     "shapes": partial(_late, "shapes.Shapes"),
+    "shapes_levels": partial(_late, "shapes.Shapes", levels=True),
     "multi_dsprites_binarized": partial(_dsprites, colors="binarized"),
     "multi_dsprites_colored_on_grayscale": partial(_dsprites, colors="colored_on_grayscale"),
     "multi_dsprites_colored_on_colored": partial(_dsprites, colors="colored_on_colored"),

@@ -26,6 +26,7 @@ SIZES = {  # C, H = W, fewest and most objects
     "mini_tetrominoes": (3, 14, 3, 3),
     "tetrominoes": (3, 35, 3, 3),
     "shapes": (1, 28, 3, 3),
+    "shapes_levels": (1, 28, 3, 3),
     "multi_dsprites_binarized": (1, 64, 2, 3),
     "multi_dsprites_colored_on_grayscale": (3, 64, 2, 5),
     "multi_dsprites_colored_on_colored": (3, 64, 1, 4),
@@ -45,7 +46,7 @@ PINNED = {  # a hash of the first four test images
     "mini_sprites": "fa1513a9", "mini_sprites_16": "2d3edfa6",
     "mini_sprites_16_shaded": "fea81bdd", "mini_sprites_16_same_color": "73118a65",
     "mini_sprites_16_grey": "16e7f867", "mini_tetrominoes": "c8fdabaf", "tetrominoes": "38e5e92b",
-    "shapes": "d2b471c0", "multi_dsprites_binarized": "216448c4",
+    "shapes": "d2b471c0", "shapes_levels": "1e36ee7d", "multi_dsprites_binarized": "216448c4",
     "multi_dsprites_colored_on_grayscale": "7e1a416f",
     "multi_dsprites_colored_on_colored": "419d648f", "sprites_3": "522dcbb8",
     "sprites_8": "f6ba784f", "sprites_3_32": "122ad93b", "sprites_8_32": "ffebc2f6",
@@ -417,6 +418,7 @@ def paint(name: str, f: dict[str, np.ndarray], b: int, e: int, size: int) -> np.
         rows = np.arange(9)
         width = [(rows + 1) // 2 * 2 + 1, (9 - rows) // 2 * 2 + 1, rows * 0 + 9][shape]
         light = (abs(2 * np.arange(9) - 8) < width[:, None]).astype(float)
+        light *= f["brightness"][b, e] if name == "shapes_levels" else 1
     image, top, left = np.zeros((size, size)), int(f["row"][b, e]), int(f["col"][b, e])
     image[top : top + light.shape[0], left : left + light.shape[1]] = light
     return image
@@ -571,6 +573,15 @@ def test_shapes_places():
         assert is_uniform(batch.factors[key].long()[:, 3], 20)
 
 
+def test_levels_are_the_same_shapes_each_of_a_brightness():
+    white, levels = sample("shapes"), sample("shapes_levels")
+    assert torch.equal(white.masks, levels.masks) and torch.equal(white.image > 0, levels.image > 0)
+    own = levels.factors["brightness"][:, 1:, None, None] * levels.masks[:, 1:]
+    assert torch.equal(own.sum(1, keepdim=True), levels.image)
+    top = levels.factors["brightness"][:, 3].numpy()  # never hidden
+    assert stats.kstest(top, stats.uniform(0.25, 0.75).cdf).pvalue > UNSURE
+
+
 @pytest.mark.parametrize("name", DSPRITES)
 def test_dsprites_statistics(name):
     batch = sample(name)
@@ -614,7 +625,7 @@ def test_dsprites_areas(shape):
         assert inside[0, :16].sum() > 1.5 * inside[0, 16:].sum()
 
 
-@pytest.mark.parametrize("name", ["shapes", *DSPRITES])
+@pytest.mark.parametrize("name", ["shapes", "shapes_levels", *DSPRITES])
 def test_hidden_objects_are_dropped(name):
     """In some scenes the lowest is hidden by those above: then its number is a gap."""
     present = sample(name).present
