@@ -362,8 +362,9 @@ class EfficientMORL(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         self.encoder.embedding.reset_parameters()
-        if config.flat_half_life:
-            nn.init.normal_(self.flat.weight, std=0.3 * latent**-0.5)  # near black
+        if config.flat_half_life:  # colours near black, without shading
+            nn.init.normal_(self.flat.weight, std=0.3 * latent**-0.5)
+            nn.init.zeros_(self.decoder.last.weight[:-1])
         if config.gru_std and config.dual_gru:
             for parameter in self.layer.gru.parameters():
                 nn.init.normal_(parameter, std=config.gru_std)
@@ -396,9 +397,9 @@ class EfficientMORL(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """p(x|z), every slot alone: z (B, K, D) -> means and mask logits (B, K, C+1, H, W).
 
-        With flat_half_life, a colour and a logit that are linear in z hold for the whole slot, and
-        the decoder shades the colour by at most `shading`. As it falls, black and an object's
-        colour no longer fit into one slot, so that masks must cut objects out.
+        With flat_half_life, a slot has one colour and logit, linear in z, and the decoder changes
+        the colour by at most `shading`. As that falls, black and an object's colour no longer fit
+        into one slot, so that masks must cut objects out.
         """
         decoded = self.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])  # (B, K, C+1, H, W)
         means, mask_logits = decoded[:, :, :-1], decoded[:, :, -1:]
@@ -480,11 +481,6 @@ class EfficientMORL(nn.Module):
                     update, state = full_precision(self.refinement, lam, gradient, state)
                     lam = lam + update
         return steps
-
-    def num_steps(self, step: int) -> int:
-        """I at this training step: the curriculum."""
-        c = self.config
-        return c.num_steps if step < c.curriculum_step else c.num_steps_final
 
     def loss(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Eq. 8, a batch mean. Also `decoded` of the last step, and batch means in nats: its nll,
@@ -591,11 +587,6 @@ def learning_rate(config: Config, step: int) -> float:
     return config.lr * warmup * 0.5 ** (max(0, step - config.lr_warmup) / config.lr_half_life)
 
 
-def shading(config: Config, step: int) -> float:
-    """The largest difference that the decoder can make to a slot's flat colour."""
-    return 0.5 ** (step / config.flat_half_life) if config.flat_half_life else 1.0
-
-
 def check(config: Config) -> None:
     """UserError, in one line, where the options cannot be."""
     runs.check(config)
@@ -638,8 +629,9 @@ def train(config: Config) -> dict[str, Any]:
     run = runs.start("efficient_morl", config, PRESETS, model, optimizer, title="EfficientMORL",
                      kernels=kernels.describe(device), compiled=(model.encoder, model.decoder))
     for step, index in run.steps():
-        batch, num_steps = scenes.scenes(index), model.num_steps(step)
-        model.shading.fill_(shading(config, step))
+        batch = scenes.scenes(index)
+        num_steps = config.num_steps if step < config.curriculum_step else config.num_steps_final
+        model.shading.fill_(0.5 ** (step / (config.flat_half_life or math.inf)))
         parts = run.update(model.loss, batch.image, model.noise(scenes, index, num_steps),
                            lr=learning_rate(config, step), clip=config.clip)
         if parts["grad_norm"].isfinite():
