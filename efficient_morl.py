@@ -144,8 +144,7 @@ def mlp(inputs: int, hidden: int, outputs: int, activation: type[nn.Module]) -> 
 
 
 def full_precision(layer: nn.Module, *inputs: Tensor | None) -> Any:
-    """float32 even under autocast: for colours, because the likelihood divides their rounding by
-    sigma, and for attention, prior and refinement, which are little work."""
+    """float32 under autocast: sigma divides the rounding of colours; the rest is little work."""
     dtype = next(layer.parameters()).dtype
     with torch.autocast(inputs[0].device.type, enabled=False):
         return layer(*(x if x is None else x.to(dtype) for x in inputs))
@@ -251,8 +250,8 @@ class SlotAttention(nn.Module):
         # The ablation, as in the released code: gates of one GRU mix means and raw scales.
         self.input = nn.Identity() if config.dual_gru else nn.Linear(size, 2 * size)
         self.gru = DualGRU(size) if config.dual_gru else nn.GRUCell(2 * size, 2 * size)
-        self.loc = nn.Sequential(nn.LayerNorm(size), mlp(size, 2 * size, size, nn.ReLU))
-        self.raw = nn.Sequential(nn.LayerNorm(size), mlp(size, 2 * size, size, nn.ReLU))
+        self.loc, self.raw = (nn.Sequential(
+            nn.LayerNorm(size), mlp(size, 2 * size, size, nn.ReLU)) for _ in range(2))
 
     def forward(self, keys: Tensor, values: Tensor, z: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
         """z (B, K, D), lambda (B, K, 2D) of the layer below -> lambda, attention (B, K, P)."""
