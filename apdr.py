@@ -40,14 +40,14 @@ and resampling makes them depend on it.
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
 runs/apdr-<preset>-<seed>/. No result is committed yet. `quick` differs from the defaults in:
 
-    lr, lr_final, lr_horizon, clip     1e-3, falling to 1e-4 over 3,000 steps; gradients to 1,000
+    lr, lr_final, lr_horizon, clip     1e-3, falling to 1e-4 over 3,400 steps; gradients to 1,000
     batch_size, num_samples            12 sequences of 6 frames, 2 samples
-    lengths, stage_steps, crossing     1, 2 and 6 frames, from steps 0, 1,000, 1,600; half cross
+    lengths, stage_steps, crossing     1, 3 and 6 frames, from steps 0, 1,600, 2,400; half cross
     max_objects, latent_size, glimpse_size, lstm_size                       2, 20, 20, 64
     head_sizes, encoder_sizes, decoder_sizes                                one layer of 128 each
     prior_ratio, prior_ratio_final     1e-9, rising to 1e-3 ...
-    prior_hold, prior_horizon          ... from step 300 over 700 steps
-    exploration, exploration_horizon   0.3, falling to 0 over 2,000 steps
+    prior_hold, prior_horizon          ... from step 300 over 1,000 steps
+    exploration, exploration_horizon   0.3, falling to 0 over 2,400 steps
     survival                           psi is 0.99, not learned
     difference, clipped                networks see image - canvas; the image's mean is at most 1
 """
@@ -123,12 +123,12 @@ class Config(runs.RunConfig):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
-        steps=3000, batch_size=12, lr=1e-3, lr_final=0.1, lr_horizon=3000, clip=1000.0,
-        lengths=(1, 2, 6), stage_steps=(1000, 1600), crossing=0.5, max_objects=2, latent_size=20,
+        steps=3400, batch_size=12, lr=1e-3, lr_final=0.1, lr_horizon=3400, clip=1000.0,
+        lengths=(1, 3, 6), stage_steps=(1600, 2400), crossing=0.5, max_objects=2, latent_size=20,
         glimpse_size=20, clipped=True, prior_ratio=1e-9, prior_ratio_final=1e-3, prior_hold=300,
-        prior_horizon=700, survival=0.99, lstm_size=64, encoder_sizes=(128,), decoder_sizes=(128,),
-        head_sizes=(128,), difference=True, exploration=0.3, exploration_horizon=2000,
-        num_samples=2,
+        prior_horizon=1000, survival=0.99, lstm_size=64, encoder_sizes=(128,),
+        decoder_sizes=(128,), head_sizes=(128,), difference=True, exploration=0.3,
+        exploration_horizon=2400, num_samples=2,
     ),
     "moving_mnist": dict(
         steps=60_000, batch_size=16, lr=5e-4, lr_final=0.1, lr_horizon=60_000, clip=1000.0,
@@ -573,9 +573,10 @@ class APDR(nn.Module):
         self, scenes: data.Scenes, index: Tensor, frames: int, samples: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Normal (B, S, T, 2N, Z) for z; uniform (B, S, T, 2N + 1) for presences and for which row
-        goes on: functions of seed, split and sequence. S is `samples`, or the config's if 0."""
+        goes on: functions of seed, split and sequence. S is `samples`, or the estimator's if 0."""
         c = self.config
-        shape = samples or c.num_samples, frames, 2 * c.max_objects
+        one = c.estimator == "enumerate" and frames <= EXACT
+        shape = samples or (1 if one else c.num_samples), frames, 2 * c.max_objects
         key = draws.make_key("apdr normal", scenes.split, c.seed)
         normal = draws.normal(key, index, (*shape, 3 + c.latent_size))
         key = draws.make_key("apdr uniform", scenes.split, c.seed)
