@@ -765,10 +765,13 @@ def identity_swaps(
     return swaps
 
 
-def follow(model: APDR, scenes: data.Scenes, image: Tensor, index: Tensor) -> Rows:
-    """The most probable decisions, one after the other, and the means of z."""
+def follow(
+    model: APDR, scenes: data.Scenes, image: Tensor, index: Tensor, how: str = "greedy"
+) -> Rows:
+    """One history of each sequence (B, T, C, H, W), as `histories` gives it. "greedy": the most
+    probable decisions, one after the other, and the means of z."""
     normal, uniform = (x[:, 0] for x in model.noise(scenes, index, image.shape[1], 1))
-    return histories(model, image, 0 * normal, uniform, "greedy")
+    return histories(model, image, normal * (how != "greedy"), uniform, how)
 
 
 def tracking_scores(model: APDR, batch: data.Batch, found: Objects) -> dict[str, Tensor]:
@@ -794,12 +797,13 @@ def evaluate(model: APDR, scenes: data.Scenes, count: int = 200) -> dict[str, An
         batch = scenes.scenes(index)
         length = batch.image.shape[1]
         found = follow(model, scenes, batch.image, index).objects
+        drawn = follow(model, scenes, batch.image, index, "sample")
         single = batch.image.flatten(0, 1)[:, None]  # (B*T, 1, C, H, W)
-        alone = follow(model, scenes, single, torch.arange(len(single), device=index.device))
-        kl_alone = (alone.log_likelihood - alone.log_weight).view(-1, length)
-        alone = Objects(*(v.unflatten(0, (-1, length)).squeeze(2) for v in alone.objects))
-        noise = model.noise(scenes, index, length, 1)
-        drawn = histories(model, batch.image, *(x[:, 0] for x in noise))
+        number = torch.arange(len(single), device=index.device)
+        alone = follow(model, scenes, single, number).objects
+        alone = Objects(*(v.unflatten(0, (-1, length)).squeeze(2) for v in alone))
+        drawn_alone = follow(model, scenes, single, number, "sample")
+        kl_alone = (drawn_alone.log_likelihood - drawn_alone.log_weight).view(-1, length)
         before = F.pad(found.identity[:, :-1], (0, 0, 1, 0))  # (B, T, N)
         known = (found.identity[..., None] == before[:, :, None]).any(3) & found.present
         scores = tracking_scores(model, batch, alone)
@@ -811,16 +815,16 @@ def evaluate(model: APDR, scenes: data.Scenes, count: int = 200) -> dict[str, An
         ).items():
             values.setdefault(name, []).append(value.double().cpu())
     values = {name: torch.cat(parts) for name, parts in values.items()}
-    frames = {name: v.flatten(2).nanmean(2).nanmean(0).tolist() if v.ndim > 2
-              else v.nanmean(0).tolist() for name, v in values.items()}
+    frames = {name: [metrics.mean_stderr(v[:, t])["mean"] for t in range(length)]
+              for name, v in values.items()}
+    # Frames of one sequence are alike: one mean a sequence, but where objects are what is counted.
+    values = {k: v if k.startswith("swaps") else v.nanmean(1) for k, v in values.items()}
     for index in torch.arange(math.ceil(count / 25), device=scenes.device).split(2):
         image = repeat(scenes.scenes(index).image, "b t c h w -> (b s) t c h w", s=PARTICLES)
-        noise = (x.flatten(0, 1) for x in model.noise(scenes, index, image.shape[1], PARTICLES))
-        noise = list(noise)
+        noise = [x.flatten(0, 1) for x in model.noise(scenes, index, length, PARTICLES)]
         for name, least in dict(iw_elbo=0.0, fivo=0.5).items():
-            bound, _ = filtered(model, image, *noise, PARTICLES, least=least)
-            values[name] = torch.cat([values.get(name, bound[:0].cpu()),
-                                      bound.cpu() / image.shape[1]])
+            bound = filtered(model, image, *noise, PARTICLES, least=least)[0].cpu() / length
+            values[name] = torch.cat([values[name], bound]) if name in values else bound
     results = {name: metrics.mean_stderr(v) for name, v in values.items()}
     true = scenes.batch(0, count).present[..., 1:].sum(2).flatten()
     results["count_chance"] = metrics.mean_stderr(metrics.count_floor(true))
@@ -859,8 +863,7 @@ def draw(model: APDR, scenes: data.Scenes, folder: Path, results: dict[str, Any]
     lines = torch.stack([enlarged(image), found], 1)  # (4, 2, T, 3, 3H, 3W)
     figures.grid(folder / "tracking.png", lines.flatten(0, 1), "APDR: a colour is an identity",
                  heads, ["input", "found"] * len(lines))
-    noise = (v[:, 0] for v in model.noise(scenes, index[:4], len(x), 1))
-    dream = histories(model, torch.zeros_like(image), *noise, "prior")
+    dream = follow(model, scenes, torch.zeros_like(image), index[:4], "prior")
     figures.grid(folder / "samples.png", outlined(model, dream), "Sequences from the prior", heads)
     names = dict(count_accuracy="count accuracy", kl="KL, nats", discovered="new objects")
     panels = {title: {"APDR": (x, results["frames"][name], None)} for name, title in names.items()}
