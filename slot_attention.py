@@ -38,12 +38,12 @@ runs/slot_attention-<preset>-<seed>/. The defaults of Config are the paper's for
     field                              paper            quick           why
     dataset, num_slots                 tetrominoes, 4   mini_sprites_16_shaded, 6: a spare slot
     flat_colors, normalise             off, mean        on, sum: masks draw shapes, slots get empty
-    mask_entropy, entropy_steps        0, any           0.1, 12000: else two slots share an object
-    latent_size, batch_size            64, 64           32, 16          less work
+    mask_entropy, entropy_steps        0, any           0.1, 10000: else two slots share an object
+    batch_size                         64               16              less work
     encoder_channels, encoder_kernel   4 x 32, 5        3 x 32, 3       smaller images
     decoder_kernel, coordinate_gain    5, 1             1, 15           1x1: less work
     test_iterations, clip              3, none          4, 1
-    lr, lr_warmup, lr_half_life        4e-4, 1e4, 1e5   3e-3, 300, 2500
+    lr, lr_warmup, lr_half_life        4e-4, 1e4, 1e5   2e-3, 300, 2500
 """
 
 import math
@@ -97,10 +97,10 @@ class Config(runs.RunConfig):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
-        dataset="mini_sprites_16_shaded", num_slots=6, latent_size=32, test_iterations=4,
-        normalise="sum", encoder_channels=(32, 32, 32), encoder_kernel=3, decoder_kernel=1,
-        coordinate_gain=15.0, flat_colors=True, mask_entropy=0.1, entropy_steps=12_000,
-        batch_size=16, lr=3e-3, clip=1.0, lr_warmup=300, lr_half_life=2500, steps=12_000,
+        dataset="mini_sprites_16_shaded", num_slots=6, test_iterations=4, normalise="sum",
+        encoder_channels=(32, 32, 32), encoder_kernel=3, decoder_kernel=1, coordinate_gain=15.0,
+        flat_colors=True, mask_entropy=0.1, entropy_steps=10_000, batch_size=16, lr=2e-3, clip=1.0,
+        lr_warmup=300, lr_half_life=2500, steps=10_500,
     ),
     "tetrominoes": dict(),
     "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", num_slots=6),
@@ -142,10 +142,7 @@ class Embedding(nn.Linear):
 
 
 class Conv(nn.Conv2d):
-    """Size-preserving convolution, in the memory layout that is faster."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int):
-        super().__init__(inputs, outputs, kernel, padding=kernel // 2)
+    """A convolution in the memory layout that is faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         layout = kernels.layout(x, self.kernel_size[0])
@@ -158,7 +155,8 @@ class Encoder(nn.Module):
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
         sizes = channels, *config.encoder_channels
-        self.convs = nn.ModuleList(Conv(i, o, config.encoder_kernel) for i, o in pairwise(sizes))
+        k = config.encoder_kernel
+        self.convs = nn.ModuleList(Conv(*pair, k, padding="same") for pair in pairwise(sizes))
         self.embedding = Embedding(sizes[-1], height, width)
         self.mlp = nn.Sequential(LayerNorm(sizes[-1]), mlp(sizes[-1], sizes[-1], sizes[-1]))
 
@@ -234,11 +232,11 @@ class BroadcastDecoder(nn.Module):
 
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
-        size, sizes, kernel = config.latent_size, config.decoder_channels, config.decoder_kernel
+        size, sizes, k = config.latent_size, config.decoder_channels, config.decoder_kernel
         self.embedding = Embedding(size, height, width, config.coordinate_gain)
-        self.first = Conv(size, sizes[0], kernel)
-        self.hidden = nn.ModuleList(Conv(i, o, kernel) for i, o in pairwise(sizes))
-        self.last = Conv(sizes[-1], channels + 1, min(kernel, 3))
+        self.first = Conv(size, sizes[0], k, padding="same")
+        self.hidden = nn.ModuleList(Conv(*pair, k, padding="same") for pair in pairwise(sizes))
+        self.last = Conv(sizes[-1], channels + 1, min(k, 3), padding="same")
 
     def forward(self, slots: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
         # The first layer sees slot plus embedding at every pixel; that image is never built.
@@ -346,17 +344,18 @@ def evaluate(model: SlotAutoencoder, scenes: data.Scenes, count: int = 320) -> d
 @torch.no_grad()
 def draw(model: SlotAutoencoder, scenes: data.Scenes, folder: Path, results: dict) -> None:
     """Writes decomposition.png and iterations.png."""
-    batch, noise = scenes.batch(0, 6), model.noise(scenes, torch.arange(6, device=scenes.device))
-    trace = model.encode(batch.image, noise, model.config.test_iterations)
+    image, truth, *_ = scenes.batch(0, 6)
+    noise = model.noise(scenes, torch.arange(6, device=scenes.device))
+    trace = model.encode(image, noise, model.config.test_iterations)
     parts = zip(*(reconstruct(model.decode(slots)) for slots, _ in trace), strict=True)
     mean, masks, means = map(torch.stack, parts)  # (T, B, ...)
-    truth, title = batch.masks, "Slot Attention decomposes unseen scenes, trained without masks"
-    scores = None if truth is None else metrics.ari(truth, masks[-1])
-    figures.decomposition(folder / "decomposition.png", batch.image, mean[-1], truth, masks[-1],
-                          means[-1], title, scores)
-    figures.refinement(folder / "iterations.png", batch.image[0],
-                       None if truth is None else truth[0], mean[:, 0], masks[:, 0], means[:, 0],
-                       "Slots compete for pixels, iteration by iteration")
+    first, ari = (None, None) if truth is None else (truth[0], metrics.ari(truth, masks[-1]))
+    figures.decomposition(
+        folder / "decomposition.png", image, mean[-1], truth, masks[-1], means[-1],
+        "Slot Attention decomposes unseen scenes, trained without masks", ari)
+    figures.refinement(
+        folder / "iterations.png", image[0], first, mean[:, 0], masks[:, 0], means[:, 0],
+        "Slots compete for pixels, iteration by iteration")
 
 
 @torch.no_grad()

@@ -296,28 +296,18 @@ def test_attention_is_shared_out_among_any_number_of_slots():
         assert_close("sum over slots", attention.sum(1), torch.ones(2, 24).double())
 
 
-def test_an_image_has_the_same_slots_in_a_batch_of_any_size():
-    model = make_model(small())
-    image, noise = make_inputs(model.config, batch=5)
-    whole, _ = model.encode(image, noise, 3)[-1]
-    for part in ([0], [1, 2], [2, 3, 4]):
-        assert_close("slots", model.encode(image[part], noise[part], 3)[-1][0], whole[part])
-
-
 @pytest.mark.parametrize("name", ["loc", "log_scale"])
 def test_the_gradient_reaches_the_slots_distribution(name):
-    """And is that of finite differences."""
+    """And is that of finite differences, in the direction of the gradient."""
     model = make_model(small())
     inputs, parameter = make_inputs(model.config), getattr(model.slots, name)
     (gradient,) = torch.autograd.grad(model.loss(*inputs)["loss"], parameter)
-    for i in range(parameter.numel()):
-        losses = []
-        for step in (1e-6, -2e-6, 1e-6):  # up, down, and back
-            with torch.no_grad():
-                parameter[0, i] += step
-                losses.append(model.loss(*inputs)["loss"])
-        slope = (losses[0] - losses[1]) / 2e-6
-        assert abs(gradient[0, i] - slope) < 1e-5 * gradient.abs().max()
+    losses = []
+    for step in (1e-5, -2e-5):
+        with torch.no_grad():
+            parameter += step * gradient / gradient.norm()
+            losses.append(model.loss(*inputs)["loss"].item())
+    assert (losses[0] - losses[1]) / 2e-5 == pytest.approx(gradient.norm().item(), rel=1e-5)
 
 
 def check_implicit(module: ModuleType = slot_attention) -> None:
