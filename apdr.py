@@ -40,14 +40,14 @@ and resampling makes them depend on it.
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
 runs/apdr-<preset>-<seed>/. No result is committed yet. `quick` differs from the defaults in:
 
-    lr, lr_final, lr_horizon, clip     1e-3, falling to 1e-4 over 3,000 steps; gradients to 1,000
+    lr, lr_final, lr_horizon, clip     1e-3, falling to 1e-4 over 3,400 steps; gradients to 1,000
     batch_size, num_samples            12 sequences of 6 frames, 2 samples
-    lengths, stage_steps, crossing     1, 2 and 6 frames, from steps 0, 1,000, 1,600; half cross
+    lengths, stage_steps, crossing     1, 3 and 6 frames, from steps 0, 1,600, 2,400; half cross
     max_objects, latent_size, glimpse_size, lstm_size                       2, 20, 20, 64
     head_sizes, encoder_sizes, decoder_sizes                                one layer of 128 each
     prior_ratio, prior_ratio_final     1e-9, rising to 1e-3 ...
-    prior_hold, prior_horizon          ... from step 300 over 700 steps
-    exploration, exploration_horizon   0.3, falling to 0 over 2,000 steps
+    prior_hold, prior_horizon          ... from step 300 over 1,000 steps
+    exploration, exploration_horizon   0.3, falling to 0 over 2,400 steps
     survival                           psi is 0.99, not learned
     difference, clipped                networks see image - canvas; the image's mean is at most 1
 """
@@ -123,12 +123,12 @@ class Config(runs.RunConfig):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
-        steps=3000, batch_size=12, lr=1e-3, lr_final=0.1, lr_horizon=3000, clip=1000.0,
-        lengths=(1, 2, 6), stage_steps=(1000, 1600), crossing=0.5, max_objects=2, latent_size=20,
+        steps=3400, batch_size=12, lr=1e-3, lr_final=0.1, lr_horizon=3400, clip=1000.0,
+        lengths=(1, 3, 6), stage_steps=(1600, 2400), crossing=0.5, max_objects=2, latent_size=20,
         glimpse_size=20, clipped=True, prior_ratio=1e-9, prior_ratio_final=1e-3, prior_hold=300,
-        prior_horizon=700, survival=0.99, lstm_size=64, encoder_sizes=(128,), decoder_sizes=(128,),
-        head_sizes=(128,), difference=True, exploration=0.3, exploration_horizon=2000,
-        num_samples=2,
+        prior_horizon=1000, survival=0.99, lstm_size=64, encoder_sizes=(128,),
+        decoder_sizes=(128,), head_sizes=(128,), difference=True, exploration=0.3,
+        exploration_horizon=2400, num_samples=2,
     ),
     "moving_mnist": dict(
         steps=60_000, batch_size=16, lr=5e-4, lr_final=0.1, lr_horizon=60_000, clip=1000.0,
@@ -573,9 +573,10 @@ class APDR(nn.Module):
         self, scenes: data.Scenes, index: Tensor, frames: int, samples: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Normal (B, S, T, 2N, Z) for z; uniform (B, S, T, 2N + 1) for presences and for which row
-        goes on: functions of seed, split and sequence. S is `samples`, or the config's if 0."""
+        goes on: functions of seed, split and sequence. S is `samples`, or the estimator's if 0."""
         c = self.config
-        shape = samples or c.num_samples, frames, 2 * c.max_objects
+        one = c.estimator == "enumerate" and frames <= EXACT
+        shape = samples or (1 if one else c.num_samples), frames, 2 * c.max_objects
         key = draws.make_key("apdr normal", scenes.split, c.seed)
         normal = draws.normal(key, index, (*shape, 3 + c.latent_size))
         key = draws.make_key("apdr uniform", scenes.split, c.seed)
@@ -764,10 +765,13 @@ def identity_swaps(
     return swaps
 
 
-def follow(model: APDR, scenes: data.Scenes, image: Tensor, index: Tensor) -> Rows:
-    """The most probable decisions, one after the other, and the means of z."""
+def follow(
+    model: APDR, scenes: data.Scenes, image: Tensor, index: Tensor, how: str = "greedy"
+) -> Rows:
+    """One history of each sequence (B, T, C, H, W), as `histories` gives it. "greedy": the most
+    probable decisions, one after the other, and the means of z."""
     normal, uniform = (x[:, 0] for x in model.noise(scenes, index, image.shape[1], 1))
-    return histories(model, image, 0 * normal, uniform, "greedy")
+    return histories(model, image, normal * (how != "greedy"), uniform, how)
 
 
 def tracking_scores(model: APDR, batch: data.Batch, found: Objects) -> dict[str, Tensor]:
@@ -793,12 +797,13 @@ def evaluate(model: APDR, scenes: data.Scenes, count: int = 200) -> dict[str, An
         batch = scenes.scenes(index)
         length = batch.image.shape[1]
         found = follow(model, scenes, batch.image, index).objects
+        drawn = follow(model, scenes, batch.image, index, "sample")
         single = batch.image.flatten(0, 1)[:, None]  # (B*T, 1, C, H, W)
-        alone = follow(model, scenes, single, torch.arange(len(single), device=index.device))
-        kl_alone = (alone.log_likelihood - alone.log_weight).view(-1, length)
-        alone = Objects(*(v.unflatten(0, (-1, length)).squeeze(2) for v in alone.objects))
-        noise = model.noise(scenes, index, length, 1)
-        drawn = histories(model, batch.image, *(x[:, 0] for x in noise))
+        number = torch.arange(len(single), device=index.device)
+        alone = follow(model, scenes, single, number).objects
+        alone = Objects(*(v.unflatten(0, (-1, length)).squeeze(2) for v in alone))
+        drawn_alone = follow(model, scenes, single, number, "sample")
+        kl_alone = (drawn_alone.log_likelihood - drawn_alone.log_weight).view(-1, length)
         before = F.pad(found.identity[:, :-1], (0, 0, 1, 0))  # (B, T, N)
         known = (found.identity[..., None] == before[:, :, None]).any(3) & found.present
         scores = tracking_scores(model, batch, alone)
@@ -810,16 +815,16 @@ def evaluate(model: APDR, scenes: data.Scenes, count: int = 200) -> dict[str, An
         ).items():
             values.setdefault(name, []).append(value.double().cpu())
     values = {name: torch.cat(parts) for name, parts in values.items()}
-    frames = {name: v.flatten(2).nanmean(2).nanmean(0).tolist() if v.ndim > 2
-              else v.nanmean(0).tolist() for name, v in values.items()}
+    frames = {name: [metrics.mean_stderr(v[:, t])["mean"] for t in range(length)]
+              for name, v in values.items()}
+    # Frames of one sequence are alike: one mean a sequence, but where objects are what is counted.
+    values = {k: v if k.startswith("swaps") else v.nanmean(1) for k, v in values.items()}
     for index in torch.arange(math.ceil(count / 25), device=scenes.device).split(2):
         image = repeat(scenes.scenes(index).image, "b t c h w -> (b s) t c h w", s=PARTICLES)
-        noise = (x.flatten(0, 1) for x in model.noise(scenes, index, image.shape[1], PARTICLES))
-        noise = list(noise)
+        noise = [x.flatten(0, 1) for x in model.noise(scenes, index, length, PARTICLES)]
         for name, least in dict(iw_elbo=0.0, fivo=0.5).items():
-            bound, _ = filtered(model, image, *noise, PARTICLES, least=least)
-            values[name] = torch.cat([values.get(name, bound[:0].cpu()),
-                                      bound.cpu() / image.shape[1]])
+            bound = filtered(model, image, *noise, PARTICLES, least=least)[0].cpu() / length
+            values[name] = torch.cat([values[name], bound]) if name in values else bound
     results = {name: metrics.mean_stderr(v) for name, v in values.items()}
     true = scenes.batch(0, count).present[..., 1:].sum(2).flatten()
     results["count_chance"] = metrics.mean_stderr(metrics.count_floor(true))
@@ -858,8 +863,7 @@ def draw(model: APDR, scenes: data.Scenes, folder: Path, results: dict[str, Any]
     lines = torch.stack([enlarged(image), found], 1)  # (4, 2, T, 3, 3H, 3W)
     figures.grid(folder / "tracking.png", lines.flatten(0, 1), "APDR: a colour is an identity",
                  heads, ["input", "found"] * len(lines))
-    noise = (v[:, 0] for v in model.noise(scenes, index[:4], len(x), 1))
-    dream = histories(model, torch.zeros_like(image), *noise, "prior")
+    dream = follow(model, scenes, torch.zeros_like(image), index[:4], "prior")
     figures.grid(folder / "samples.png", outlined(model, dream), "Sequences from the prior", heads)
     names = dict(count_accuracy="count accuracy", kl="KL, nats", discovered="new objects")
     panels = {title: {"APDR": (x, results["frames"][name], None)} for name, title in names.items()}
