@@ -581,9 +581,8 @@ def check(config: Config) -> None:
 def build(config: Config, scenes: data.Scenes) -> IODINE:
     """The model for these scenes, initialised from the seed."""
     torch.manual_seed(config.seed)
-    model = IODINE(config, *scenes.shape).to(scenes.device)
-    on_cuda = scenes.device.type == "cuda"
-    return model.to(memory_format=torch.channels_last) if on_cuda else model
+    layout = torch.channels_last if scenes.device.type == "cuda" else torch.preserve_format
+    return IODINE(config, *scenes.shape).to(scenes.device, memory_format=layout)
 
 
 def load_model(path: str | Path, device: str = "cpu") -> IODINE:
