@@ -787,7 +787,7 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "curriculum a step late": ("curriculum", "later < 0 else",
                                "later <= 0 else"),
     "halving overlaps the warm-up": ("schedules", "max(0, step - config.lr_warmup)", "step"),
-    "shading falls twice as fast": ("curriculum", "0.5 ** (max(", "0.25 ** (max("),
+    "shading falls twice as fast": ("curriculum", "(0.5 ** (max(", "(0.25 ** (max("),
     "shading falls from the start": ("curriculum", "max(0, later)", "step"),
     "no warm-up": ("schedules", "config.lr * warmup", "config.lr"),
     # DCI
