@@ -538,22 +538,22 @@ def evaluate(model: EfficientMORL, scenes: data.Scenes, count: int = 320) -> dic
 
 
 def draw(model: EfficientMORL, scenes: data.Scenes, folder: Path, results: dict[str, Any]) -> None:
-    """Writes decomposition.png and stages.png."""
+    """Writes decomposition.png, stages.png and inference.gif."""
     c, index = model.config, torch.arange(6, device=scenes.device)
     batch, noise = scenes.scenes(index), model.noise(scenes, index, c.num_steps_final)
     steps = model.infer(batch.image, noise, all_layers=True)
-    mean, masks, means = reconstruct(steps[-1].decoded.nan_to_num())
-    known = batch.masks is not None
-    figures.decomposition(
-        folder / "decomposition.png", batch.image, mean, batch.masks, masks, means,
-        "EfficientMORL decomposes unseen scenes, trained without masks",
-        metrics.ari(batch.masks, masks) if known else None)
-    stages = torch.cat([step.decoded[:1] for step in steps])  # (L + I, K, C+1, H, W) of scene 0
+    parts = zip(*(reconstruct(step.decoded.nan_to_num()) for step in steps), strict=True)
+    mean, masks, means = map(torch.stack, parts)  # (L + I, B, ...)
+    truth, title = batch.masks, "EfficientMORL decomposes unseen scenes, trained without masks"
+    scores = None if truth is None else metrics.ari(truth, masks[-1])
+    figures.decomposition(folder / "decomposition.png", batch.image, mean[-1], truth, masks[-1],
+                          means[-1], title, scores)
     names = [f"layer {layer}" for layer in range(1, c.num_layers + 1)]
     names += [f"step {step}" for step in range(1, c.num_steps_final + 1)]
-    figures.refinement(
-        folder / "stages.png", batch.image[0], batch.masks[0] if known else None,
-        *reconstruct(stages.nan_to_num()), "Two-stage inference: attention, then refinement", names)
+    figures.refinement(folder / "stages.png", batch.image[0], None if truth is None else truth[0],
+                       mean[:, 0], masks[:, 0], means[:, 0],
+                       "Two-stage inference: attention, then refinement", names)
+    figures.animation(folder / "inference.gif", batch.image, mean, truth, masks, means, title)
 
 
 def further_scores(model: EfficientMORL, scenes: data.Scenes) -> dict[str, Any]:
