@@ -42,13 +42,13 @@ runs/efficient_morl-<preset>-<seed>/. The defaults of Config are the paper's for
     hidden_size, batch_size                 128, 32         64, 16          less work
     encoder_channels, encoder_kernel        4 x 64, 5       3 x 32, 3       smaller images
     decoder, coordinate_gain                small, 1        pixel, 15       1x1 kernels: less work
-    flat_half_life                          0: off          1500            masks draw the shapes
+    flat_half_life                          0: off          500             masks draw the shapes
     num_steps, num_steps_final              3, 3            0, 1            less work
-    curriculum_step                         1e5             3000            refinement comes late
+    curriculum_step                         1e5             2500            refinement comes late
     sigma, kl_weight                        0.3, 1          0.1, 0.2        more KL: unused latents
     geco, geco_target                       on, -0.274      off, -1.287     a fixed weight suffices
     init_gain, gru_std                      0.02, 1         1.4, PyTorch's  0.02: no signal at first
-    lr, lr_warmup, lr_half_life             4e-4, 1e4, 1e5  3.65e-3, 100, 1500
+    lr, lr_warmup, lr_half_life             4e-4, 1e4, 1e5  3.65e-3, 100, 1250
 """
 
 import math
@@ -114,10 +114,10 @@ class Config(runs.RunConfig):
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
         dataset="mini_sprites_16_shaded", num_slots=5, sigma=0.1, decoder="pixel",
-        coordinate_gain=15.0, flat_half_life=1500, encoder_channels=(32, 32, 32), encoder_kernel=3,
-        hidden_size=64, num_steps=0, num_steps_final=1, curriculum_step=3000, kl_weight=0.2,
+        coordinate_gain=15.0, flat_half_life=500, encoder_channels=(32, 32, 32), encoder_kernel=3,
+        hidden_size=64, num_steps=0, num_steps_final=1, curriculum_step=2500, kl_weight=0.2,
         geco=False, geco_target=-1.287, init_gain=1.4, gru_std=0.0, batch_size=16, lr=3.65e-3,
-        lr_warmup=100, lr_half_life=1500, steps=6000,
+        lr_warmup=100, lr_half_life=1250, steps=5000,
     ),
     # Paper and released code: a GECO target that no model reaches, so that the weight of the NLL
     # rises forever. Here: the one that allows a squared error of 1.9e-3, as CLEVR6's does.
@@ -351,7 +351,7 @@ class EfficientMORL(nn.Module):
         self.prior = mlp(latent, config.hidden_size, 2 * latent, nn.ELU)
         self.refinement = RefinementNetwork(config)
         self.flat = nn.Linear(latent, channels + 1) if config.flat_half_life else None
-        self.register_buffer("shading", torch.tensor(1.0))
+        self.register_buffer("shading", torch.tensor(4.0))
         self.initial = nn.Parameter(torch.tensor([0.0, 1.0]).repeat_interleave(latent))  # lambda^0
         self.geco = GECO(config, channels * height * width)
         # As the released code: PyTorch's for the encoder's embedding and the refinement's GRU.
@@ -361,9 +361,8 @@ class EfficientMORL(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         self.encoder.embedding.reset_parameters()
-        if config.flat_half_life:  # colours near black, without shading
-            nn.init.normal_(self.flat.weight, std=0.3 * latent**-0.5)
-            nn.init.zeros_(self.decoder.last.weight[:-1])
+        if config.flat_half_life:
+            nn.init.normal_(self.flat.weight, std=0.3 * latent**-0.5)  # near black
         if config.gru_std and config.dual_gru:
             for parameter in self.layer.gru.parameters():
                 nn.init.normal_(parameter, std=config.gru_std)
@@ -630,7 +629,7 @@ def train(config: Config) -> dict[str, Any]:
         batch = scenes.scenes(index)
         later = step - config.curriculum_step  # steps since it, negative before
         num_steps = config.num_steps if later < 0 else config.num_steps_final
-        model.shading.fill_(0.5 ** (max(0, later) / (config.flat_half_life or math.inf)))
+        model.shading.fill_(4 * 0.5 ** (max(0, later) / (config.flat_half_life or math.inf)))
         parts = run.update(model.loss, batch.image, model.noise(scenes, index, num_steps),
                            lr=learning_rate(config, step), clip=config.clip)
         if parts["grad_norm"].isfinite():

@@ -572,7 +572,7 @@ def check_curriculum(module: ModuleType = efficient_morl) -> None:
         records = runs.read_log(Path(folder))
         steps, shading = [r["num_steps"] for r in records], module.load_model(folder).shading
     assert steps == [2, 1, 1, 1], f"curriculum is off: {steps}"
-    assert shading == 0.25, f"shading is off: {shading}"
+    assert shading == 1, f"shading is off: {shading}"
 
 
 # -- evaluation ------------------------------------------------------------------------------------
@@ -787,7 +787,7 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "curriculum a step late": ("curriculum", "later < 0 else",
                                "later <= 0 else"),
     "halving overlaps the warm-up": ("schedules", "max(0, step - config.lr_warmup)", "step"),
-    "shading falls twice as fast": ("curriculum", "(0.5 ** (max(", "(0.25 ** (max("),
+    "shading falls twice as fast": ("curriculum", "4 * 0.5 ** (", "4 * 0.25 ** ("),
     "shading falls from the start": ("curriculum", "max(0, later)", "step"),
     "no warm-up": ("schedules", "config.lr * warmup", "config.lr"),
     # DCI
