@@ -37,18 +37,18 @@ A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figu
 runs/efficient_morl-<preset>-<seed>/. The defaults of Config are the paper's for Tetrominoes; where
 `quick` differs:
 
-    field                                   paper           quick           why
-    dataset, num_slots                      tetrominoes, 4  mini_sprites_16_shaded, 5
-    hidden_size, batch_size                 128, 32         64, 16          less work
-    encoder_channels, encoder_kernel        4 x 64, 5       3 x 32, 3       smaller images
-    decoder, coordinate_gain                small, 1        pixel, 15       1x1 kernels: less work
-    flat_half_life                          0: off          500             masks draw the shapes
-    num_steps, num_steps_final              3, 3            0, 1            less work
-    curriculum_step                         1e5             2500            refinement comes late
-    sigma, kl_weight                        0.3, 1          0.1, 0.2        more KL: unused latents
-    geco, geco_target                       on, -0.274      off, -1.287     a fixed weight suffices
-    init_gain, gru_std                      0.02, 1         1.4, PyTorch's  0.02: no signal at first
-    lr, lr_warmup, lr_half_life             4e-4, 1e4, 1e5  3.65e-3, 100, 1250
+    field                                        paper          quick          why
+    dataset, num_slots                           tetrominoes, 4 mini_sprites_16_shaded, 6
+    hidden_size, batch_size                      128, 32        64, 16         less work
+    encoder_channels, encoder_kernel             4 x 64, 5      3 x 32, 3      smaller images
+    decoder, coordinate_gain                     small, 1       pixel, 15      1x1: less work
+    flat_half_life                               0: off         1500           masks draw the shapes
+    normalise                                    mean           sum            spare slots get empty
+    num_steps, num_steps_final, curriculum_step  3, 3, 1e5      0, 1, 3000     less work
+    sigma, kl_weight                             0.3, 1         0.1, 0.2       more: unused latents
+    geco, geco_target                            on, -0.274     off, -1.287    fixed weight suffices
+    init_gain, gru_std                           0.02, 1        1.4, PyTorch's 0.02: no signal
+    lr, lr_warmup, lr_half_life                  4e-4, 1e4, 1e5 3.65e-3, 100, 1500
 """
 
 import math
@@ -88,6 +88,7 @@ class Config(runs.RunConfig):
     flat_half_life: int = 0  # steps after curriculum_step in which `shading` halves; 0: sigmoids
     # inference
     num_layers: int = 3  # L
+    normalise: Literal["mean", "sum"] = "mean"  # what a slot gets of its pixels' values
     encoder_channels: tuple[int, ...] = (64, 64, 64, 64)  # of the convolutions
     encoder_kernel: int = 5  # pixels, odd
     dual_gru: bool = True  # else the ablation: one GRU for means and scales
@@ -113,11 +114,11 @@ class Config(runs.RunConfig):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
-        dataset="mini_sprites_16_shaded", num_slots=5, sigma=0.1, decoder="pixel",
-        coordinate_gain=15.0, flat_half_life=500, encoder_channels=(32, 32, 32), encoder_kernel=3,
-        hidden_size=64, num_steps=0, num_steps_final=1, curriculum_step=2500, kl_weight=0.2,
-        geco=False, geco_target=-1.287, init_gain=1.4, gru_std=0.0, batch_size=16, lr=3.65e-3,
-        lr_warmup=100, lr_half_life=1250, steps=5000,
+        dataset="mini_sprites_16_shaded", num_slots=6, sigma=0.1, decoder="pixel",
+        coordinate_gain=15.0, flat_half_life=1500, normalise="sum", encoder_channels=(32, 32, 32),
+        encoder_kernel=3, hidden_size=64, num_steps=0, num_steps_final=1, curriculum_step=3000,
+        kl_weight=0.2, geco=False, geco_target=-1.287, init_gain=1.4, gru_std=0.0, batch_size=16,
+        lr=3.65e-3, lr_warmup=100, lr_half_life=1500, steps=6000,
     ),
     # Paper and released code: a GECO target that no model reaches, so that the weight of the NLL
     # rises forever. Here: the one that allows a squared error of 1.9e-3, as CLEVR6's does.
@@ -244,7 +245,7 @@ class SlotAttention(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        size = config.latent_size
+        size, self.mean = config.latent_size, config.normalise == "mean"
         self.norm = nn.LayerNorm(size)
         self.queries = nn.Linear(size, size, bias=False)
         # The ablation, as in the released code: gates of one GRU mix means and raw scales.
@@ -258,8 +259,9 @@ class SlotAttention(nn.Module):
         queries = self.queries(self.norm(z)) * z.shape[-1] ** -0.5
         attention = (queries @ keys.mT).softmax(1)  # over slots, (B, K, P)
         weights = attention + 1e-8  # a slot without pixels: no division by 0
-        weights = weights / weights.sum(2, keepdim=True)  # over pixels
-        theta = self.input(weights @ values)  # what a slot has found: a mean of values, (B, K, D)
+        # The sum shows how many pixels a slot has; it is 1 for a slot that has P / K of them.
+        total = weights.sum(2, keepdim=True) if self.mean else weights.shape[2] / weights.shape[1]
+        theta = self.input(weights / total @ values)  # what a slot has found, (B, K, D)
         lam = self.gru(theta.flatten(0, 1), lam.flatten(0, 1)).unflatten(0, z.shape[:2])
         loc, raw = lam.chunk(2, -1)
         return torch.cat([loc + self.loc(loc), raw + self.raw(raw)], -1), attention
@@ -272,7 +274,6 @@ class RefinementNetwork(nn.Module):
         super().__init__()
         size = config.latent_size
         self.mlp = mlp(4 * size, config.hidden_size, size, nn.ELU)
-        # Released code: a layer each for means and raw scales, which makes initial values larger.
         self.gru, self.head = nn.GRUCell(size, size), nn.Linear(size, 2 * size)
 
     def forward(self, lam: Tensor, gradient: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -351,7 +352,7 @@ class EfficientMORL(nn.Module):
         self.prior = mlp(latent, config.hidden_size, 2 * latent, nn.ELU)
         self.refinement = RefinementNetwork(config)
         self.flat = nn.Linear(latent, channels + 1) if config.flat_half_life else None
-        self.register_buffer("shading", torch.tensor(4.0))
+        self.register_buffer("shading", torch.tensor(1.0))
         self.initial = nn.Parameter(torch.tensor([0.0, 1.0]).repeat_interleave(latent))  # lambda^0
         self.geco = GECO(config, channels * height * width)
         # As the released code: PyTorch's for the encoder's embedding and the refinement's GRU.
@@ -361,8 +362,9 @@ class EfficientMORL(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         self.encoder.embedding.reset_parameters()
-        if config.flat_half_life:
-            nn.init.normal_(self.flat.weight, std=0.3 * latent**-0.5)  # near black
+        if config.flat_half_life:  # colours near black, without shading
+            nn.init.normal_(self.flat.weight, std=0.3 * latent**-0.5)
+            nn.init.zeros_(self.decoder.last.weight[:-1])
         if config.gru_std and config.dual_gru:
             for parameter in self.layer.gru.parameters():
                 nn.init.normal_(parameter, std=config.gru_std)
@@ -418,9 +420,8 @@ class EfficientMORL(nn.Module):
         elif kernels.backend(image) == "triton":
             log_likelihood = kernels.mixture_log_likelihood(image, decoded, sigma)
         else:
-            means, log_masks = decoded[:, :, :-1], decoded[:, :, -1].log_softmax(1)
-            densities = log_normal(image[:, None], means, sigma).sum(2)  # (B, K, H, W)
-            log_likelihood = (log_masks + densities).logsumexp(1)
+            densities = log_normal(image[:, None], decoded[:, :, :-1], sigma).sum(2)  # (B, K, H, W)
+            log_likelihood = (decoded[:, :, -1].log_softmax(1) + densities).logsumexp(1)
         return -reduce(log_likelihood, "b h w -> b", "sum")
 
     def hierarchy_kl(self, posteriors: list[Tensor], samples: list[Tensor],
@@ -431,8 +432,7 @@ class EfficientMORL(nn.Module):
         N(0, 1), p(z^l | z^(l-1)). Both: the refined q has the prior N(0, 1). reversed++: as
         reversed, but the refined q has p(z^1 | z^2). All p(.|.) are one network.
         """
-        zero = torch.zeros_like(samples[0])
-        standard = Normal(zero, zero + 1, validate_args=False)
+        standard = Normal(torch.zeros_like(samples[0]), 1.0, validate_args=False)
         bottom_up = self.config.prior == "bottom_up"
         given = samples[:-1] if bottom_up else map(sample, posteriors[1:], noise.unbind(1))
         priors = [normal(full_precision(self.prior, z)) for z in given]  # of L - 1 layers
@@ -629,7 +629,7 @@ def train(config: Config) -> dict[str, Any]:
         batch = scenes.scenes(index)
         later = step - config.curriculum_step  # steps since it, negative before
         num_steps = config.num_steps if later < 0 else config.num_steps_final
-        model.shading.fill_(4 * 0.5 ** (max(0, later) / (config.flat_half_life or math.inf)))
+        model.shading.fill_(0.5 ** (max(0, later) / (config.flat_half_life or math.inf)))
         parts = run.update(model.loss, batch.image, model.noise(scenes, index, num_steps),
                            lr=learning_rate(config, step), clip=config.clip)
         if parts["grad_norm"].isfinite():

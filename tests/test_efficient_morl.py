@@ -110,7 +110,8 @@ class Eager:
         attention = torch.stack(scores).softmax(0)  # pixels choose among slots, (K, P)
         result = []
         for shares, old in zip(attention + 1e-8, lam, strict=True):
-            theta = (shares / shares.sum()) @ values  # a mean over pixels
+            whole = shares.sum() if self.config.normalise == "mean" else len(keys) / len(z)
+            theta = (shares / whole) @ values  # a mean over pixels
             if self.config.dual_gru:
                 halves = zip(("loc", "raw"), old.chunk(2), strict=True)
                 halves = [self.gru(f"layer.gru.{name}", theta, half) for name, half in halves]
@@ -327,6 +328,7 @@ CASES: dict[str, dict] = {
     "small decoder": dict(decoder="small", num_steps=1),
     "one layer of a decoder": dict(decoder_channels=(3,), coordinate_gain=4.0),
     "flat colours": dict(flat_half_life=10, num_steps=1),
+    "sum": dict(normalise="sum", num_steps=1),
     "mixture": dict(likelihood="mixture"),
     "mixture of grey images": dict(likelihood="mixture", shape=(1, 4, 7)),
     "one GRU": dict(dual_gru=False, num_steps=3),
@@ -572,7 +574,7 @@ def check_curriculum(module: ModuleType = efficient_morl) -> None:
         records = runs.read_log(Path(folder))
         steps, shading = [r["num_steps"] for r in records], module.load_model(folder).shading
     assert steps == [2, 1, 1, 1], f"curriculum is off: {steps}"
-    assert shading == 1, f"shading is off: {shading}"
+    assert shading == 0.25, f"shading is off: {shading}"
 
 
 # -- evaluation ------------------------------------------------------------------------------------
@@ -709,6 +711,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "mixture": functools.partial(check_eager, likelihood="mixture", num_steps=1),
     "small": functools.partial(check_eager, **CASES["small decoder"]),
     "flat": functools.partial(check_eager, **CASES["flat colours"]),
+    "sum": functools.partial(check_eager, **CASES["sum"]),
     "one GRU": functools.partial(check_eager, dual_gru=False, num_steps=1),
     "geco": check_geco,
     "lagrangian": check_geco_gradient,
@@ -722,7 +725,8 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "embedding missing": ("eager", "rearrange(x + self.embedding()", "rearrange(x"),
     "columns mirrored": ("eager", "[1 - x, x, y, 1 - y]", "[x, 1 - x, y, 1 - y]"),
     "softmax over pixels": ("eager", "softmax(1)  # over slots", "softmax(2)  # over slots"),
-    "a sum over pixels": ("eager", "weights = weights / weights.sum(2, keepdim=True)", "pass"),
+    "a sum over pixels": ("eager", "weights / total @ values", "weights @ values"),
+    "a sum that grows with the image": ("sum", "weights.shape[2] / weights.shape[1]", "1.0"),
     "normalised over slots twice": ("eager", "weights.sum(2, keep", "weights.sum(1, keep"),
     "queries not scaled": ("eager", " * z.shape[-1] ** -0.5", ""),
     "queries not normalised": ("eager", "self.queries(self.norm(z))", "self.queries(z)"),
@@ -734,7 +738,8 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "GRU of the raw scales with the means' state": (
         "eager", "self.raw(x, raw)]", "self.raw(x, loc)]"),
     "no linear layer before the single GRU": (
-        "one GRU", "self.input(weights @ values)", "(weights @ values).repeat(1, 1, 2)"),
+        "one GRU", "self.input(weights / total @ values)",
+        "(weights / total @ values).repeat(1, 1, 2)"),
     "the same noise in every layer": ("eager", "z = sample(lam, epsilon)",
                                       "z = sample(lam, others[0])"),
     "softplus a deviation": ("eager", "(F.softplus(raw) + 1e-5).sqrt()", "F.softplus(raw) + 1e-5"),
@@ -761,7 +766,7 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "the same noise in every step": ("eager", "self.decode(sample(lam, epsilon))",
                                      "self.decode(sample(lam, for_steps[:, 0]))"),
     # Likelihood, decoder, loss
-    "a mixture for each colour": ("mixture", "means, sigma).sum(2)", "means, sigma).mean(2)"),
+    "a mixture for each colour": ("mixture", ":-1], sigma).sum(2)", ":-1], sigma).mean(2)"),
     "masks not normalised": ("mixture", "decoded[:, :, -1].log_softmax(1)", "decoded[:, :, -1]"),
     "nll a mean": ("eager", '"b h w -> b", "sum"', '"b h w -> b", "mean"'),
     "colours not squashed": ("eager", "means.sigmoid()", "means"),
@@ -787,7 +792,7 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "curriculum a step late": ("curriculum", "later < 0 else",
                                "later <= 0 else"),
     "halving overlaps the warm-up": ("schedules", "max(0, step - config.lr_warmup)", "step"),
-    "shading falls twice as fast": ("curriculum", "4 * 0.5 ** (", "4 * 0.25 ** ("),
+    "shading falls twice as fast": ("curriculum", "(0.5 ** (max(", "(0.25 ** (max("),
     "shading falls from the start": ("curriculum", "max(0, later)", "step"),
     "no warm-up": ("schedules", "config.lr * warmup", "config.lr"),
     # DCI
