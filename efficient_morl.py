@@ -34,20 +34,21 @@ of the loss. lambda: mean and raw scale of every latent's Gaussian q.
     python efficient_morl.py --prior bottom_up --no-dual-gru
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
-runs/efficient_morl-<preset>-<seed>/. `quick` reaches an ARI-FG of 0.932 (median of ten seeds, 0.632
-to 0.961) in 4.5 minutes (3.1 to 5.3) on one or two threads of an AMD EPYC (notebooks/results/). The
-defaults of Config are the paper's for Tetrominoes; where `quick` differs:
+runs/efficient_morl-<preset>-<seed>/. The defaults of Config are the paper's for Tetrominoes; where
+`quick` differs:
 
     field                                   paper           quick           why
     dataset, num_slots                      tetrominoes, 4  mini_sprites_16_shaded, 5
-    latent_size, hidden_size, batch_size    32, 128, 32     16, 64, 16      less work
+    hidden_size, batch_size                 128, 32         64, 16          less work
     encoder_channels, encoder_kernel        4 x 64, 5       3 x 32, 3       smaller images
     decoder, coordinate_gain                small, 1        pixel, 15       1x1 kernels: less work
-    num_steps, num_steps_final, test_steps  3, 3, 3         1, 1, 1         less work
-    sigma, kl_weight                        0.3, 1          0.15, 0.01      more KL: unused latents
-    geco, geco_target                       on, -0.274      off, -0.935     a fixed weight suffices
+    flat_half_life                          0: off          2000            masks draw the shapes
+    num_steps, num_steps_final              3, 3            0, 1            less work
+    curriculum_step                         1e5             2500            refinement comes late
+    sigma, kl_weight                        0.3, 1          0.1, 0.2        more KL: unused latents
+    geco, geco_target                       on, -0.274      off, -1.287     a fixed weight suffices
     init_gain, gru_std                      0.02, 1         1.4, PyTorch's  0.02: no signal at first
-    lr, lr_warmup, lr_half_life             4e-4, 1e4, 1e5  3.65e-3, 100, 750
+    lr, lr_warmup, lr_half_life             4e-4, 1e4, 1e5  3.65e-3, 100, 1250
 """
 
 import math
@@ -84,6 +85,7 @@ class Config(runs.RunConfig):
     decoder: Literal["iodine", "small", "pixel"] = "small"  # see DECODERS
     decoder_channels: tuple[int, ...] = (32, 32, 32)  # of the hidden layers
     coordinate_gain: float = 1.0  # the decoder's coordinates run from 0 to this
+    flat_half_life: int = 0  # training steps in which shading halves; 0: sigmoids. See `decode`
     # inference
     num_layers: int = 3  # L
     encoder_channels: tuple[int, ...] = (64, 64, 64, 64)  # of the convolutions
@@ -91,9 +93,8 @@ class Config(runs.RunConfig):
     dual_gru: bool = True  # else the ablation: one GRU for means and scales
     hidden_size: int = 128  # units of the refinement's and the prior's hidden layer
     num_steps: int = 3  # I, refinement steps in training ...
-    num_steps_final: int = 3  # ... and their number ...
+    num_steps_final: int = 3  # ... and their number, as in tests, ...
     curriculum_step: int = 100_000  # ... from this training step on
-    test_steps: int = 3  # I at test time
     # optimisation
     kl_weight: float = 1.0  # of the KL in what is minimised; `elbo` always has weight 1
     geco: bool = True  # raise the weight of the NLL until it reaches its target
@@ -112,19 +113,19 @@ class Config(runs.RunConfig):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
-        dataset="mini_sprites_16_shaded", num_slots=5, latent_size=16, sigma=0.15, decoder="pixel",
-        coordinate_gain=15.0, encoder_channels=(32, 32, 32), encoder_kernel=3, hidden_size=64,
-        num_steps=1, num_steps_final=1, test_steps=1, kl_weight=0.01, geco=False,
-        geco_target=-0.935, init_gain=1.4, gru_std=0.0, batch_size=16, lr=3.65e-3, lr_warmup=100,
-        lr_half_life=750, steps=2500,
+        dataset="mini_sprites_16_shaded", num_slots=5, sigma=0.1, decoder="pixel",
+        coordinate_gain=15.0, flat_half_life=2000, encoder_channels=(32, 32, 32), encoder_kernel=3,
+        hidden_size=64, num_steps=0, num_steps_final=1, curriculum_step=2500, kl_weight=0.2,
+        geco=False, geco_target=-1.287, init_gain=1.4, gru_std=0.0, batch_size=16, lr=3.65e-3,
+        lr_warmup=100, lr_half_life=1250, steps=5000,
     ),
     # Paper and released code: a GECO target that no model reaches, so that the weight of the NLL
     # rises forever. Here: the one that allows a squared error of 1.9e-3, as CLEVR6's does.
     "tetrominoes": dict(),
     "multi_dsprites": dict(
         dataset="multi_dsprites_colored_on_grayscale", num_slots=6, latent_size=64, sigma=0.1,
-        decoder="iodine", decoder_channels=(64, 64, 64, 64), num_steps_final=1, test_steps=1,
-        geco=False, geco_target=-1.287, steps=300_000,
+        decoder="iodine", decoder_channels=(64, 64, 64, 64), num_steps_final=1, geco=False,
+        geco_target=-1.287, steps=300_000,
     ),
 }
 CLEVR6 = PRESETS["multi_dsprites"] | dict(num_slots=7, likelihood="mixture", geco=True)  # benchmark
@@ -143,8 +144,7 @@ def mlp(inputs: int, hidden: int, outputs: int, activation: type[nn.Module]) -> 
 
 
 def full_precision(layer: nn.Module, *inputs: Tensor | None) -> Any:
-    """float32 even under autocast: for colours, because the likelihood divides their rounding by
-    sigma, and for attention, prior and refinement, which are little work."""
+    """float32 under autocast: sigma divides the rounding of colours; the rest is little work."""
     dtype = next(layer.parameters()).dtype
     with torch.autocast(inputs[0].device.type, enabled=False):
         return layer(*(x if x is None else x.to(dtype) for x in inputs))
@@ -250,8 +250,8 @@ class SlotAttention(nn.Module):
         # The ablation, as in the released code: gates of one GRU mix means and raw scales.
         self.input = nn.Identity() if config.dual_gru else nn.Linear(size, 2 * size)
         self.gru = DualGRU(size) if config.dual_gru else nn.GRUCell(2 * size, 2 * size)
-        self.loc = nn.Sequential(nn.LayerNorm(size), mlp(size, 2 * size, size, nn.ReLU))
-        self.raw = nn.Sequential(nn.LayerNorm(size), mlp(size, 2 * size, size, nn.ReLU))
+        self.loc, self.raw = (nn.Sequential(
+            nn.LayerNorm(size), mlp(size, 2 * size, size, nn.ReLU)) for _ in range(2))
 
     def forward(self, keys: Tensor, values: Tensor, z: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
         """z (B, K, D), lambda (B, K, 2D) of the layer below -> lambda, attention (B, K, P)."""
@@ -265,17 +265,6 @@ class SlotAttention(nn.Module):
         return torch.cat([loc + self.loc(loc), raw + self.raw(raw)], -1), attention
 
 
-class GaussianHead(nn.Module):
-    """Two linear layers: means and raw scales."""
-
-    def __init__(self, inputs: int, size: int):
-        super().__init__()
-        self.loc, self.raw = nn.Linear(inputs, size), nn.Linear(inputs, size)
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., inputs) -> (..., 2 size)
-        return torch.cat([self.loc(x), self.raw(x)], -1)
-
-
 class RefinementNetwork(nn.Module):
     """f of (d): from lambda and the gradient of the loss with respect to it, to lambda's update."""
 
@@ -283,7 +272,8 @@ class RefinementNetwork(nn.Module):
         super().__init__()
         size = config.latent_size
         self.mlp = mlp(4 * size, config.hidden_size, size, nn.ELU)
-        self.gru, self.head = nn.GRUCell(size, size), GaussianHead(size, size)
+        # Released code: means and raw scales have a layer each, so larger initial values; as below.
+        self.gru, self.head = nn.GRUCell(size, size), nn.Linear(size, 2 * size)
 
     def forward(self, lam: Tensor, gradient: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """lambda, gradient (B, K, 2D), GRU's state (N, D) -> update (B, K, 2D), state (N, D)."""
@@ -358,9 +348,10 @@ class EfficientMORL(nn.Module):
         self.decoder = BroadcastDecoder(config, channels, height, width)
         self.encoder = Encoder(config, channels, height, width)
         self.layer = SlotAttention(config)
-        self.prior = nn.Sequential(nn.Linear(latent, config.hidden_size), nn.ELU(),
-                                   GaussianHead(config.hidden_size, latent))
+        self.prior = mlp(latent, config.hidden_size, 2 * latent, nn.ELU)
         self.refinement = RefinementNetwork(config)
+        self.flat = nn.Linear(latent, channels + 1) if config.flat_half_life else None
+        self.register_buffer("shading", torch.tensor(1.0))
         self.initial = nn.Parameter(torch.tensor([0.0, 1.0]).repeat_interleave(latent))  # lambda^0
         self.geco = GECO(config, channels * height * width)
         # As the released code: PyTorch's for the encoder's embedding and the refinement's GRU.
@@ -370,6 +361,9 @@ class EfficientMORL(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         self.encoder.embedding.reset_parameters()
+        if config.flat_half_life:  # colours near black, without shading
+            nn.init.normal_(self.flat.weight, std=0.3 * latent**-0.5)
+            nn.init.zeros_(self.decoder.last.weight[:-1])
         if config.gru_std and config.dual_gru:
             for parameter in self.layer.gru.parameters():
                 nn.init.normal_(parameter, std=config.gru_std)
@@ -400,10 +394,18 @@ class EfficientMORL(nn.Module):
         return posteriors, samples, attention
 
     def decode(self, z: Tensor) -> Tensor:
-        """p(x|z), every slot alone: z (B, K, D) -> means and mask logits (B, K, C+1, H, W)."""
-        decoded = self.decoder(z.flatten(0, 1))  # (N, C+1, H, W)
-        means, mask_logits = decoded[:, :-1].sigmoid(), decoded[:, -1:]
-        return torch.cat([means, mask_logits], 1).unflatten(0, z.shape[:2])
+        """p(x|z), every slot alone: z (B, K, D) -> means and mask logits (B, K, C+1, H, W).
+
+        With flat_half_life, a slot has one colour and logit, linear in z, and the decoder changes
+        the colour by at most `shading`. As that falls, black and an object's colour no longer fit
+        into one slot, so that masks must cut objects out.
+        """
+        decoded = self.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])  # (B, K, C+1, H, W)
+        means, mask_logits = decoded[:, :, :-1], decoded[:, :, -1:]
+        if self.flat is None:
+            return torch.cat([means.sigmoid(), mask_logits], 2)
+        means = self.shading * (means / (4 * self.shading)).tanh()
+        return torch.cat([means, mask_logits], 2) + full_precision(self.flat, z)[..., None, None]
 
     def nll(self, image: Tensor, decoded: Tensor) -> Tensor:
         """-log p(x|z), nats per image, (B,).
@@ -479,11 +481,6 @@ class EfficientMORL(nn.Module):
                     lam = lam + update
         return steps
 
-    def num_steps(self, step: int) -> int:
-        """I at this training step: the curriculum."""
-        c = self.config
-        return c.num_steps if step < c.curriculum_step else c.num_steps_final
-
     def loss(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Eq. 8, a batch mean. Also `decoded` of the last step, and batch means in nats: its nll,
         elbo (no bound for I > 0 and reversed++: that prior has seen the image) and, for I > 0, kl;
@@ -513,8 +510,8 @@ def evaluate(model: EfficientMORL, scenes: data.Scenes, count: int = 320) -> dic
     `kl_hierarchy` of the last layer is the KL of all layers. `kl` of a step is that of the refined
     q alone, against a prior that may have seen the image. The two are not comparable.
     """
-    layers, test_steps = model.config.num_layers, model.config.test_steps
-    num_steps = max(3, test_steps)  # 3: as many as the paper's
+    layers, trained = model.config.num_layers, model.config.num_steps_final
+    num_steps = max(3, trained)  # 3: as many as the paper's
     results: list[dict[str, list]] = [{} for _ in range(layers + num_steps)]
     for index in torch.arange(count, device=scenes.device).split(32):
         batch = scenes.scenes(index)
@@ -537,13 +534,13 @@ def evaluate(model: EfficientMORL, scenes: data.Scenes, count: int = 320) -> dic
     scores = [{n: metrics.mean_stderr(torch.cat(v)) for n, v in r.items()} for r in results]
     settings = [dict(layer=min(i, layers), num_steps=max(i - layers, 0), metrics=m)
                 for i, m in enumerate(scores, 1)]
-    return dict(metrics=settings[layers - 1 + test_steps]["metrics"], settings=settings)
+    return dict(metrics=settings[layers - 1 + trained]["metrics"], settings=settings)
 
 
 def draw(model: EfficientMORL, scenes: data.Scenes, folder: Path, results: dict[str, Any]) -> None:
     """Writes decomposition.png and stages.png."""
     c, index = model.config, torch.arange(6, device=scenes.device)
-    batch, noise = scenes.scenes(index), model.noise(scenes, index, c.test_steps)
+    batch, noise = scenes.scenes(index), model.noise(scenes, index, c.num_steps_final)
     steps = model.infer(batch.image, noise, all_layers=True)
     mean, masks, means = reconstruct(steps[-1].decoded.nan_to_num())
     known = batch.masks is not None
@@ -553,7 +550,7 @@ def draw(model: EfficientMORL, scenes: data.Scenes, folder: Path, results: dict[
         metrics.ari(batch.masks, masks) if known else None)
     stages = torch.cat([step.decoded[:1] for step in steps])  # (L + I, K, C+1, H, W) of scene 0
     names = [f"layer {layer}" for layer in range(1, c.num_layers + 1)]
-    names += [f"step {step}" for step in range(1, c.test_steps + 1)]
+    names += [f"step {step}" for step in range(1, c.num_steps_final + 1)]
     figures.refinement(
         folder / "stages.png", batch.image[0], batch.masks[0] if known else None,
         *reconstruct(stages.nan_to_num()), "Two-stage inference: attention, then refinement", names)
@@ -567,7 +564,8 @@ def further_scores(model: EfficientMORL, scenes: data.Scenes) -> dict[str, Any]:
         batch = scenes.scenes(index)
         if batch.masks is None:
             return {}
-        last = model.infer(batch.image, model.noise(scenes, index, model.config.test_steps))[-1]
+        noise = model.noise(scenes, index, model.config.num_steps_final)
+        last = model.infer(batch.image, noise)[-1]
         masks = reconstruct(last.decoded.nan_to_num())[1]
         slots = metrics.match(batch.masks, masks, least_iou=0.1).to(index.device)  # (B, E)
         scene, entity = (batch.present & (slots >= 0))[:, 1:].nonzero().unbind(1)
@@ -592,7 +590,7 @@ def check(config: Config) -> None:
     """UserError, in one line, where the options cannot be."""
     runs.check(config)
     runs.at_least(config, 1, "num_slots", "latent_size", "num_layers", "lr_half_life")
-    runs.at_least(config, 0, "num_steps", "num_steps_final", "test_steps", "lr_warmup")
+    runs.at_least(config, 0, "num_steps", "num_steps_final", "flat_half_life", "lr_warmup")
     runs.positive(config, "sigma", "clip")
     runs.require(config.encoder_kernel % 2, "--encoder-kernel must be odd")
     try:
@@ -630,7 +628,9 @@ def train(config: Config) -> dict[str, Any]:
     run = runs.start("efficient_morl", config, PRESETS, model, optimizer, title="EfficientMORL",
                      kernels=kernels.describe(device), compiled=(model.encoder, model.decoder))
     for step, index in run.steps():
-        batch, num_steps = scenes.scenes(index), model.num_steps(step)
+        batch = scenes.scenes(index)
+        num_steps = config.num_steps if step < config.curriculum_step else config.num_steps_final
+        model.shading.fill_(0.5 ** (step / (config.flat_half_life or math.inf)))
         parts = run.update(model.loss, batch.image, model.noise(scenes, index, num_steps),
                            lr=learning_rate(config, step), clip=config.clip)
         if parts["grad_norm"].isfinite():

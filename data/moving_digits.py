@@ -93,8 +93,8 @@ class MovingDigits(MultiMNIST):
         digits = stamp(stencils, which, *offset.flatten(0, 1).unbind(-1), SIZE)
         digits = digits.unflatten(0, there.shape[:2]) * there[..., None, None]  # (B, T, N, H, W)
         covered = digits.sum(2).clamp_(max=1)  # (B, T, H, W); a sum of two is exact in any order
-        entities = torch.arange(self.max_objects, device=self.device)[:, None, None]
-        masks = (digits >= INK) & (digits.argmax(2, keepdim=True) == entities)
+        first_wins = digits[:, :, :1] >= digits[:, :, 1:]
+        masks = (digits >= INK) & torch.cat([first_wins, ~first_wins], 2)
         masks = torch.cat([~masks.any(2, keepdim=True), masks], 2)  # (B, T, E, H, W)
         coverage = torch.cat([1 - covered[:, :, None], digits], 2)
         present = F.pad(there, [1, 0], value=True)  # (B, T, E)
@@ -106,7 +106,7 @@ class MovingDigits(MultiMNIST):
             "row": box[..., 0] + box[..., 2] * 0.5,
             "col": box[..., 1] + box[..., 3] * 0.5,
             "size": self.sizes[size][:, None] * there,
-            "identity": (1 + entities[:, 0, 0]) * there,
+            "identity": torch.arange(1, self.max_objects + 1, device=self.device) * there,
         }
         factors = {name: frame_background(value) for name, value in factors.items()}
         return Batch(covered[:, :, None], masks, present, factors, coverage)

@@ -155,6 +155,8 @@ ROWS = [
     ("slot_attention", "multi_dsprites", "ari_fg", 0.9, "0.913 ± 0.003"),
     ("air", "quick", "count_accuracy", 0.97, "–"),
     ("air", "multi_mnist", "count_accuracy", 0.97, "0.987 (Pyro)"),
+    ("apdr", "quick", "count_accuracy", 0.95, "–"),
+    ("apdr", "moving_mnist", "count_accuracy", 0.98, "0.9986 (SQAIR)"),
     ("mvae", "quick", "count_accuracy", 0.85, "0.726 (at 64 x 64)"),
     ("mvae", "sprites3_short", "count_accuracy", 0.9, "0.726"),
     ("mvae", "sprites8_short", "count_accuracy", 0.5, "–"),

@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -124,7 +125,7 @@ class Eager:
 
     def prior(self, z: Tensor) -> Tensor:
         hidden = F.elu(self.linear("prior.0", z))
-        return torch.cat([self.linear(f"prior.2.{part}", hidden) for part in ("loc", "raw")])
+        return self.linear("prior.2", hidden)
 
     def decode(self, z: Tensor, height: int, width: int) -> Tensor:
         """One slot, (C+1, H, W): its latent at every place, plus the embedding of the place."""
@@ -138,7 +139,10 @@ class Eager:
         for name in ("first", *(f"hidden.{i}" for i in range(number - 1))):
             x = activation(F.conv2d(x, *self.layer(f"decoder.{name}"), padding=padding))
         x = F.conv2d(x, *self.layer("decoder.last"), padding=padding)
-        return torch.cat([1 / (1 + (-x[:-1]).exp()), x[-1:]])
+        if not self.config.flat_half_life:
+            return torch.cat([1 / (1 + (-x[:-1]).exp()), x[-1:]])
+        flat = self.linear("flat", z)[:, None, None]
+        return torch.cat([flat[:-1] + 0.2 * (x[:-1] / 0.8).tanh(), flat[-1:] + x[-1:]])
 
     def nll(self, image: Tensor, decoded: Tensor) -> Tensor:
         """image (C, H, W), decoded (K, C+1, H, W)."""
@@ -168,8 +172,7 @@ class Eager:
         """One slot's update of lambda, each half of whose gradient is normalised for itself."""
         x = torch.cat([lam, *map(standardised, gradient.chunk(2))])
         state = self.gru("refinement.gru", self.mlp("refinement.mlp", F.elu, x), state)
-        heads = [self.linear(f"refinement.head.{part}", state) for part in ("loc", "raw")]
-        return torch.cat(heads), state
+        return self.linear("refinement.head", state), state
 
     def run(self, image: Tensor, noise: Tensor) -> SimpleNamespace:
         """image (C, H, W), noise (2L + I, K, D): fresh ones for the priors, z^0, layers, steps."""
@@ -273,6 +276,7 @@ def check_eager(module: ModuleType = efficient_morl, shape=SHAPE, nll_weight=1.5
     config = small(**overrides)
     model = make_model(config, shape, module)
     model.geco.multiplier.fill_(nll_weight)
+    model.shading.fill_(0.2)
     image, noise = make_inputs(config, shape)
     copies = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     eager = Eager(config, copies, nll_weight)
@@ -322,6 +326,7 @@ CASES: dict[str, dict] = {
     "iodine's decoder": dict(decoder="iodine", decoder_channels=(3, 4, 2), num_steps=1),
     "small decoder": dict(decoder="small", num_steps=1),
     "one layer of a decoder": dict(decoder_channels=(3,), coordinate_gain=4.0),
+    "flat colours": dict(flat_half_life=10, num_steps=1),
     "mixture": dict(likelihood="mixture"),
     "mixture of grey images": dict(likelihood="mixture", shape=(1, 4, 7)),
     "one GRU": dict(dual_gru=False, num_steps=3),
@@ -551,14 +556,23 @@ def test_targets_allow_the_error_that_the_papers_for_clevr6_does(config):
 
 
 def check_schedules(module: ModuleType = efficient_morl) -> None:
-    config = small(lr=1e-2, lr_warmup=4, lr_half_life=100, num_steps=3, num_steps_final=1,
-                   curriculum_step=10)  # fmt: skip
+    config = small(lr=1e-2, lr_warmup=4, lr_half_life=100)
     rates = [module.learning_rate(config, step) for step in (0, 3, 4, 54, 104, 304)]
     expected = [1e-2 / 5, 1e-2 * 0.8, 1e-2, 1e-2 * 0.5**0.5, 5e-3, 1.25e-3]
     assert_close("learning rate", torch.tensor(rates), torch.tensor(expected), 1e-6)
-    model = make_model(config, module=module)
-    steps = [model.num_steps(step) for step in (0, 9, 10, 99)]
-    assert steps == [3, 3, 1, 1], f"curriculum is off: {steps}"
+
+
+def check_curriculum(module: ModuleType = efficient_morl) -> None:
+    """A run of three steps: refinement begins, and the shading has halved twice."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "evaluate", functools.partial(module.evaluate, count=4))
+        config = tiny(folder, steps=3, num_steps=2, num_steps_final=1, curriculum_step=1,
+                      flat_half_life=1)  # fmt: skip
+        module.train(config)
+        records = runs.read_log(Path(folder))
+        steps, shading = [r["num_steps"] for r in records], module.load_model(folder).shading
+    assert steps == [2, 1, 1], f"curriculum is off: {steps}"
+    assert shading == 0.25, f"shading is off: {shading}"
 
 
 # -- evaluation ------------------------------------------------------------------------------------
@@ -576,7 +590,7 @@ def tiny(out: Path | str = "", **changes) -> efficient_morl.Config:
 def test_evaluation_scores_every_stage_and_any_number_of_scenes():
     """33 scenes are 32 and the last one, alone; its scores are those of its own inference."""
     scenes = data.make("mini_sprites", "test")
-    model = efficient_morl.build(tiny(test_steps=2), scenes)
+    model = efficient_morl.build(tiny(num_steps_final=2), scenes)
     few, more = (efficient_morl.evaluate(model, scenes, count) for count in (32, 33))
     stages = [(s["layer"], s["num_steps"]) for s in more["settings"]]
     assert stages == [(1, 0), (2, 0), (3, 0), (3, 1), (3, 2), (3, 3)]
@@ -623,7 +637,7 @@ def test_a_scene_that_diverges_has_no_score(monkeypatch):
 def test_a_run_with_geco_and_one_without_refinement(num_steps, tmp_path, monkeypatch):
     few = functools.partial(efficient_morl.evaluate, count=4)
     monkeypatch.setattr(efficient_morl, "evaluate", few)
-    config = tiny(tmp_path, geco=True, geco_start=0, num_steps=num_steps, test_steps=num_steps)
+    config = tiny(tmp_path, geco=True, geco_start=0, num_steps=num_steps, num_steps_final=num_steps)
     found = efficient_morl.train(config)["metrics"].keys()
     assert found & {"kl", "kl_hierarchy"} == ({"kl"} if num_steps else {"kl_hierarchy"})
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -637,7 +651,7 @@ class Known:
     It cheats: it keeps the scenes that it makes noise for.
     """
 
-    config = SimpleNamespace(test_steps=1)
+    config = SimpleNamespace(num_steps_final=1)
     order = (2, 0, 3, 1)  # the slots of the entities
 
     def noise(self, scenes: data.Scenes, index: Tensor, num_steps: int) -> Tensor:
@@ -694,10 +708,12 @@ CHECKS: dict[str, Callable[..., None]] = {
     "bottom up": functools.partial(check_eager, prior="bottom_up", num_steps=1),
     "mixture": functools.partial(check_eager, likelihood="mixture", num_steps=1),
     "small": functools.partial(check_eager, **CASES["small decoder"]),
+    "flat": functools.partial(check_eager, **CASES["flat colours"]),
     "one GRU": functools.partial(check_eager, dual_gru=False, num_steps=1),
     "geco": check_geco,
     "lagrangian": check_geco_gradient,
     "schedules": check_schedules,
+    "curriculum": check_curriculum,
     "dci": check_dci,
 }
 MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
@@ -748,7 +764,10 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "a mixture for each colour": ("mixture", "means, sigma).sum(2)", "means, sigma).mean(2)"),
     "masks not normalised": ("mixture", "decoded[:, :, -1].log_softmax(1)", "decoded[:, :, -1]"),
     "nll a mean": ("eager", '"b h w -> b", "sum"', '"b h w -> b", "mean"'),
-    "colours not squashed": ("eager", "decoded[:, :-1].sigmoid()", "decoded[:, :-1]"),
+    "colours not squashed": ("eager", "means.sigmoid()", "means"),
+    "flat colours not bounded": ("flat", "(means / (4 * self.shading)).tanh()", "means / 4"),
+    "flat colours squashed": ("flat", "+ full_precision(self.flat, z)",
+                              "+ full_precision(self.flat, z).sigmoid()"),
     "inner taps averaged": ("small", "inner.sum(dim, keepdim=True)",
                             "inner.mean(dim, keepdim=True)"),
     "embedding without its gain": ("small", "grid = gain * ", "grid = 0.5 * "),
@@ -765,9 +784,10 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "no average": ("geco", "self.constraint.lerp(now, 0.01)", "now"),
     "starts at once": ("geco", " and step > c.geco_start", ""),
     "zeta without softplus": ("geco", "copy_(F.softplus(self.zeta))", "copy_(self.zeta)"),
-    "curriculum a step late": ("schedules", "step < c.curriculum_step",
-                               "step <= c.curriculum_step"),
+    "curriculum a step late": ("curriculum", "step < config.curriculum_step",
+                               "step <= config.curriculum_step"),
     "halving overlaps the warm-up": ("schedules", "max(0, step - config.lr_warmup)", "step"),
+    "shading falls twice as fast": ("curriculum", "0.5 ** (step / ", "0.25 ** (step / "),
     "no warm-up": ("schedules", "config.lr * warmup", "config.lr"),
     # DCI
     "any slot that shares a pixel": ("dci", ", least_iou=0.1)", ")"),

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import air
+import apdr
 import data
 import efficient_morl
 import iodine
@@ -25,7 +26,8 @@ import slot_attention
 from data import runs
 
 ROOT = Path(__file__).parent.parent
-MODELS = {module.__name__: module for module in (iodine, efficient_morl, slot_attention, air, mvae)}
+MODELS = {module.__name__: module
+          for module in (iodine, efficient_morl, slot_attention, air, apdr, mvae)}
 WEIGHTS = sorted((ROOT / "notebooks" / "weights").glob("*.pt"))
 PRESETS = [(name, preset) for name, module in MODELS.items() for preset in module.PRESETS]
 models = pytest.mark.parametrize("name", MODELS)
@@ -36,6 +38,7 @@ TINY = {
     "efficient_morl": dict(decoder_channels=(4,), encoder_channels=(4,), latent_size=4),
     "slot_attention": dict(decoder_channels=(4,), encoder_channels=(4,), latent_size=4),
     "air": dict(lstm_size=16, latent_size=4, encoder_sizes=(8,), decoder_sizes=(8,)),
+    "apdr": dict(lstm_size=8, latent_size=4, encoder_sizes=(8,), decoder_sizes=(8,), num_samples=1),
     "mvae": dict(encoder_channels=(4, 4, 4), hidden_size=8, latent_size=4),
 }
 ANY_SCENES = {"mvae": dict(single_steps=0)}  # quick begins with scenes of one sprite
@@ -208,7 +211,7 @@ def test_pictures_without_masks_are_trained_on(name, tmp_path, monkeypatch):
 def test_committed_weights_open_with_every_option(monkeypatch, capsys, quick_evaluation, path,
                                                   options):
     name = path.stem.partition("-")[0]
-    if name == "mvae" or name == "air":
+    if name in ("mvae", "air", "apdr"):
         options = options.replace(" --kernels torch", "")
     status, error = command_line(monkeypatch, capsys, name, "--resume", path, *options.split())
     assert status == 0, error
