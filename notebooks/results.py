@@ -142,6 +142,7 @@ def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
 ROWS = [
     ("iodine", "quick", "ari_fg", 0.95, "–"),
     ("iodine", "quick", "miou", 0.9, "–"),
+    ("iodine", "quick_same_color", "ari_fg", 0.8, "–"),
     ("iodine", "tetrominoes", "ari_fg", 0.9, "0.992 ± 0.004"),
     ("iodine", "multi_dsprites", "ari_fg", 0.9, "0.767 ± 0.056"),
     ("iodine", "multi_dsprites_binarized", "ari_fg", 0.9, "0.648 ± 0.172"),

@@ -277,15 +277,6 @@ def test_permuting_the_noise_permutes_the_slots():
     assert (a[0][:, 0] - a[0][:, 1]).abs().max() > 1e-3  # the order could have mattered
 
 
-def test_slot_mlp_has_an_order_and_no_noise():
-    model = make_model(small(slots="mlp"))
-    image, noise = make_inputs(model.config)
-    [(slots, attention)] = model.encode(image, noise, 3)
-    assert attention is None and torch.equal(slots, model.encode(image, -noise, 1)[0][0])
-    flipped = model.encode(image.flip(3), noise, 3)[0][0]
-    assert (slots - flipped).abs().max() > 1e-3
-
-
 def test_attention_is_shared_out_among_any_number_of_slots():
     """More slots at test time than in training, and more iterations."""
     model = make_model(small(latent_size=4))
