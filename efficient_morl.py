@@ -42,13 +42,13 @@ runs/efficient_morl-<preset>-<seed>/. The defaults of Config are the paper's for
     hidden_size, batch_size                 128, 32         64, 16          less work
     encoder_channels, encoder_kernel        4 x 64, 5       3 x 32, 3       smaller images
     decoder, coordinate_gain                small, 1        pixel, 15       1x1 kernels: less work
-    flat_half_life                          0: off          2000            masks draw the shapes
+    flat_half_life                          0: off          1500            masks draw the shapes
     num_steps, num_steps_final              3, 3            0, 1            less work
-    curriculum_step                         1e5             2500            refinement comes late
+    curriculum_step                         1e5             3000            refinement comes late
     sigma, kl_weight                        0.3, 1          0.1, 0.2        more KL: unused latents
     geco, geco_target                       on, -0.274      off, -1.287     a fixed weight suffices
     init_gain, gru_std                      0.02, 1         1.4, PyTorch's  0.02: no signal at first
-    lr, lr_warmup, lr_half_life             4e-4, 1e4, 1e5  3.65e-3, 100, 1250
+    lr, lr_warmup, lr_half_life             4e-4, 1e4, 1e5  3.65e-3, 100, 1500
 """
 
 import math
@@ -85,7 +85,7 @@ class Config(runs.RunConfig):
     decoder: Literal["iodine", "small", "pixel"] = "small"  # see DECODERS
     decoder_channels: tuple[int, ...] = (32, 32, 32)  # of the hidden layers
     coordinate_gain: float = 1.0  # the decoder's coordinates run from 0 to this
-    flat_half_life: int = 0  # training steps in which shading halves; 0: sigmoids. See `decode`
+    flat_half_life: int = 0  # steps after curriculum_step in which `shading` halves; 0: sigmoids
     # inference
     num_layers: int = 3  # L
     encoder_channels: tuple[int, ...] = (64, 64, 64, 64)  # of the convolutions
@@ -114,10 +114,10 @@ class Config(runs.RunConfig):
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
         dataset="mini_sprites_16_shaded", num_slots=5, sigma=0.1, decoder="pixel",
-        coordinate_gain=15.0, flat_half_life=2000, encoder_channels=(32, 32, 32), encoder_kernel=3,
-        hidden_size=64, num_steps=0, num_steps_final=1, curriculum_step=2500, kl_weight=0.2,
+        coordinate_gain=15.0, flat_half_life=1500, encoder_channels=(32, 32, 32), encoder_kernel=3,
+        hidden_size=64, num_steps=0, num_steps_final=1, curriculum_step=3000, kl_weight=0.2,
         geco=False, geco_target=-1.287, init_gain=1.4, gru_std=0.0, batch_size=16, lr=3.65e-3,
-        lr_warmup=100, lr_half_life=1250, steps=5000,
+        lr_warmup=100, lr_half_life=1500, steps=6000,
     ),
     # Paper and released code: a GECO target that no model reaches, so that the weight of the NLL
     # rises forever. Here: the one that allows a squared error of 1.9e-3, as CLEVR6's does.
@@ -272,7 +272,7 @@ class RefinementNetwork(nn.Module):
         super().__init__()
         size = config.latent_size
         self.mlp = mlp(4 * size, config.hidden_size, size, nn.ELU)
-        # Released code: means and raw scales have a layer each, so larger initial values; as below.
+        # Released code: a layer each for means and raw scales, which makes initial values larger.
         self.gru, self.head = nn.GRUCell(size, size), nn.Linear(size, 2 * size)
 
     def forward(self, lam: Tensor, gradient: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -538,22 +538,22 @@ def evaluate(model: EfficientMORL, scenes: data.Scenes, count: int = 320) -> dic
 
 
 def draw(model: EfficientMORL, scenes: data.Scenes, folder: Path, results: dict[str, Any]) -> None:
-    """Writes decomposition.png and stages.png."""
+    """Writes decomposition.png, stages.png and inference.gif."""
     c, index = model.config, torch.arange(6, device=scenes.device)
     batch, noise = scenes.scenes(index), model.noise(scenes, index, c.num_steps_final)
     steps = model.infer(batch.image, noise, all_layers=True)
-    mean, masks, means = reconstruct(steps[-1].decoded.nan_to_num())
-    known = batch.masks is not None
-    figures.decomposition(
-        folder / "decomposition.png", batch.image, mean, batch.masks, masks, means,
-        "EfficientMORL decomposes unseen scenes, trained without masks",
-        metrics.ari(batch.masks, masks) if known else None)
-    stages = torch.cat([step.decoded[:1] for step in steps])  # (L + I, K, C+1, H, W) of scene 0
+    parts = zip(*(reconstruct(step.decoded.nan_to_num()) for step in steps), strict=True)
+    mean, masks, means = map(torch.stack, parts)  # (L + I, B, ...)
+    truth, title = batch.masks, "EfficientMORL decomposes unseen scenes, trained without masks"
+    scores = None if truth is None else metrics.ari(truth, masks[-1])
+    figures.decomposition(folder / "decomposition.png", batch.image, mean[-1], truth, masks[-1],
+                          means[-1], title, scores)
     names = [f"layer {layer}" for layer in range(1, c.num_layers + 1)]
     names += [f"step {step}" for step in range(1, c.num_steps_final + 1)]
-    figures.refinement(
-        folder / "stages.png", batch.image[0], batch.masks[0] if known else None,
-        *reconstruct(stages.nan_to_num()), "Two-stage inference: attention, then refinement", names)
+    figures.refinement(folder / "stages.png", batch.image[0], None if truth is None else truth[0],
+                       mean[:, 0], masks[:, 0], means[:, 0],
+                       "Two-stage inference: attention, then refinement", names)
+    figures.animation(folder / "inference.gif", batch.image, mean, truth, masks, means, title)
 
 
 def further_scores(model: EfficientMORL, scenes: data.Scenes) -> dict[str, Any]:
@@ -607,9 +607,8 @@ def check(config: Config) -> None:
 def build(config: Config, scenes: data.Scenes) -> EfficientMORL:
     """The model for these scenes, initialised from the seed."""
     torch.manual_seed(config.seed)
-    model = EfficientMORL(config, scenes.num_channels, scenes.height, scenes.width)
     layout = torch.channels_last if scenes.device.type == "cuda" else torch.preserve_format
-    return model.to(scenes.device, memory_format=layout)
+    return EfficientMORL(config, *scenes.shape).to(scenes.device, memory_format=layout)
 
 
 def load_model(path: str | Path, device: str = "cpu") -> EfficientMORL:
@@ -629,8 +628,9 @@ def train(config: Config) -> dict[str, Any]:
                      kernels=kernels.describe(device), compiled=(model.encoder, model.decoder))
     for step, index in run.steps():
         batch = scenes.scenes(index)
-        num_steps = config.num_steps if step < config.curriculum_step else config.num_steps_final
-        model.shading.fill_(0.5 ** (step / (config.flat_half_life or math.inf)))
+        later = step - config.curriculum_step  # steps since it, negative before
+        num_steps = config.num_steps if later < 0 else config.num_steps_final
+        model.shading.fill_(0.5 ** (max(0, later) / (config.flat_half_life or math.inf)))
         parts = run.update(model.loss, batch.image, model.noise(scenes, index, num_steps),
                            lr=learning_rate(config, step), clip=config.clip)
         if parts["grad_norm"].isfinite():

@@ -563,15 +563,15 @@ def check_schedules(module: ModuleType = efficient_morl) -> None:
 
 
 def check_curriculum(module: ModuleType = efficient_morl) -> None:
-    """A run of three steps: refinement begins, and the shading has halved twice."""
+    """A run of four steps: refinement begins after one, and then shading halves twice."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "evaluate", functools.partial(module.evaluate, count=4))
-        config = tiny(folder, steps=3, num_steps=2, num_steps_final=1, curriculum_step=1,
+        config = tiny(folder, steps=4, num_steps=2, num_steps_final=1, curriculum_step=1,
                       flat_half_life=1)  # fmt: skip
         module.train(config)
         records = runs.read_log(Path(folder))
         steps, shading = [r["num_steps"] for r in records], module.load_model(folder).shading
-    assert steps == [2, 1, 1], f"curriculum is off: {steps}"
+    assert steps == [2, 1, 1, 1], f"curriculum is off: {steps}"
     assert shading == 0.25, f"shading is off: {shading}"
 
 
@@ -784,10 +784,11 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "no average": ("geco", "self.constraint.lerp(now, 0.01)", "now"),
     "starts at once": ("geco", " and step > c.geco_start", ""),
     "zeta without softplus": ("geco", "copy_(F.softplus(self.zeta))", "copy_(self.zeta)"),
-    "curriculum a step late": ("curriculum", "step < config.curriculum_step",
-                               "step <= config.curriculum_step"),
+    "curriculum a step late": ("curriculum", "later < 0 else",
+                               "later <= 0 else"),
     "halving overlaps the warm-up": ("schedules", "max(0, step - config.lr_warmup)", "step"),
-    "shading falls twice as fast": ("curriculum", "0.5 ** (step / ", "0.25 ** (step / "),
+    "shading falls twice as fast": ("curriculum", "(0.5 ** (max(", "(0.25 ** (max("),
+    "shading falls from the start": ("curriculum", "max(0, later)", "step"),
     "no warm-up": ("schedules", "config.lr * warmup", "config.lr"),
     # DCI
     "any slot that shares a pixel": ("dci", ", least_iou=0.1)", ")"),
