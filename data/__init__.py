@@ -92,6 +92,7 @@ _dsprites = partial(_late, "multi_dsprites.MultiDSprites")
 _sprites = partial(_late, "blended_sprites.BlendedSprites")
 _digits = partial(_late, "digits.MultiMNIST")
 _moving = partial(_late, "moving_digits.MovingDigits")
+_solids = partial(_late, "solids.Solids")
 
 DATASETS: dict[str, partial[Scenes]] = {  # called with name, split, seed, device, **options
     "mini_sprites": partial(_mini, size=12, sprite=4, min_objects=2, max_objects=3),
@@ -110,6 +111,11 @@ DATASETS: dict[str, partial[Scenes]] = {  # called with name, split, seed, devic
     "sprites_8": partial(_sprites, size=64, max_objects=8),
     "sprites_3_32": partial(_sprites, size=32, max_objects=3),
     "sprites_8_32": partial(_sprites, size=32, max_objects=8),
+    "solids_32": partial(_solids, size=32),
+    "solids_48": partial(_solids, size=48),
+    "solids_48_grey": partial(_solids, size=48, grey=True),
+    "solids_64": partial(_solids, size=64),
+    "solids_64_to_10": partial(_solids, size=64, max_objects=10),
     "multi_mnist": _digits,
     "multi_mnist_3": partial(_digits, min_objects=3, max_objects=3),
     "multi_mnist_small": partial(_digits, shrink=2.0, shrink_std=0.15),
