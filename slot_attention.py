@@ -343,19 +343,19 @@ def evaluate(model: SlotAutoencoder, scenes: data.Scenes, count: int = 320) -> d
 
 @torch.no_grad()
 def draw(model: SlotAutoencoder, scenes: data.Scenes, folder: Path, results: dict) -> None:
-    """Writes decomposition.png and iterations.png."""
+    """Writes decomposition.png, iterations.png and inference.gif."""
     image, truth, *_ = scenes.batch(0, 6)
     noise = model.noise(scenes, torch.arange(6, device=scenes.device))
     trace = model.encode(image, noise, model.config.test_iterations)
     parts = zip(*(reconstruct(model.decode(slots)) for slots, _ in trace), strict=True)
     mean, masks, means = map(torch.stack, parts)  # (T, B, ...)
     first, ari = (None, None) if truth is None else (truth[0], metrics.ari(truth, masks[-1]))
-    figures.decomposition(
-        folder / "decomposition.png", image, mean[-1], truth, masks[-1], means[-1],
-        "Slot Attention decomposes unseen scenes, trained without masks", ari)
-    figures.refinement(
-        folder / "iterations.png", image[0], first, mean[:, 0], masks[:, 0], means[:, 0],
-        "Slots compete for pixels, iteration by iteration")
+    title = "Slot Attention decomposes unseen scenes, trained without masks"
+    figures.decomposition(folder / "decomposition.png", image, mean[-1], truth, masks[-1],
+                          means[-1], title, ari)
+    figures.refinement(folder / "iterations.png", image[0], first, mean[:, 0], masks[:, 0],
+                       means[:, 0], "Slots compete for pixels, iteration by iteration")
+    figures.animation(folder / "inference.gif", image, mean, truth, masks, means, title)
 
 
 @torch.no_grad()
