@@ -463,7 +463,7 @@ def check(config: Config) -> None:
     runs.positive(config, "init_gain", "lr_final")
     runs.require(config.kernels == "auto", "--kernels: MVAE uses none; leave it out")
     try:
-        scenes = data.make(config.dataset)
+        scenes = data.images(config.dataset)
     except ValueError as error:
         raise runs.UserError(error) from None
     runs.require(not config.single_steps or hasattr(scenes, "number"), f"--dataset "

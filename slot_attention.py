@@ -397,7 +397,7 @@ def check(config: Config) -> None:
     for name in ("encoder_kernel", "decoder_kernel"):
         runs.require(getattr(config, name) % 2 == 1, f"{runs.option(name)} must be odd")
     try:
-        data.make(config.dataset)
+        data.images(config.dataset)
         kernels.use(config.kernels)
         kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:

@@ -40,6 +40,7 @@ class Scenes:
     height: int
     width: int
     max_entities: int  # background included
+    length: int = 1  # frames; of more than one, their axis comes after B
 
     def __init__(self, name: str, split: str, seed: int, device: str | torch.device):
         self.name, self.split, self.seed = name, split, seed
@@ -144,3 +145,11 @@ def make(
     if any(mark in name for mark in "/\\.@") or (name and Path(name).exists()):
         return _late("files.FromDisk", name, split, seed, device, **options)
     raise ValueError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}, or give a path")
+
+
+def images(name: str, *args: Any, **options: Any) -> Scenes:
+    """`make` for a model of single images: ValueError for sequences, too."""
+    scenes = make(name, *args, **options)
+    if scenes.length > 1:
+        raise ValueError(f"{name}: sequences, and this model takes single images")
+    return scenes
