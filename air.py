@@ -657,7 +657,7 @@ def make_scenes(
 ) -> data.Scenes:
     """The config's scenes (or those of another data set, made of the same digits)."""
     folder = dict(folder=config.mnist_dir) if config.mnist_dir else {}
-    return data.make(dataset or config.dataset, split, config.seed, device, **folder)
+    return data.images(dataset or config.dataset, split, config.seed, device, **folder)
 
 
 def build(config: Config, scenes: data.Scenes) -> AIR:

@@ -40,14 +40,14 @@ and resampling makes them depend on it.
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
 runs/apdr-<preset>-<seed>/. No result is committed yet. `quick` differs from the defaults in:
 
-    lr, lr_final, lr_horizon, clip     1e-3, falling to 1e-4 over 3,400 steps; gradients to 1,000
-    batch_size, num_samples            12 sequences of 6 frames, 2 samples
-    lengths, stage_steps, crossing     1, 3 and 6 frames, from steps 0, 1,600, 2,400; half cross
+    lr, lr_final, lr_horizon, clip     1e-3, falling to 1e-4 over 2,900 steps; gradients to 1,000
+    batch_size, num_samples            8 sequences of 9 frames, 2 samples
+    lengths, stage_steps, crossing     1, 3 and 9 frames, from steps 0, 1,200, 1,900; half cross
     max_objects, latent_size, glimpse_size, lstm_size                       2, 20, 20, 64
     head_sizes, encoder_sizes, decoder_sizes                                one layer of 128 each
     prior_ratio, prior_ratio_final     1e-9, rising to 1e-3 ...
     prior_hold, prior_horizon          ... from step 300 over 1,000 steps
-    exploration, exploration_horizon   0.3, falling to 0 over 2,400 steps
+    exploration, exploration_horizon   0.3, falling to 0 over 2,000 steps
     survival                           psi is 0.99, not learned
     difference, clipped                networks see image - canvas; the image's mean is at most 1
 """
@@ -123,12 +123,12 @@ class Config(runs.RunConfig):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(
-        steps=3400, batch_size=12, lr=1e-3, lr_final=0.1, lr_horizon=3400, clip=1000.0,
-        lengths=(1, 3, 6), stage_steps=(1600, 2400), crossing=0.5, max_objects=2, latent_size=20,
+        steps=2900, batch_size=8, lr=1e-3, lr_final=0.1, lr_horizon=2900, clip=1000.0,
+        lengths=(1, 3, 9), stage_steps=(1200, 1900), crossing=0.5, max_objects=2, latent_size=20,
         glimpse_size=20, clipped=True, prior_ratio=1e-9, prior_ratio_final=1e-3, prior_hold=300,
         prior_horizon=1000, survival=0.99, lstm_size=64, encoder_sizes=(128,),
         decoder_sizes=(128,), head_sizes=(128,), difference=True, exploration=0.3,
-        exploration_horizon=2400, num_samples=2,
+        exploration_horizon=2000, num_samples=2,
     ),
     "moving_mnist": dict(
         steps=60_000, batch_size=16, lr=5e-4, lr_final=0.1, lr_horizon=60_000, clip=1000.0,
@@ -442,7 +442,7 @@ class APDR(nn.Module):
         where = loc + std * noise[:, :3]
         coded = self.encode(picture, where)
         gate, raw = self.renew(torch.cat([*coded, states], 1)).chunk(2, 1)
-        keep = torch.sigmoid(gate + 1)
+        keep = torch.sigmoid(gate + 3)  # at first it looks as it did
         loc = torch.cat([loc, keep * before[:, 3:] + (1 - keep) * coded.loc], 1)
         std = torch.cat([std, F.softplus(raw - 1) + FLOOR], 1)
         what = loc[:, 3:] + std[:, 3:] * noise[:, 3:]
@@ -863,8 +863,11 @@ def draw(model: APDR, scenes: data.Scenes, folder: Path, results: dict[str, Any]
     lines = torch.stack([enlarged(image), found], 1)  # (4, 2, T, 3, 3H, 3W)
     figures.grid(folder / "tracking.png", lines.flatten(0, 1), "APDR: a colour is an identity",
                  heads, ["input", "found"] * len(lines))
-    dream = follow(model, scenes, torch.zeros_like(image), index[:4], "prior")
-    figures.grid(folder / "samples.png", outlined(model, dream), "Sequences from the prior", heads)
+    normal, uniform = (v[:, 0] for v in model.noise(scenes, index[:4], len(x), 1))
+    uniform[:, 0] = 1 - 2.0**-24  # N objects in the first frame
+    dream = histories(model, torch.zeros_like(image), normal, uniform, "prior")
+    figures.grid(folder / "samples.png", outlined(model, dream),
+                 "Sequences from the prior that begin with all objects", heads)
     names = dict(count_accuracy="count accuracy", kl="KL, nats", discovered="new objects")
     panels = {title: {"APDR": (x, results["frames"][name], None)} for name, title in names.items()}
     panels["KL, nats"]["each frame alone"] = x, results["frames"]["kl_alone"], None

@@ -593,7 +593,7 @@ def check(config: Config) -> None:
     runs.positive(config, "sigma", "clip")
     runs.require(config.encoder_kernel % 2, "--encoder-kernel must be odd")
     try:
-        data.make(config.dataset)
+        data.images(config.dataset)
         kernels.use(config.kernels)
         kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:

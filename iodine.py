@@ -569,8 +569,8 @@ def check(config: Config) -> None:
     for name in ("decoder_kernel", "refinement_kernel"):
         runs.require(getattr(config, name) % 2 == 1, f"{runs.option(name)} must be odd")
     try:
-        shape = data.make(config.dataset).shape
-        first = data.make(config.curriculum[0] or config.dataset).shape
+        shape = data.images(config.dataset).shape
+        first = data.images(config.curriculum[0] or config.dataset).shape
         runs.require(first == shape, f"--curriculum: images of {first}, not {shape} as --dataset's")
         kernels.use(config.kernels)
         kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU

@@ -40,6 +40,7 @@ class Scenes:
     height: int
     width: int
     max_entities: int  # background included
+    length: int = 1  # frames; of more than one, their axis comes after B
 
     def __init__(self, name: str, split: str, seed: int, device: str | torch.device):
         self.name, self.split, self.seed = name, split, seed
@@ -92,6 +93,7 @@ _dsprites = partial(_late, "multi_dsprites.MultiDSprites")
 _sprites = partial(_late, "blended_sprites.BlendedSprites")
 _digits = partial(_late, "digits.MultiMNIST")
 _moving = partial(_late, "moving_digits.MovingDigits")
+_solids = partial(_late, "solids.Solids")
 
 DATASETS: dict[str, partial[Scenes]] = {  # called with name, split, seed, device, **options
     "mini_sprites": partial(_mini, size=12, sprite=4, min_objects=2, max_objects=3),
@@ -110,6 +112,11 @@ DATASETS: dict[str, partial[Scenes]] = {  # called with name, split, seed, devic
     "sprites_8": partial(_sprites, size=64, max_objects=8),
     "sprites_3_32": partial(_sprites, size=32, max_objects=3),
     "sprites_8_32": partial(_sprites, size=32, max_objects=8),
+    "solids_32": partial(_solids, size=32),
+    "solids_48": partial(_solids, size=48),
+    "solids_48_grey": partial(_solids, size=48, grey=True),
+    "solids_64": partial(_solids, size=64),
+    "solids_64_to_10": partial(_solids, size=64, max_objects=10),
     "multi_mnist": _digits,
     "multi_mnist_3": partial(_digits, min_objects=3, max_objects=3),
     "multi_mnist_small": partial(_digits, shrink=2.0, shrink_std=0.15),
@@ -138,3 +145,11 @@ def make(
     if any(mark in name for mark in "/\\.@") or (name and Path(name).exists()):
         return _late("files.FromDisk", name, split, seed, device, **options)
     raise ValueError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}, or give a path")
+
+
+def images(name: str, *args: Any, **options: Any) -> Scenes:
+    """`make` for a model of single images: ValueError for sequences, too."""
+    scenes = make(name, *args, **options)
+    if scenes.length > 1:
+        raise ValueError(f"{name}: sequences, and this model takes single images")
+    return scenes

@@ -263,7 +263,7 @@ def mvae_table() -> str:
              "a place beside a larger one pays no more": "quick-no-exclusion",
              "sum instead of max": "quick-sum", "VAE": "quick-vae",
              "`quick` after one step of training": "quick-untrained",
-             "`sprites3_short`": "sprites3_short", "its VAE": "sprites3_short-vae",
+             "`sprites3_short`": "sprites3_short", "its VAE, 3,000 steps": "sprites3_short-vae",
              "`sprites8_short`": "sprites8_short"}
     rows = {label: f"mvae-{name}-cpu-?.json:metrics." for label, name in names.items()}
     columns = {"ELBO, nats": ("elbo.mean", "{:.1f}"), "KL, nats": ("kl.mean", "{:.1f}"),

@@ -121,7 +121,7 @@ def eager(config: apdr.Config, w: dict, image: Tensor, noise: Tensor, history: l
             where = q.loc + q.scale * e[j, :3]
             loc, raw = mlp("encoder", look(seen(), where)).chunk(2)
             gate, raw_now = linear("renew", torch.cat([loc, softplus(raw), states])).chunk(2)
-            keep = (gate + 1).sigmoid()
+            keep = (gate + 3).sigmoid()
             what = D.Normal(keep * o.z[3:] + (1 - keep) * loc, softplus(raw_now - 1) + 0.01)
             q = D.Normal(torch.cat([q.loc, what.loc]), torch.cat([q.scale, what.scale]))
             z, value = torch.cat([where, what.loc + what.scale * e[j, 3:]]), torch.tensor([b * 1.0])

@@ -78,6 +78,12 @@ def command_line(monkeypatch, capsys, name: str, *arguments: object) -> tuple[in
 # -- presets and options ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "apdr"])
+def test_a_model_of_images_refuses_sequences(name):
+    with pytest.raises(runs.UserError, match=r"moving_mnist: sequences"):
+        MODELS[name].check(tiny(name, dataset="moving_mnist", **ANY_SCENES.get(name, {})))
+
+
 @pytest.mark.parametrize(("name", "preset"), PRESETS)
 def test_every_preset_can_be_built_and_called(name, preset):
     module = MODELS[name]

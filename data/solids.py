@@ -1,0 +1,160 @@
+"""Cubes, spheres and cylinders on the ground, ray-cast: a stand-in for CLEVR6 and CLEVR.
+
+Scores here are not scores on CLEVR. As in its generator (Johnson et al. 2017): three shapes, two
+sizes, two materials, eight colours, x and y in [-3, 3], at least 1/4 between outlines, any turn
+about the vertical, a camera moved by up to 1/2 along each axis. As in CLEVR6: 3 to 6 objects. Ours:
+
+- All of it is uniform and independent. Of 64 places the first is taken that is far enough from
+  earlier objects, also as seen (HIDES), and whose centre is in the middle four fifths of the image,
+  both ways. An object that finds none is left out: in one scene of 25 of up to 10 objects.
+- One light with shadows (data/rays.py). Glossy solids have a highlight, and mirror surroundings
+  whose brightness depends on height alone.
+- A pixel is half the colour at its centre and an eighth of that at each corner; a colour is the
+  square root of the light.
+- `grey`: the luminance of the colours. `exclude` is a (shape, color_id) that only the test split
+  shows, e.g. (2, 4), green spheres; the others stay uniform.
+
+Masks show what is at the pixel's centre. `present` means visible: a hidden object (at 32 pixels one
+in 900) is absent, its factors zero. Entities are in depth order, the farthest first. Factors:
+shape, size, material, color_id (int64, from 1 in the order below); color (B, E, C), unlit; x, y, z
+of the centre; rotation in degrees; row, col of the centre, where pixel i is [i, i + 1]. Between
+devices factors are equal, images to 1e-4, masks but for one pixel in 10,000.
+
+Axes: B scenes, E entities, N = E - 1 objects, A attempts, R rays, C H W image; x, y, z come first.
+"""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from data import Batch, Scenes, add_background, draws, rays
+from data.rays import dot
+
+SHAPES = ("cube", "sphere", "cylinder")
+RADII = {"small": 0.35, "large": 0.7}
+MATERIALS = ("matte", "glossy")
+COLORS = {  # of 255
+    "grey": (87, 87, 87), "red": (173, 35, 35), "blue": (42, 75, 215), "green": (29, 105, 20),
+    "brown": (129, 74, 25), "purple": (129, 38, 192), "cyan": (41, 208, 208),
+    "yellow": (255, 238, 51), "ground": (133, 133, 133),
+}  # fmt: skip
+LUMINANCE = (0.299, 0.587, 0.114)
+GROUND = (0, 0, -1e3, 1e3, 1, 0, 3, 9, 1)  # as an object: the top of a wide cylinder
+EYE, TARGET, LIGHT = (7.5, -6.5, 5.3), (0.0, 0.0, 0.5), (-2.0, -6.0, 8.0)
+ZOOM = 0.29  # half the image's side at distance 1
+HIDES = 0.1  # radii of the nearer one, between two centres on the image at distance 1
+ATTEMPTS, ANGLES = 64, 4096
+
+
+class Solids(Scenes):
+    """32 to 128 pixels a side, at most 10 objects; ValueError for others."""
+
+    def __init__(self, name: str = "solids_48", split: str = "train", seed: int = 0,
+                 device: str | torch.device = "cpu", size: int = 48, min_objects: int = 3,
+                 max_objects: int = 6, grey: bool = False,
+                 exclude: tuple[int, int] | None = None):
+        super().__init__(name, split, seed, device)
+        pairs = list(itertools.product(range(1, 4), range(1, 9)))
+        if not (32 <= size <= 128 and 1 <= min_objects <= max_objects <= 10):
+            raise ValueError("solids need 32 to 128 px and 1 to 10 objects, not "
+                             f"{size} px and {min_objects} to {max_objects}")  # fmt: skip
+        if exclude and exclude not in pairs:
+            raise ValueError(f"exclude must be of {pairs[0]} to {pairs[-1]}, not {exclude}")
+        pairs = [pair for pair in pairs if pair != exclude or split == "test"]
+        self.pairs = torch.tensor(pairs, device=self.device).mT  # (2, 24 or 23)
+        self.height = self.width = size
+        self.min_objects, self.max_objects = min_objects, max_objects
+        self.max_entities, self.num_channels = max_objects + 1, 1 if grey else 3
+
+        palette = torch.tensor([(0, 0, 0), *COLORS.values()]) / 255
+        palette = palette @ torch.tensor(LUMINANCE)[:, None] if grey else palette
+        self.palette = palette.to(self.device)  # (10, C)
+        self.radii = torch.tensor([0, *RADII.values()], device=self.device)
+        angles = [math.tau * k / ANGLES for k in range(ANGLES)]
+        turns = [[f(a) for a in angles] for f in (math.degrees, math.cos, math.sin)]
+        self.turns = torch.tensor(turns, device=self.device)  # (3, ANGLES)
+        self.ground = torch.tensor(GROUND, device=self.device)[:, None, None]
+        eye, target, light = torch.tensor([EYE, TARGET, LIGHT])[..., None]  # (3, 1) each
+        self.eye, self.light = eye.to(self.device), light[..., None].to(self.device)
+        axes, directions = rays.camera(eye, target, size, ZOOM)
+        self.axes, self.rays = axes.to(self.device), directions.to(self.device)
+
+    def scenes(self, index: Tensor) -> Batch:
+        n = self.max_objects
+        u = draws.uniform(self.key, index, (4 + n * (4 + 2 * ATTEMPTS),))
+        number = self.min_objects + draws.pick(u[:, :1], n - self.min_objects + 1)
+        eye = self.eye + (u[:, 1:4].mT - 0.5)  # (3, B)
+        u_pair, u_size, u_material, u_turn, *u_place = u[:, 4:].unflatten(1, (-1, n)).unbind(1)
+        shape, color_id = self.pairs[:, draws.pick(u_pair, self.pairs.shape[1])]  # (B, N)
+        size, material = draws.pick(u_size, 2) + 1, draws.pick(u_material, 2) + 1
+        rotation, cos, sin = self.turns[:, draws.pick(u_turn, ANGLES)]
+        radius = self.radii[size]
+        z = radius * torch.where(shape == 1, rays.CUBE, 1.0)
+        (x, y, up, right, depth), placed = self.place(eye, torch.stack(u_place, 1), radius, z)
+        exists = placed & (torch.arange(n, device=self.device) < number)
+        row, col = ((ZOOM + v) * (self.height / (2 * ZOOM)) for v in (-up, right))
+
+        order = torch.where(exists, -depth, math.inf).argsort(dim=1, stable=True)
+        factors = dict(shape=shape, size=size, material=material, color_id=color_id, x=x, y=y, z=z,
+                       rotation=rotation, row=row, col=col)  # fmt: skip
+        factors = {name: value.gather(1, order) for name, value in factors.items()}
+        solids = torch.stack([x, y, z, radius * exists, cos, sin, shape, color_id, material])
+        image, owner = self.render(eye[..., None], solids.gather(2, order.expand(9, -1, -1)))
+        masks = owner[:, None] == torch.arange(n + 1, device=self.device)[:, None, None]
+        present = masks.flatten(2).any(2)  # (B, E)
+        factors = {name: add_background(v * present[:, 1:]) for name, v in factors.items()}
+        factors["color"] = self.palette[factors["color_id"]]  # (B, E, C)
+        present[:, 0] = True
+        return Batch(image, masks, present, factors)
+
+    def place(self, eye: Tensor, u: Tensor, radius: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """x, y and rays.project's up, right and depth (5, B, N), and whether a place was found
+        (B, N), from draws (B, 2A, N)."""
+        x, y = (u * 6 - 3).chunk(2, 1)  # (B, A, N)
+        centre = torch.stack([x, y, z[:, None].expand_as(x)])
+        seen = rays.project(self.axes, eye[..., None, None], centre)
+        valid = torch.maximum(seen[0].abs(), seen[1].abs()) < 0.8 * ZOOM
+        tried = torch.stack([x, y, *seen])  # (5, B, A, N)
+        chosen = tried[:, :, 0].clone()  # (5, B, N)
+        for k in range(self.max_objects):
+            x, y, up, right, depth = tried[..., k, None] - chosen[:, :, None, :k]  # (B, A, k)
+            one, other = radius[:, None, k, None], radius[:, None, :k]
+            gap = one + other + 0.25
+            hides = torch.where(depth < 0, one, other) * HIDES
+            valid[..., k] &= (x * x + y * y >= gap * gap).all(2)
+            valid[..., k] &= (up * up + right * right >= hides * hides).all(2)
+            first = draws.first_valid(valid[..., k]).expand(5, 1, -1).mT  # (5, B, 1)
+            chosen[..., k] = tried[..., k].gather(2, first)[..., 0]
+        return chosen, valid.any(1)
+
+    def render(self, eye: Tensor, solids: Tensor) -> tuple[Tensor, Tensor]:
+        """Image (B, C, H, W), and entity at each pixel's centre (B, H, W). The rows of solids
+        (9, B, N) are the seven of data/rays.py, color_id and material."""
+        solids = torch.cat([self.ground.expand(-1, len(solids[0]), 1), solids], 2)  # (9, B, E)
+        distance, entity = rays.first_hits(solids[:7], eye, self.rays)  # (B, R) each
+        *solid, color_id, material = solids.gather(2, entity.expand(9, -1, -1))  # (B, R) each
+        points = eye + self.rays * distance  # (3, B, R)
+        normal = rays.normals(torch.stack(solid), points)
+
+        beams = points - self.light
+        length = dot(beams, beams).sqrt()
+        beams = beams / length
+        bright = (-dot(normal, beams)).clamp(min=0) * (130 / (length * length + 10))
+        bright = bright * rays.shadows(solids[:7], entity, self.light, beams, length)
+        mirrored = self.rays - normal * (dot(self.rays, normal) * 2)
+        highlight = (-dot(mirrored, beams)).clamp(min=0) * (bright > 0)
+        for _ in range(5):
+            highlight = highlight * highlight  # in the end its 32nd power
+        matte = normal[2] * 0.1 + bright * 0.85 + 0.3
+        glossy = mirrored[2] * (mirrored[2] * 0.4 + 0.22) + bright * 0.45 + 0.22
+        color = self.palette[color_id.long()].movedim(2, 0)  # (C, B, R)
+        light = color * color * torch.where(material == 2, glossy, matte)
+        color = (light + highlight * (material == 2)).clamp(max=1).sqrt()
+        s = self.width
+        centre = color[..., : s * s].unflatten(2, (s, s))
+        corner = color[..., s * s :].unflatten(2, (s + 1, s + 1))
+        corner = corner[..., 1:] + corner[..., :-1]
+        image = centre * 0.5 + (corner[..., 1:, :] + corner[..., :-1, :]) * 0.125
+        return image.movedim(1, 0).contiguous(), entity[:, : s * s].unflatten(1, (s, s))
