@@ -82,7 +82,7 @@ OP_TOLERANCE = 1e-4
 STEP_TOLERANCE = {"float32": 1e-3, "tf32": 0.03, "bfloat16": 0.3}  # 0.3: nonsense is refused
 MODELS = {  # what the loss takes after the image: (model, scenes, index of the scenes) -> tensors
     iodine: lambda model, *at: [model.noise(*at)],
-    efficient_morl: lambda model, *at: [model.noise(*at, model.num_steps(0))],
+    efficient_morl: lambda model, *at: [model.noise(*at, model.config.num_steps)],
     air: lambda model, *at: model.noise(*at),
     mvae: lambda model, *at: [model.noise(*at)],
 }
@@ -321,7 +321,8 @@ def rivals(options: Options, device: torch.device) -> Iterator[tuple[str, dict]]
     batch = options.batch or (1 if device.type == "cpu" else 4)  # 4: the paper's
     for side in PIXELS:
         draw, group = torch.Generator().manual_seed(0), {}
-        scenes = SimpleNamespace(num_channels=3, height=side, width=side, device=device)
+        scenes = SimpleNamespace(num_channels=3, height=side, width=side, shape=(3, side, side),
+                                 device=device)
         image = torch.rand(batch, 3, side, side, generator=draw)
         for name, (module, config, length) in made.items():  # of the noise: it gives the steps
             noise = torch.randn(batch, length, config.num_slots, config.latent_size, generator=draw)
