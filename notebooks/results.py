@@ -148,6 +148,7 @@ ROWS = [
     ("iodine", "multi_dsprites_binarized", "ari_fg", 0.9, "0.648 ± 0.172"),
     ("iodine", "shapes", "ari_fg", 0.9, "0.910 ± 0.119"),
     ("efficient_morl", "quick", "ari_fg", 0.9, "–"),
+    ("efficient_morl", "quick", "miou", 0.75, "–"),
     ("efficient_morl", "tetrominoes", "ari_fg", 0.9, "0.982 ± 0.018"),
     ("efficient_morl", "multi_dsprites", "ari_fg", 0.9, "0.912 ± 0.004"),
     ("slot_attention", "quick", "ari_fg", 0.9, "–"),
@@ -234,7 +235,8 @@ def stages_table() -> str:
              "3 steps"]
     rows = {name: f"efficient_morl-quick-cpu-*.json:settings.{i}.metrics."
             for i, name in enumerate(names)}
-    columns = {"`ari_fg`": ("ari_fg.mean", "{:.3f}"), "`mse`": ("mse.mean", "{:.4f}"),
+    columns = {"`ari_fg`": ("ari_fg.mean", "{:.3f}"), "`miou`": ("miou.mean", "{:.3f}"),
+               "`mse`": ("mse.mean", "{:.4f}"),
                "KL of all layers, nats": ("kl_hierarchy.mean", "{:.0f}"),
                "KL of the refined posterior, nats": ("kl.mean", "{:.0f}")}
     return table(rows, columns, "decoded after")
