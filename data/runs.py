@@ -1,4 +1,5 @@
-"""What a training run needs and no model is about: options, folder, log, checkpoint, processes.
+"""What a training run needs and no model is about: options, the run itself, its log. Its files are
+in checkpoints.py, its device, processes and signals in processes.py.
 
 A run can stop at any moment (`kill -9` included) and resumes from its last checkpoint as if it had
 never stopped: a checkpoint is written to a temporary file and renamed, all randomness is a function
