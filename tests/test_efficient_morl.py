@@ -110,7 +110,8 @@ class Eager:
         attention = torch.stack(scores).softmax(0)  # pixels choose among slots, (K, P)
         result = []
         for shares, old in zip(attention + 1e-8, lam, strict=True):
-            whole = shares.sum() if self.config.normalise == "mean" else len(keys) / len(z)
+            by_mean = self.config.normalise == "mean"
+            whole = shares.sum() if by_mean else len(keys) / self.config.num_slots
             theta = (shares / whole) @ values  # a mean over pixels
             if self.config.dual_gru:
                 halves = zip(("loc", "raw"), old.chunk(2), strict=True)
@@ -244,11 +245,11 @@ def make_model(config, shape=SHAPE, module: ModuleType = efficient_morl) -> nn.M
     return model
 
 
-def make_inputs(config, shape=SHAPE, batch: int = 2, steps: int | None = None):
+def make_inputs(config, shape=SHAPE, batch: int = 2, steps: int | None = None, more: int = 0):
     """image (B, C, H, W) and noise (B, 2L + I, K, D)."""
     g = torch.Generator().manual_seed(1)
     steps = config.num_steps if steps is None else steps
-    size = batch, 2 * config.num_layers + steps, config.num_slots, config.latent_size
+    size = batch, 2 * config.num_layers + steps, config.num_slots + more, config.latent_size
     image = torch.rand(batch, *shape, generator=g, dtype=torch.float64)
     return image, torch.randn(size, generator=g, dtype=torch.float64)
 
@@ -272,13 +273,14 @@ def without_gradient(config) -> tuple[str, ...]:
 
 
 @double_precision()
-def check_eager(module: ModuleType = efficient_morl, shape=SHAPE, nll_weight=1.5, **overrides):
+def check_eager(module: ModuleType = efficient_morl, shape=SHAPE, nll_weight=1.5, more=0,
+                **overrides):
     """AssertionError, which names the first quantity in which the two models differ."""
     config = small(**overrides)
     model = make_model(config, shape, module)
     model.geco.multiplier.fill_(nll_weight)
     model.shading.fill_(0.2)
-    image, noise = make_inputs(config, shape)
+    image, noise = make_inputs(config, shape, more=more)
     copies = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     eager = Eager(config, copies, nll_weight)
     expected = [eager.run(*inputs) for inputs in zip(image, noise, strict=True)]
@@ -328,7 +330,7 @@ CASES: dict[str, dict] = {
     "small decoder": dict(decoder="small", num_steps=1),
     "one layer of a decoder": dict(decoder_channels=(3,), coordinate_gain=4.0),
     "flat colours": dict(flat_half_life=10, num_steps=1),
-    "sum": dict(normalise="sum", num_steps=1),
+    "sum, and a slot more than in training": dict(normalise="sum", num_steps=1, more=1),
     "mixture": dict(likelihood="mixture"),
     "mixture of grey images": dict(likelihood="mixture", shape=(1, 4, 7)),
     "one GRU": dict(dual_gru=False, num_steps=3),
@@ -711,7 +713,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "mixture": functools.partial(check_eager, likelihood="mixture", num_steps=1),
     "small": functools.partial(check_eager, **CASES["small decoder"]),
     "flat": functools.partial(check_eager, **CASES["flat colours"]),
-    "sum": functools.partial(check_eager, **CASES["sum"]),
+    "sum": functools.partial(check_eager, **CASES["sum, and a slot more than in training"]),
     "one GRU": functools.partial(check_eager, dual_gru=False, num_steps=1),
     "geco": check_geco,
     "lagrangian": check_geco_gradient,
@@ -725,8 +727,9 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "embedding missing": ("eager", "rearrange(x + self.embedding()", "rearrange(x"),
     "columns mirrored": ("eager", "[1 - x, x, y, 1 - y]", "[x, 1 - x, y, 1 - y]"),
     "softmax over pixels": ("eager", "softmax(1)  # over slots", "softmax(2)  # over slots"),
-    "a sum over pixels": ("eager", "weights / total @ values", "weights @ values"),
-    "a sum that grows with the image": ("sum", "weights.shape[2] / weights.shape[1]", "1.0"),
+    "a sum over pixels": ("eager", "weights / number @ values", "weights @ values"),
+    "a sum that grows with the image": ("sum", "keys.shape[1] / self.config.num_slots", "1.0"),
+    "a sum that grows with the slots": ("sum", "/ self.config.num_slots", "/ z.shape[1]"),
     "normalised over slots twice": ("eager", "weights.sum(2, keep", "weights.sum(1, keep"),
     "queries not scaled": ("eager", " * z.shape[-1] ** -0.5", ""),
     "queries not normalised": ("eager", "self.queries(self.norm(z))", "self.queries(z)"),
@@ -738,8 +741,8 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "GRU of the raw scales with the means' state": (
         "eager", "self.raw(x, raw)]", "self.raw(x, loc)]"),
     "no linear layer before the single GRU": (
-        "one GRU", "self.input(weights / total @ values)",
-        "(weights / total @ values).repeat(1, 1, 2)"),
+        "one GRU", "self.input(weights / number @ values)",
+        "(weights / number @ values).repeat(1, 1, 2)"),
     "the same noise in every layer": ("eager", "z = sample(lam, epsilon)",
                                       "z = sample(lam, others[0])"),
     "softplus a deviation": ("eager", "(F.softplus(raw) + 1e-5).sqrt()", "F.softplus(raw) + 1e-5"),
