@@ -125,6 +125,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick_same_color": QUICK | dict(  # tested where hue says nothing, trained where it does
         dataset="mini_sprites_16_same_color", train_dataset="mini_sprites_16_shaded",
         lr_steps=(1100, 3100), steps=3100),
+    "shapes_short": QUICK | dict(  # binary shapes, after training on shapes of several greys
+        dataset="shapes", train_dataset="shapes_levels", num_slots=5, sigma_steps=(900, 3000),
+        color_steps=(1800, 2400), lr_steps=(1500, 4600), steps=4600),
     "tetrominoes": dict(),  # appendix C.3: the defaults
     "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", num_slots=6, **DSPRITES),
     # Paper: no architecture for the next two. Here: C.2's, with slots for all objects and one more.

@@ -115,7 +115,7 @@ PRESETS["sprites3_short"] = PRESETS["quick"] | dict(
 )
 PRESETS["sprites8_short"] = PRESETS["sprites3_short"] | dict(
     dataset="sprites_8", init="notebooks/weights/mvae-sprites3_short.pt", num_slots=10,
-    single_steps=0, unselected_steps=1, exclusion=1.0, lr=1e-3, lr_horizon=12000, steps=12000,
+    single_steps=0, unselected_steps=1, lr=1e-3,
 )
 
 
