@@ -553,27 +553,6 @@ def draw(model: EfficientMORL, scenes: data.Scenes, folder: Path, results: dict[
     figures.animation(folder / "inference.gif", batch.image, mean, truth, masks, means, title)
 
 
-def further_scores(model: EfficientMORL, scenes: data.Scenes) -> dict[str, Any]:
-    """App. E.2: DCI of the slots' means, which the masks match to the objects of 320 scenes: those
-    with an IoU above 0.1. (The paper also leaves out objects of less than 50 pixels.)"""
-    latents, factors = [], {}
-    for index in torch.arange(320, device=scenes.device).split(32):
-        batch = scenes.scenes(index)
-        if batch.masks is None:
-            return {}
-        noise = model.noise(scenes, index, model.config.num_steps_final)
-        last = model.infer(batch.image, noise)[-1]
-        masks = reconstruct(last.decoded.nan_to_num())[1]
-        slots = metrics.match(batch.masks, masks, least_iou=0.1).to(index.device)  # (B, E)
-        scene, entity = (batch.present & (slots >= 0))[:, 1:].nonzero().unbind(1)
-        latents.append(normal(last.posterior).loc[scene, slots[scene, entity + 1]])
-        for name, values in batch.factors.items():
-            factors.setdefault(name, []).append(values[scene, entity + 1])
-    codes = torch.cat(latents)
-    scores = metrics.dci(codes, {name: torch.cat(values) for name, values in factors.items()})
-    return dict(dci=scores | dict(pairs=len(codes)))
-
-
 # -- training --------------------------------------------------------------------------------------
 
 

@@ -2,8 +2,8 @@
 
 The independent model takes one image and one slot at a time, with the same weights and noise in
 float64, and must agree on every intermediate and on the gradient of every parameter. Then the
-properties of attention, priors and refinement; GECO; evaluation and DCI, on a model whose answer is
-known; and mutants of efficient_morl.py, which must be caught.
+properties of attention, priors and refinement; GECO; evaluation; and mutants of efficient_morl.py,
+which must be caught.
 
 Axes: B batch, K slots, L layers, I refinement steps, D latent, P pixels, C H W image.
 """
@@ -648,57 +648,6 @@ def test_a_run_with_geco_and_one_without_refinement(num_steps, tmp_path, monkeyp
     assert len(records) == 2 and records[1]["nll_weight"] > 1
 
 
-class Known:
-    """A model whose slots are the objects, in another order, and whose latents are four factors and
-    noise. Of the first scene of each batch it finds a single pixel of every object.
-
-    It cheats: it keeps the scenes that it makes noise for.
-    """
-
-    config = SimpleNamespace(num_steps_final=1)
-    order = (2, 0, 3, 1)  # the slots of the entities
-
-    def noise(self, scenes: data.Scenes, index: Tensor, num_steps: int) -> Tensor:
-        self.batch, g = scenes.scenes(index), torch.Generator().manual_seed(int(index[0]))
-        return torch.randn(len(index), 6 + num_steps, 4, 5, generator=g)
-
-    def infer(self, image: Tensor, noise: Tensor) -> list[efficient_morl.Step]:
-        batch = self.batch
-        factors = [batch.factors[name] for name in ("color_id", "shape", "row", "col")]
-        code = torch.stack([*factors, noise[:, 0, :, 0]], -1).float()  # (B, E, D)
-        masks = batch.masks.clone()
-        if len(masks) > 1:
-            pixels = masks[0].flatten(1)
-            pixels[1:] &= pixels[1:].long().cumsum(1) == 1
-            pixels[0] = ~pixels[1:].any(0)
-        decoded = torch.cat([torch.zeros(*masks.shape[:2], 3, *masks.shape[2:]),
-                             50 * masks[:, :, None].float()], 2)  # fmt: skip
-        slots = torch.tensor(self.order).argsort()
-        lam = torch.cat([code, torch.full_like(code, -30.0)], -1)
-        return [efficient_morl.Step(decoded[:, slots], lam[:, slots], None, None)]
-
-
-def check_dci(module: ModuleType = efficient_morl) -> None:
-    """The perfect code is found in the slots that match."""
-    scenes, asked = data.make("mini_sprites", "test"), {}
-
-    def scored(codes: Tensor, factors: dict[str, Tensor]) -> dict[str, float]:
-        asked.update(codes=codes, factors=factors)
-        return dict(disentanglement=1.0)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "dci", scored)
-        result = module.further_scores(Known(), scenes)["dci"]
-    present = scenes.batch(0, 320).present[:, 1:].clone()
-    present[::32] = False
-    found = result["pairs"], len(asked["codes"])
-    assert found == (int(present.sum()),) * 2, f"numbers are off: {found}"
-    for latent, name in enumerate(("color_id", "shape", "row", "col")):
-        assert_close(f"latent {latent}", asked["codes"][:, latent], asked["factors"][name].float())
-    pictures = SimpleNamespace(device="cpu", scenes=lambda index: SimpleNamespace(masks=None))
-    assert module.further_scores(None, pictures) == {}, "scores without masks are off"
-
-
 def test_an_even_encoder_kernel_is_refused():
     with pytest.raises(runs.UserError, match="--encoder-kernel must be odd"):
         efficient_morl.check(tiny(encoder_kernel=4))
@@ -719,7 +668,6 @@ CHECKS: dict[str, Callable[..., None]] = {
     "lagrangian": check_geco_gradient,
     "schedules": check_schedules,
     "curriculum": check_curriculum,
-    "dci": check_dci,
 }
 MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     # Encoder and attention
@@ -798,10 +746,6 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "shading falls twice as fast": ("curriculum", "(0.5 ** (max(", "(0.25 ** (max("),
     "shading falls from the start": ("curriculum", "max(0, later)", "step"),
     "no warm-up": ("schedules", "config.lr * warmup", "config.lr"),
-    # DCI
-    "any slot that shares a pixel": ("dci", ", least_iou=0.1)", ")"),
-    "slots not matched": ("dci", "slots[scene, entity + 1]]", "entity + 1]"),
-    "the next entity's factors": ("dci", "values[scene, entity + 1]", "values[scene, entity]"),
 }  # fmt: skip
 mutated = functools.partial(mutants.mutated, efficient_morl)
 
