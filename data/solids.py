@@ -29,7 +29,7 @@ import math
 import torch
 from torch import Tensor
 
-from data import Batch, Scenes, add_background, draws, rays
+from data import Batch, Scenes, draws, make_batch, rays
 from data.rays import dot
 
 SHAPES = ("cube", "sphere", "cylinder")
@@ -100,14 +100,11 @@ class Solids(Scenes):
         factors = dict(shape=shape, size=size, material=material, color_id=color_id, x=x, y=y, z=z,
                        rotation=rotation, row=row, col=col)  # fmt: skip
         factors = {name: value.gather(1, order) for name, value in factors.items()}
+        factors["color"] = self.palette[factors["color_id"]]  # (B, N, C)
         solids = torch.stack([x, y, z, radius * exists, cos, sin, shape, color_id, material])
         image, owner = self.render(eye[..., None], solids.gather(2, order.expand(9, -1, -1)))
-        masks = owner[:, None] == torch.arange(n + 1, device=self.device)[:, None, None]
-        present = masks.flatten(2).any(2)  # (B, E)
-        factors = {name: add_background(v * present[:, 1:]) for name, v in factors.items()}
-        factors["color"] = self.palette[factors["color_id"]]  # (B, E, C)
-        present[:, 0] = True
-        return Batch(image, masks, present, factors)
+        numbers = torch.arange(1, n + 1, device=self.device)[:, None, None]
+        return make_batch(image, owner[:, None] == numbers, factors)
 
     def place(self, eye: Tensor, u: Tensor, radius: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """x, y and rays.project's up, right and depth (5, B, N), and whether a place was found

@@ -28,7 +28,8 @@ Axes: B scenes, E = 4 entities, N = 3 pieces, A attempts, S = 19 shapes, C H W i
 import torch
 from torch import Tensor
 
-from data import Batch, Scenes, add_background, draws, stamp
+from data import Batch, Scenes, draws, make_batch
+from data.mini_sprites import COLORS, stamp
 
 PIECES = {  # number: rows from top to bottom
     1: "####",
@@ -56,39 +57,35 @@ CELLS = [
     for piece in PIECES.values()
 ]
 TILES = {  # the light on one cell, of 255; it multiplies the colour
-    ("shaded", 5): [
+    "shaded": [
         [191, 255, 255, 255, 223],
         [127, 159, 159, 159, 191],
         [127, 159, 159, 159, 191],
         [127, 159, 159, 159, 191],
         [95, 63, 63, 63, 127],
     ],
-    ("flat", 2): [[255] * 2] * 2,
-    ("flat", 5): [[255] * 5] * 5,
+    "flat": [[255] * 2] * 2,
 }
-COLORS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0))
 NUM_PIECES = 3
 SIDE = 7  # the image, in cells
 ATTEMPTS = 256
 
 
 class Tetrominoes(Scenes):
-    """`tile` is "shaded" or "flat", `cell` its side in pixels: the keys of TILES."""
+    """`tile` is a key of TILES."""
 
     num_channels = 3
     max_entities = NUM_PIECES + 1
 
     def __init__(self, name: str = "tetrominoes", split: str = "train", seed: int = 0,
-                 device: str | torch.device = "cpu", tile: str = "shaded", cell: int = 5):
+                 device: str | torch.device = "cpu", tile: str = "shaded"):
         super().__init__(name, split, seed, device)
-        if (tile, cell) not in TILES:
-            raise ValueError(f"no {tile} tile of {cell} px; choose from {list(TILES)}")
-        self.cell = cell
+        self.cell = cell = len(TILES[tile])  # its side in pixels
         self.height = self.width = self.size = SIDE * cell
         self.reach = 4 * cell  # so far apart, no two pieces overlap
         extent = torch.tensor([[max(axis) + 1 for axis in zip(*c, strict=True)] for c in CELLS])
         self.places = (self.size - cell * extent + 1).to(self.device)  # (S, 2) rows, columns
-        self.stencils = make_stencils(TILES[tile, cell]).to(self.device)
+        self.stencils = make_stencils(TILES[tile]).to(self.device)
         self.overlaps = overlap_table(cell, self.reach).flatten().to(self.device)
         self.numbers = torch.tensor(list(PIECES), device=self.device)
         self.colors = torch.tensor(COLORS, dtype=torch.float32, device=self.device)
@@ -103,17 +100,9 @@ class Tetrominoes(Scenes):
         levels = stamp(self.stencils, shape, row, col, self.size)  # (B, N, H, W)
         # Without overlap each sum has one term at most and is exact in any order.
         image = (levels[:, :, None] * color[..., None, None]).sum(1)  # (B, 3, H, W)
-        masks = add_background(levels > 0)  # (B, E, H, W)
-        masks[:, 0] = ~masks.any(1)
-        present = torch.ones(masks.shape[:2], dtype=torch.bool, device=self.device)
-        factors = {
-            "shape": self.numbers[shape],
-            "color_id": color_id,
-            "color": color,
-            "row": row.float(),
-            "col": col.float(),
-        }
-        return Batch(image, masks, present, {k: add_background(v) for k, v in factors.items()})
+        factors = dict(shape=self.numbers[shape], color_id=color_id, color=color, row=row.float(),
+                       col=col.float())  # fmt: skip
+        return make_batch(image, levels > 0, factors)
 
     def place(self, shape: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and columns (B, N) of the first attempt without overlap; u (B, 2A, N) in [0, 1)."""

@@ -421,11 +421,11 @@ def test_a_curriculum_shows_its_scenes_first(tmp_path, monkeypatch):
     monkeypatch.setattr(iodine, "evaluate", lambda *_: dict(metrics={}))
     tiny = dict(latent_size=2, decoder_channels=(4,), refinement_channels=(4,), batch_size=2)
     options = {
-        "easy": dict(dataset="mini_sprites_16", steps=1),
-        "first": dict(curriculum=("mini_sprites_16", 1), steps=1),
+        "easy": dict(dataset="mini_sprites_16_shaded", steps=1),
+        "first": dict(curriculum=("mini_sprites_16_shaded", 1), steps=1),
         "hard": dict(steps=1),
-        "both": dict(curriculum=("mini_sprites_16", 1), steps=2),
-        "easy twice": dict(dataset="mini_sprites_16", steps=2),
+        "both": dict(curriculum=("mini_sprites_16_shaded", 1), steps=2),
+        "easy twice": dict(dataset="mini_sprites_16_shaded", steps=2),
     }
     states = {}
     for name, option in options.items():
