@@ -76,6 +76,7 @@ class Config(runs.RunConfig):
     """The defaults are the paper's (appendix C.3, Tetris); PRESETS override them."""
 
     dataset: str = "tetrominoes"  # one of data.DATASETS
+    train_dataset: str = ""  # scenes to train on; empty: those of `dataset`
     # generative model
     num_slots: int = 4  # K
     latent_size: int = 32  # D, of one slot; the tables of C.2 and C.3 print 2 D, the size of lambda
@@ -107,7 +108,6 @@ class Config(runs.RunConfig):
     lr_warmup: int = 0  # steps of linear warm-up
     lr_final: float = 1.0  # lr falls exponentially to this share of itself ...
     lr_steps: tuple[int, int] = (0, 1_000_000)  # ... between these steps, and stays there
-    curriculum: tuple[str, int] = ("", 0)  # an easier data set, for so many first training steps
 
 
 DSPRITES = dict(latent_size=16, lstm_size=128)  # appendix C.2
@@ -122,7 +122,7 @@ QUICK = dict(
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": QUICK,
     "quick_same_color": QUICK | dict(  # tested where hue says nothing, trained where it does
-        dataset="mini_sprites_16_same_color", curriculum=("mini_sprites_16_shaded", 3100),
+        dataset="mini_sprites_16_same_color", train_dataset="mini_sprites_16_shaded",
         lr_steps=(1100, 3100), steps=3100),
     "tetrominoes": dict(),  # appendix C.3: the defaults
     "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", num_slots=6, **DSPRITES),
@@ -570,8 +570,8 @@ def check(config: Config) -> None:
         runs.require(getattr(config, name) % 2 == 1, f"{runs.option(name)} must be odd")
     try:
         shape = data.images(config.dataset).shape
-        first = data.images(config.curriculum[0] or config.dataset).shape
-        runs.require(first == shape, f"--curriculum: images of {first}, not {shape} as --dataset's")
+        other = data.images(config.train_dataset or config.dataset).shape
+        runs.require(other == shape, f"--train-dataset: images of {other}, not {shape}")
         kernels.use(config.kernels)
         kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:
@@ -595,14 +595,13 @@ def train(config: Config) -> dict[str, Any]:
     """Trains one run, or resumes it, and evaluates it; returns the content of evaluation.json."""
     check(config)
     device = runs.set_up(config)
-    scenes = data.make(config.dataset, "train", config.seed, device)
-    first = data.make(config.curriculum[0] or config.dataset, "train", config.seed, device)
+    scenes = data.make(config.train_dataset or config.dataset, "train", config.seed, device)
     model = build(config, scenes)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     run = runs.start("iodine", config, PRESETS, model, optimizer, title="IODINE",
                      kernels=kernels.describe(device), compiled=(model.decoder, model.refinement))
     for step, index in run.steps():
-        batch = (first if step < config.curriculum[1] else scenes).scenes(index)
+        batch = scenes.scenes(index)
         model.set_step(step)
         parts = run.update(model.loss, batch.image, model.noise(scenes, index),
                            lr=learning_rate(config, step), clip=config.clip)

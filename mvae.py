@@ -113,8 +113,9 @@ PRESETS["sprites3_short"] = PRESETS["quick"] | dict(
     dataset="sprites_3", poolings=3, hidden_size=512, render_channels=16, single_steps=3000,
     exclusion_steps=(400, 900, 6000, 15000), lr_final=0.03, lr_horizon=15000, steps=15000,
 )
-PRESETS["sprites8_short"] = PRESETS["quick"] | dict(
-    dataset="sprites_8", poolings=3, hidden_size=512, render_channels=16, num_slots=10,
+PRESETS["sprites8_short"] = PRESETS["sprites3_short"] | dict(
+    dataset="sprites_8", init="notebooks/weights/mvae-sprites3_short.pt", num_slots=10,
+    single_steps=0, unselected_steps=1, exclusion=1.0, lr=1e-3, lr_horizon=12000, steps=12000,
 )
 
 

@@ -79,7 +79,7 @@ class Config(runs.RunConfig):
     normalise: Literal["mean", "sum"] = "mean"  # sum: a slot sees how many pixels it has
     implicit: bool = False  # the gradient of the last iteration alone: less time and memory
     encoder_channels: tuple[int, ...] = (32, 32, 32, 32)  # of the convolutions
-    encoder_kernel: int = 5  # pixels, odd
+    encoder_kernel: int = 5  # pixels
     decoder_channels: tuple[int, ...] = (32, 32, 32)  # of the hidden layers
     decoder_kernel: int = 5  # pixels, odd; of the last layer: at most 3
     coordinate_gain: float = 1.0  # the decoder's coordinates run from 0 to this
@@ -132,8 +132,7 @@ class Embedding(nn.Linear):
 
     def __init__(self, size: int, height: int, width: int, gain: float = 1.0):
         super().__init__(4, size)
-        rows, cols = torch.linspace(0, 1, height), torch.linspace(0, 1, width)
-        y, x = torch.meshgrid(rows, cols, indexing="ij")
+        y, x = torch.meshgrid(*(torch.linspace(0, 1, n) for n in (height, width)), indexing="ij")
         grid = gain * torch.stack([1 - x, x, y, 1 - y], -1)  # (H, W, 4)
         self.register_buffer("grid", grid, persistent=False)
 
@@ -174,7 +173,7 @@ class SlotAttention(nn.Module):
         super().__init__()
         size, inputs = config.latent_size, config.encoder_channels[-1]
         self.config = config
-        # The initial slots' distribution is the same for all: only noise tells slots apart.
+        # Of the initial slots' distribution, the same for all: only noise tells slots apart.
         self.loc, self.log_scale = (nn.Parameter(torch.empty(1, size)) for _ in range(2))
         self.norm_inputs, self.norm_slots = LayerNorm(inputs), LayerNorm(size)
         # Paper: silent. Released code, and here: no biases.
@@ -189,12 +188,11 @@ class SlotAttention(nn.Module):
         queries = self.queries(self.norm_slots(slots)) * slots.shape[-1] ** -0.5
         attention = (queries @ keys.mT).softmax(1)  # over slots, (B, K, P)
         weights = attention + 1e-8  # a slot without pixels: no division by 0
-        number = weights.sum(2, keepdim=True)  # of a slot's pixels, (B, K, 1)
-        if self.config.normalise == "sum":  # of a slot's pixels on average: an empty one gets 0
-            number = keys.shape[1] / self.config.num_slots
-        updates = weights / number @ values  # what a slot has found: a mean of values, (B, K, D)
-        rows = self.gru(updates.flatten(0, 1), slots.flatten(0, 1))  # (N, D)
-        slots = rows.unflatten(0, slots.shape[:2])
+        total = weights.sum(2, keepdim=True)  # of a slot, pixels, (B, K, 1)
+        if self.config.normalise == "sum":  # of the average slot: an empty one finds 0
+            total = keys.shape[1] / self.config.num_slots
+        updates = weights / total @ values  # what a slot has found, (B, K, D)
+        slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).unflatten(0, slots.shape[:2])
         return slots + self.mlp(slots), attention
 
     def forward(self, features: Tensor, noise: Tensor, num_iterations: int) -> list[tuple]:
@@ -222,9 +220,9 @@ class SlotMLP(nn.Module):
         self.mlp = mlp(inputs, 8 * config.latent_size, math.prod(self.slots))
 
     def forward(self, features: Tensor, noise: Tensor, num_iterations: int) -> list[tuple]:
-        """As SlotAttention, with neither noise nor iterations: one result, without attention."""
+        """As SlotAttention, but the same after every iteration, whatever the noise."""
         x = F.adaptive_avg_pool2d(features.mT.unflatten(2, self.shape), self.size)
-        return [(self.mlp(x.flatten(1)).unflatten(1, self.slots), None)]
+        return [(self.mlp(x.flatten(1)).unflatten(1, self.slots), None)] * num_iterations
 
 
 class BroadcastDecoder(nn.Module):
@@ -243,10 +241,10 @@ class BroadcastDecoder(nn.Module):
         response = self.first(self.embedding()[None])  # the same for every slot
         layout = kernels.layout(response, self.first.kernel_size[0])
         response = response.contiguous(memory_format=layout)[0]  # (O, H, W)
-        x = kernels.broadcast_conv(slots, self.first.weight, response)
+        x = F.relu(kernels.broadcast_conv(slots, self.first.weight, response), inplace=True)
         for conv in self.hidden:
-            x = conv(F.relu(x, inplace=True))
-        return full_precision(self.last, F.relu(x, inplace=True))
+            x = F.relu(conv(x), inplace=True)
+        return full_precision(self.last, x)
 
 
 # -- the model -------------------------------------------------------------------------------------
@@ -264,7 +262,7 @@ class SlotAutoencoder(nn.Module):
         self.decoder = BroadcastDecoder(config, channels, height, width)
         self.flat = nn.Linear(config.latent_size, channels + 1) if config.flat_colors else None
         self.register_buffer("entropy_weight", torch.tensor(0.0))
-        # Paper: silent. Released code, and here: Keras's initial values.
+        # Paper: silent. Released code, and here: Keras's initial values. Flat colours start grey.
         for name, parameter in self.named_parameters():
             if name.endswith("weight_hh"):
                 nn.init.orthogonal_(parameter)
@@ -272,11 +270,6 @@ class SlotAutoencoder(nn.Module):
                 nn.init.xavier_uniform_(parameter, 0.3 if name == "flat.weight" else 1.0)
             elif "bias" in name:
                 nn.init.zeros_(parameter)
-
-    def set_step(self, step: int) -> None:
-        """Sets what changes with the training step: the weight of the masks' entropy."""
-        c = self.config
-        self.entropy_weight.fill_(c.mask_entropy * min(step / c.entropy_steps, 1.0))
 
     def noise(self, scenes: data.Scenes, index: Tensor) -> Tensor:
         """(B, K, D) standard normal, a function of seed, split and scene."""
@@ -288,15 +281,18 @@ class SlotAutoencoder(nn.Module):
         return full_precision(self.slots, self.encoder(image), noise, num_iterations)
 
     def decode(self, slots: Tensor) -> Tensor:
-        """Every slot alone: (B, K, D) -> means and mask logits (B, K, C+1, H, W)."""
-        rows = slots.flatten(0, 1)  # (N, D)
-        decoded = self.decoder(rows)  # (N, C+1, H, W)
-        if self.flat:  # colour and mask logit of the whole slot, and the logits of its pixels
-            flat = full_precision(self.flat, rows)[:, :, None, None]  # (N, C+1, 1, 1)
-            decoded = flat + F.pad(4 * decoded[:, -1:], (0, 0, 0, 0, decoded.shape[1] - 1, 0))
+        """Every slot alone: (B, K, D) -> means and mask logits (B, K, C+1, H, W).
+
+        With flat_colors, a slot has one colour and logit, linear in it, and the decoder adds to the
+        logit alone. Black and an object's colour do not fit into one slot: masks must cut it out.
+        """
+        decoded = self.decoder(slots.flatten(0, 1)).unflatten(0, slots.shape[:2])
+        means, mask_logits = decoded[:, :, :-1], decoded[:, :, -1:]
+        if self.flat:
+            flat = full_precision(self.flat, slots)[..., None, None]  # (B, K, C+1, 1, 1)
+            means, mask_logits = flat[:, :, :-1].expand_as(means), flat[:, :, -1:] + 4 * mask_logits
         # Paper: means of images in [-1, 1]. Here: in [0, 1], the same but for the scale.
-        means, mask_logits = (decoded[:, :-1] + 1) / 2, decoded[:, -1:]
-        return torch.cat([means, mask_logits], 1).unflatten(0, slots.shape[:2])
+        return torch.cat([(means + 1) / 2, mask_logits], 2)
 
     def loss(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Mean squared error of images in [-1, 1], plus the weighted entropy of the masks; also
@@ -327,7 +323,7 @@ def evaluate(model: SlotAutoencoder, scenes: data.Scenes, count: int = 320) -> d
     for index in torch.arange(count, device=scenes.device).split(32):
         batch = scenes.scenes(index)
         trace = model.encode(batch.image, model.noise(scenes, index), len(results))
-        for result, (slots, _) in zip(results, trace, strict=False):  # Slot MLP: one
+        for result, (slots, _) in zip(results, trace, strict=True):
             mean, masks, _ = reconstruct(model.decode(slots))
             values = dict(mse=metrics.mse(batch.image, mean))
             if batch.masks is not None:
@@ -336,9 +332,9 @@ def evaluate(model: SlotAutoencoder, scenes: data.Scenes, count: int = 320) -> d
                                miou=metrics.miou(batch.masks, batch.present, masks))
             for name, value in values.items():
                 result.setdefault(name, []).append(value.cpu())
-    scores = [{n: metrics.mean_stderr(torch.cat(v)) for n, v in r.items()} for r in results if r]
+    scores = [{n: metrics.mean_stderr(torch.cat(v)) for n, v in r.items()} for r in results]
     settings = [dict(num_iterations=t, metrics=m) for t, m in enumerate(scores, 1)]
-    return dict(metrics=scores[min(test, len(scores)) - 1], settings=settings)
+    return dict(metrics=scores[test - 1], settings=settings)
 
 
 @torch.no_grad()
@@ -358,27 +354,6 @@ def draw(model: SlotAutoencoder, scenes: data.Scenes, folder: Path, results: dic
     figures.animation(folder / "inference.gif", image, mean, truth, masks, means, title)
 
 
-@torch.no_grad()
-def further_scores(model: SlotAutoencoder, scenes: data.Scenes) -> dict[str, Any]:
-    """DCI of the slots, as EfficientMORL's paper measures it (app. E.2): the masks match slots to
-    the objects of 320 scenes, those with an IoU above 0.1."""
-    latents, factors, test_iterations = [], {}, model.config.test_iterations
-    for index in torch.arange(320, device=scenes.device).split(32):
-        batch = scenes.scenes(index)
-        if batch.masks is None:
-            return {}
-        slots, _ = model.encode(batch.image, model.noise(scenes, index), test_iterations)[-1]
-        masks = reconstruct(model.decode(slots))[1]
-        owners = metrics.match(batch.masks, masks, least_iou=0.1).to(index.device)  # (B, E)
-        scene, entity = (batch.present & (owners >= 0))[:, 1:].nonzero().unbind(1)
-        latents.append(slots[scene, owners[scene, entity + 1]])
-        for name, values in batch.factors.items():
-            factors.setdefault(name, []).append(values[scene, entity + 1])
-    codes = torch.cat(latents)
-    scores = metrics.dci(codes, {name: torch.cat(values) for name, values in factors.items()})
-    return dict(dci=scores | dict(pairs=len(codes)))
-
-
 # -- training --------------------------------------------------------------------------------------
 
 
@@ -392,10 +367,9 @@ def check(config: Config) -> None:
     """UserError, in one line, where the options cannot be."""
     runs.check(config)
     runs.at_least(config, 1, "num_slots", "latent_size", "num_iterations", "test_iterations",
-                  "entropy_steps", "lr_half_life")
+                  "encoder_kernel", "entropy_steps", "lr_half_life")
     runs.at_least(config, 0, "mask_entropy", "lr_warmup", "clip")
-    for name in ("encoder_kernel", "decoder_kernel"):
-        runs.require(getattr(config, name) % 2 == 1, f"{runs.option(name)} must be odd")
+    runs.require(config.decoder_kernel % 2, "--decoder-kernel must be odd")
     try:
         data.images(config.dataset)
         kernels.use(config.kernels)
@@ -407,9 +381,8 @@ def check(config: Config) -> None:
 def build(config: Config, scenes: data.Scenes) -> SlotAutoencoder:
     """The model for these scenes, initialised from the seed."""
     torch.manual_seed(config.seed)
-    model = SlotAutoencoder(config, scenes.num_channels, scenes.height, scenes.width)
     layout = torch.channels_last if scenes.device.type == "cuda" else torch.preserve_format
-    return model.to(scenes.device, memory_format=layout)
+    return SlotAutoencoder(config, *scenes.shape).to(scenes.device, memory_format=layout)
 
 
 def load_model(path: str | Path, device: str = "cpu") -> SlotAutoencoder:
@@ -429,7 +402,7 @@ def train(config: Config) -> dict[str, Any]:
                      kernels=kernels.describe(device), compiled=(model.encoder, model.decoder))
     for step, index in run.steps():
         batch = scenes.scenes(index)
-        model.set_step(step)
+        model.entropy_weight.fill_(config.mask_entropy * min(step / config.entropy_steps, 1.0))
         parts = run.update(model.loss, batch.image, model.noise(scenes, index),
                            lr=learning_rate(config, step), clip=config.clip or math.inf)
         if run.due(step):

@@ -188,7 +188,7 @@ def read_arrays(path: Path) -> Arrays:
     else:
         values = np.unique(masks)
         if masks.dtype.kind not in "biu" or len(values) > 256:
-            raise ValueError(f"masks (N, H, W) must be up to 256 integers, not {len(values)} values "
-                             f"of {masks.dtype}")  # fmt: skip
+            raise ValueError("masks (N, H, W) must be up to 256 different integers, not "
+                             f"{len(values)} of {masks.dtype}")  # fmt: skip
         labels, most = np.searchsorted(values, masks).astype(np.uint8), len(values)
     return dict(image=image, labels=labels, max_entities=np.full(len(image), most))

@@ -60,6 +60,7 @@ class RunConfig:
     cuda_graph: bool = False  # replay forward and backward as one CUDA graph (CUDA only)
     kernels: Literal["auto", "triton", "torch"] = "auto"  # who computes the per-pixel operations
     out: str = ""  # folder to write; empty: runs/<model>-<preset>-<seed>
+    init: str = ""  # begin with the weights of this checkpoint or run's folder, not random ones
     resume: str = ""  # resume from this checkpoint.pt, or from the folder that holds it
     eval_only: bool = False  # with --resume: evaluate and draw the figures, no training
     log_every: int = 50  # steps between lines of metrics.jsonl
@@ -437,6 +438,8 @@ def start(
             checkpoints.load_state(optimizer, saved["optimizer"], config.resume)
         run.step = saved["step"]
         run.minutes, run.skipped = saved.get("minutes", 0.0), saved.get("skipped", 0)
+    elif config.init:
+        checkpoints.load_state(model, checkpoints.load(config.init, name)["model"], config.init)
     if config.compile and not config.eval_only:
         for part in compiled:
             part.compile()

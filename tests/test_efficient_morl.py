@@ -702,21 +702,6 @@ def test_an_even_encoder_kernel_is_refused():
         efficient_morl.check(tiny(encoder_kernel=4))
 
 
-def test_training_scenes_of_another_size_are_refused():
-    with pytest.raises(runs.UserError, match="--train-dataset: images of "):
-        efficient_morl.check(tiny(train_dataset="tetrominoes"))
-
-
-def test_training_scenes_may_be_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(efficient_morl, "evaluate", lambda *_: dict(metrics={}, settings=[]))
-    made, make = [], data.make
-    monkeypatch.setattr(data, "make", lambda *a, **b: made.append(a[:2]) or make(*a, **b))
-    efficient_morl.train(tiny(tmp_path, train_dataset="mini_sprites_16_shaded", dataset="mini_sprites_16_"
-                              "same_color", steps=1))
-    splits = {a[1]: a[0] for a in made if len(a) > 1}
-    assert splits == dict(train="mini_sprites_16_shaded", test="mini_sprites_16_same_color")
-
-
 # -- mutants ---------------------------------------------------------------------------------------
 
 CHECKS: dict[str, Callable[..., None]] = {

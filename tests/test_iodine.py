@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import data
 import iodine
 import kernels
-from data import metrics, runs
+from data import metrics
 from data.mini_sprites import MiniSprites
 
 
@@ -414,32 +414,6 @@ def test_the_schedules_of_quick(step, sigma, shading, lr):
     assert [x.item() for x in sigmas] == pytest.approx(
         [0.4 * ratio**share for share in (0, 1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1)])
     assert [x**2 * model.kl_weight(x) for x in sigmas] == pytest.approx([0.01] * 8)
-
-
-def test_a_curriculum_shows_its_scenes_first(tmp_path, monkeypatch):
-    """Trained for one step in the curriculum: as on that data set; then it is another."""
-    monkeypatch.setattr(iodine, "evaluate", lambda *_: dict(metrics={}))
-    tiny = dict(latent_size=2, decoder_channels=(4,), refinement_channels=(4,), batch_size=2)
-    options = {
-        "easy": dict(dataset="mini_sprites_16_shaded", steps=1),
-        "first": dict(curriculum=("mini_sprites_16_shaded", 1), steps=1),
-        "hard": dict(steps=1),
-        "both": dict(curriculum=("mini_sprites_16_shaded", 1), steps=2),
-        "easy twice": dict(dataset="mini_sprites_16_shaded", steps=2),
-    }
-    states = {}
-    for name, option in options.items():
-        option = dict(dataset="mini_sprites_16_same_color") | option
-        out = str(tmp_path / name)
-        iodine.train(iodine.make_config(**tiny, **option, out=out, log_every=1))
-        states[name] = iodine.load_model(out).state_dict()
-
-    def same(a, b):
-        return all(torch.equal(states[a][key], states[b][key]) for key in states[a])
-
-    assert same("easy", "first") and not same("first", "hard") and not same("both", "easy twice")
-    with pytest.raises(runs.UserError, match=r"--curriculum: images of \(3, 12, 12\)"):
-        iodine.check(iodine.make_config(curriculum=("mini_sprites", 1)))
 
 
 @pytest.mark.parametrize("preset", [name for name in iodine.PRESETS if "quick" not in name])

@@ -61,7 +61,7 @@ def quick_evaluation(monkeypatch):
 
 def tiny(name: str, **changes) -> runs.RunConfig:
     small = dict(steps=2, batch_size=4, log_every=1, device="cpu")
-    return MODELS[name].make_config("quick", **small | TINY[name] | changes)
+    return MODELS[name].make_config(**small | TINY[name] | changes)
 
 
 def command_line(monkeypatch, capsys, name: str, *arguments: object) -> tuple[int, str]:
@@ -181,6 +181,18 @@ def test_a_run_writes_what_it_says(name, capsys):
         assert {"mean", "stderr", "n"} <= score.keys()
     assert result["command"].startswith(f"python {name}.py --seed 1 --steps 2")
     module.load_model("run")
+
+
+@pytest.mark.parametrize("name", ["iodine", "efficient_morl"])
+def test_training_scenes_may_be_others(name, quick_evaluation, monkeypatch):
+    with pytest.raises(runs.UserError, match="--train-dataset: images of "):
+        MODELS[name].check(tiny(name, train_dataset="tetrominoes"))
+    made, make = {}, data.make
+    monkeypatch.setattr(data, "make", lambda *a, **b: made.update({a[1:2]: a[0]})
+                        or make(*a, **b))
+    MODELS[name].train(tiny(name, preset="quick_same_color"))
+    assert made[("train",)] == "mini_sprites_16_shaded"
+    assert made[("test",)] == "mini_sprites_16_same_color"
 
 
 @pytest.mark.parametrize("kind", test_files.KINDS)

@@ -681,6 +681,21 @@ def test_resume_keeps_the_settings_of_the_checkpoint(trained):
             resumed(trained, *line.split())
 
 
+def test_a_run_begins_with_the_weights_of_another(trained, tmp_path, monkeypatch, capsys):
+    """Not with its step, optimizer or settings; a second time with the run's own checkpoint."""
+    config = parse("--init", trained, "--lr", 1e-30, "--steps", 2, "--seed", 5, "--out", "a")
+    assert toy.train(config)["steps"] == 2
+    before, after = checkpoint(trained)["model"], checkpoint(Path("a"))["model"]
+    assert all(torch.allclose(before[name], after[name]) for name in before if name != "free")
+    toy.train(resumed(Path("a"), "--steps", 3))
+    assert checkpoint(Path("a"))["step"] == 3
+    status, _, error = command_line(monkeypatch, capsys, "--init", "nowhere")
+    assert status == 2 and error == "toy.py: nowhere: no such checkpoint\n"
+    status, _, error = command_line(monkeypatch, capsys, "--init", trained, "--sizes", 3, 5)
+    assert status == 2 and "its tensors do not fit this model" in error
+    assert sorted(path.name for path in Path().iterdir()) == ["a"]
+
+
 def test_values_become_plain():
     config = tiny(Path("run"), lr=np.float64(4e-3), seed=np.int64(1), sizes=[3, np.int32(2)],
                   steps=1)
