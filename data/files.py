@@ -1,7 +1,7 @@
 """Scenes from disk: `data.make(PATH)`, and so `--dataset PATH` of every model. PATH is one of
 
-- a TFRecord file of multi_object_datasets, gzip or not: Tetrominoes, Multi-dSprites, Objects Room,
-  CLEVR with masks (data/tfrecords.py says what it takes from them);
+- a TFRecord file of multi_object_datasets, gzip or not: Tetrominoes, Multi-dSprites, CLEVR with
+  masks (data/tfrecords.py says what it takes from them);
 - .npz with `image` and, where they are known, `masks`; .npy, images alone. Images are (N, H, W, C),
   (N, C, H, W) or (N, H, W), uint8 or float in [0, 1]; masks (N, H, W), any integers, the smallest
   is the background; or (N, E, H, W), where each pixel is 1 in one mask and 0 in the others;

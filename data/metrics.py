@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
-from scipy.special import entr
+from scipy.stats import entropy, sem
 from sklearn.cluster import KMeans
 from sklearn.ensemble import GradientBoostingClassifier, GradientBoostingRegressor
 from sklearn.linear_model import LinearRegression, LogisticRegression
@@ -255,17 +255,15 @@ def mean_stderr(values: Any) -> dict[str, float | int | None]:
     values = np.asarray(values, dtype=np.float64).ravel()
     kept = values[~np.isnan(values)]
     with np.errstate(all="ignore"):  # infinite values
-        mean = kept.mean() if len(kept) else math.nan
-        stderr = kept.std(ddof=1) / math.sqrt(len(kept)) if len(kept) > 1 else math.nan
-    mean, stderr = (float(v) if math.isfinite(v) else None for v in (mean, stderr))
-    return dict(mean=mean, stderr=stderr, n=len(kept), left_out=len(values) - len(kept))
+        found = dict(mean=kept.mean() if len(kept) else math.nan,
+                     stderr=sem(kept) if len(kept) > 1 else math.nan)
+    found = {name: float(v) if math.isfinite(v) else None for name, v in found.items()}
+    return found | dict(n=len(kept), left_out=len(values) - len(kept))
 
 
 def _concentration(weights: np.ndarray) -> np.ndarray:
     """1 - entropy of a row over that of the uniform one: (R, V) >= 0 -> (R,), 0 for zeros."""
-    share = weights / np.maximum(weights.sum(1, keepdims=True), np.finfo(float).tiny)
-    entropy = entr(share).sum(1) / math.log(weights.shape[1])
-    return np.where(weights.any(1), 1 - entropy, 0.0)
+    return 1 - entropy(weights + np.finfo(float).tiny, base=weights.shape[1], axis=1)
 
 
 def _components(values: np.ndarray) -> np.ndarray:

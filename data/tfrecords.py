@@ -8,8 +8,7 @@ and each payload a protobuf message, tf.train.Example: a map from names to lists
 strings of one byte each. Checksums are not compared, as damage shows in sizes and masks.
 
 The numbers of bytes of image and masks tell which data set it is (FORMATS), not the file's name.
-CLEVR is cut to rows 29:221 and columns 64:256. The first four entities of Objects Room (sky, floor,
-two halves of the wall) become entity 0. Factors keep the file's names and units.
+CLEVR is cut to rows 29:221 and columns 64:256. Factors keep the file's names and units.
 
 Axes: E entities, C H W image.
 """
@@ -21,17 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-FORMATS = {  # bytes of image and of masks: H, W, C, E; entities of the background; E the last axis?
-    (h * w * c, h * w * e): (h, w, c, e, ground, last)
-    for h, w, c, e, ground, last in (
-        (35, 35, 3, 4, 1, False),  # Tetrominoes
-        (64, 64, 1, 4, 1, True),  # Multi-dSprites, binarized
-        (64, 64, 3, 6, 1, True),  # colored_on_grayscale
-        (64, 64, 3, 5, 1, True),  # colored_on_colored
-        (64, 64, 3, 7, 4, False),  # Objects Room, train
-        (64, 64, 3, 4, 4, False),  # test_empty_room
-        (64, 64, 3, 10, 4, False),  # test_six_objects, test_identical_color
-        (240, 320, 3, 11, 1, False),  # CLEVR with masks
+FORMATS = {  # bytes of image and of masks: H, W, C, E; is E the last axis of the masks?
+    (h * w * c, h * w * e): (h, w, c, e, last)
+    for h, w, c, e, last in (
+        (35, 35, 3, 4, False),  # Tetrominoes
+        (64, 64, 1, 4, True),  # Multi-dSprites, binarized
+        (64, 64, 3, 6, True),  # colored_on_grayscale
+        (64, 64, 3, 5, True),  # colored_on_colored
+        (240, 320, 3, 11, False),  # CLEVR with masks
     )
 }
 LARGEST = 2**24  # bytes of a record; CLEVR's have 3 million
@@ -87,12 +83,11 @@ def fields(message: bytes) -> Iterator[tuple[int, bytes]]:
 
 def varint(message: bytes, at: int) -> tuple[int, int]:
     """The number that starts at a byte, seven bits each, the lowest first, and where it ends."""
-    value = shift = 0
-    while True:
-        value |= (message[at] & 0x7F) << shift
-        shift, at = shift + 7, at + 1
-        if message[at - 1] < 0x80:
-            return value, at
+    end = at
+    while message[end] & 0x80:
+        end += 1
+    digits = enumerate(message[at : end + 1])
+    return sum((byte & 0x7F) << 7 * i for i, byte in digits), end + 1
 
 
 def to_scene(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -100,13 +95,12 @@ def to_scene(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     image, masks = features.pop("image"), features.pop("mask")
     if (image.size, masks.size) not in FORMATS:
         raise ValueError(f"image of {image.size} bytes, masks of {masks.size}: no known data set")
-    h, w, c, e, ground, last = FORMATS[image.size, masks.size]
+    h, w, c, e, last = FORMATS[image.size, masks.size]
     image = image.reshape(h, w, c).transpose(2, 0, 1)
     masks = (masks.reshape(h * w, e).T if last else masks).reshape(e, h, w) > 0
-    masks = np.concatenate([masks[:ground].any(0, keepdims=True), masks[ground:]])
     if h == 240:
         image, masks = image[:, 29:221, 64:256], masks[:, 29:221, 64:256]
-    scene = dict(image=image, labels=owners(masks), max_entities=np.int64(len(masks)))
+    scene = dict(image=image, labels=owners(masks), max_entities=np.int64(e))
     for name, values in features.items():
         whole = values.dtype == np.uint8 or name == "shape"  # which is a float in most files
         values = values.reshape(e, -1) if values.size > e else values

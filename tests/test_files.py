@@ -22,7 +22,6 @@ KINDS = {  # H, W, C, E, does the entity's axis of the masks come last?
     "binarized": (64, 64, 1, 4, True),
     "colored_on_grayscale": (64, 64, 3, 6, True),
     "colored_on_colored": (64, 64, 3, 5, True),
-    "objects_room": (64, 64, 3, 7, False),
     "clevr": (240, 320, 3, 11, False),
 }
 FACTORS = {
@@ -66,11 +65,10 @@ def features(kind: str, number: int) -> dict[str, np.ndarray]:
     owner = np.broadcast_to(np.arange(w) * (e - 1) // w, (h, w))
     masks = (owner == np.arange(e)[:, None, None]).astype(np.uint8) * 255
     found = {"image": image, "mask": np.moveaxis(masks, 0, 2) if last else masks}
-    if kind != "objects_room":
-        names = FACTORS.get(kind, FACTORS["dsprites"])
-        found |= {name: rng.random(e) for name in names.split()}
-        found["shape"] = np.arange(e) % 4.0
-        found["color"] = np.eye(3)[np.arange(e) % 3][:, :c]
+    names = FACTORS.get(kind, FACTORS["dsprites"])
+    found |= {name: rng.random(e) for name in names.split()}
+    found["shape"] = np.arange(e) % 4.0
+    found["color"] = np.eye(3)[np.arange(e) % 3][:, :c]
     if kind == "clevr":
         found |= {k: np.arange(e, dtype=np.uint8) for k in ("size", "material", "shape", "color")}
         found["pixel_coords"] = np.stack([np.arange(e) + 100.0, np.arange(e) + 50.0, np.ones(e)], 1)
@@ -99,8 +97,7 @@ def test_each_official_file_is_recognised_and_read(tmp_path, kind):
             assert (batch.masks[row].sum(0) == 1).all()
     assert sorted(numbers) == [0, 1, 2, 3]
     batch = scenes[0].batch(0, 2)
-    room = kind == "objects_room"
-    assert batch.masks.shape[1] == (e - 3 if room else e) == scenes[0].max_entities
+    assert batch.masks.shape[1] == e == scenes[0].max_entities
     assert batch.present[:, 0].all() and not batch.present[:, -1].any()
     for number, (image, masks) in numbers.items():
         source = features(kind, number)
@@ -108,7 +105,7 @@ def test_each_official_file_is_recognised_and_read(tmp_path, kind):
         expected = torch.tensor(source["image"]).permute(2, 0, 1) / 255
         torch.testing.assert_close(image, expected, rtol=0, atol=1e-7)
         owner = np.arange(w) * (e - 1) // w
-        owner = (owner - 3).clip(0) if room else owner[64:256] if kind == "clevr" else owner
+        owner = owner[64:256] if kind == "clevr" else owner
         assert (masks[:, 0].long().argmax(0).numpy() == owner).all()
 
 
@@ -142,7 +139,7 @@ def test_clevr_is_cropped_then_resized(tmp_path):
 
 def test_a_file_is_read_once_and_one_record_at_a_time(tmp_path, monkeypatch, capsys):
     path = tmp_path / "big"
-    one = record(example(features("objects_room", 0)))
+    one = record(example(features("tetrominoes", 0)))
     with gzip.open(path, "wb", 1) as file:
         for _ in range(200):
             file.write(one)
@@ -159,7 +156,7 @@ def test_a_file_is_read_once_and_one_record_at_a_time(tmp_path, monkeypatch, cap
     assert len(read) == 201 and capsys.readouterr().out == ""  # one, to know what the file is
 
     monkeypatch.setattr(files, "MOST", 5)
-    write_records(path, "objects_room", 9)  # another file of the same name, and an older one
+    write_records(path, "tetrominoes", 9)  # another file of the same name, and an older one
     os.utime(path, (10**9, 10**9))
     assert len(data.make(str(path)).numbers) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["big", "big.scenes"]
@@ -342,11 +339,11 @@ def test_an_unknown_name_is_no_path():
 
 
 def test_a_contact_sheet_of_a_file_shows_images_and_masks(tmp_path, capsys):
-    path, out = write_records(tmp_path / "official", "objects_room", 9), tmp_path / "sheet.png"
+    path, out = write_records(tmp_path / "official", "tetrominoes", 9), tmp_path / "sheet.png"
     sheet.main(path, "test", count=5, out=str(out))
     *_, first, second = capsys.readouterr().out.splitlines()
     assert first == f"{out}: scenes 0 to 4 of {path}, test, seed 0"
-    assert second == "3 x 64 x 64, up to 3 objects; factors: none"
+    assert second == "3 x 35 x 35, up to 3 objects; factors: x, y, shape, visibility, color"
     with Image.open(out) as picture:
         colors = {color for _, color in picture.convert("RGB").getcolors(10**6)}
     assert {(0xCD, 0xD0, 0xD6), (0x56, 0xB4, 0xE9), (0x00, 0x9E, 0x73)} <= colors
