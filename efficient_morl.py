@@ -20,35 +20,35 @@
 Emami, He, Ranka and Rangarajan, ICML 2021. Scenes are K slots with masks, as in IODINE. L layers of
 attention assign pixels to slots; each layer is a latent variable, given the layer below. Then I
 steps of a recurrent network f refine the last layer's posterior; f reads no image, but the gradient
-of the loss. lambda: mean and raw scale of every latent's Gaussian q.
+of the loss. lambda: mean and raw scale of each latent's q. Training weights the terms: `objective`.
 
     q(z|x) = prod_l q(z^l | z^(l-1), x),   lambda^l = layer(z^(l-1), lambda^(l-1), pixels)      (a)
     p(z) = p(z^L) prod_l p(z^l | z^(l+1)),   p(z^L) = N(0, 1)               the reversed prior  (b)
     loss^(0) = sum_l KL(q(z^l) || p(z^l|z^(l+1))) - log p(x|z^L)                                (c)
     lambda^(i) = lambda^(i-1) + f(lambda^(i-1), dloss^(i-1)/dlambda),   lambda^(0) = lambda^L   (d)
     loss^(i) = KL(q(z; lambda^(i)) || p(z^1|z^2)) - log p(x|z)              prior reversed++    (e)
-    minimise sum_i (I - i + 1) / (I + 1) loss^(i),   i = 0 .. I             the paper's eq. 8
+    minimise sum_i (I - i + 1) / (I + 1) loss^(i),   i = 0 .. I   eq. 8; slides: formula 4
 
     python efficient_morl.py                                 the quick preset, two CPU cores
     python efficient_morl.py --preset tetrominoes --minutes 60
     python efficient_morl.py --prior bottom_up --no-dual-gru
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
-runs/efficient_morl-<preset>-<seed>/. The defaults of Config are the paper's for Tetrominoes; where
-`quick` differs. Measured (seeds 0, 1, 3): ARI-FG 0.962 (0.955 to 0.972), mIoU 0.944.
+runs/efficient_morl-<preset>-<seed>/. Measured (seeds 0, 1, 3): ARI-FG 0.962 (0.955 to 0.972), mIoU
+0.944. The defaults of Config are the paper's for Tetrominoes; `quick` trades them for minutes:
 
-    field                                        paper          quick          why
+    field                                        default        quick          why
     dataset, num_slots                           tetrominoes, 4 mini_sprites_16_shaded, 6
     hidden_size, batch_size                      128, 32        64, 16         less work
     encoder_channels, encoder_kernel             4 x 64, 5      3 x 32, 3      smaller images
     decoder, coordinate_gain                     small, 1       pixel, 15      1x1: less work
     flat_half_life                               0: off         1500           masks draw the shapes
-    normalise                                    mean           sum            spare slots get empty
+    normalise                                    mean           sum            spare slots are empty
     num_steps, num_steps_final, curriculum_step  3, 3, 1e5      0, 1, 3000     less work
-    sigma, kl_weight                             0.3, 1         0.1, 0.2       more: unused latents
-    geco, geco_target                            on, -0.274     off, -1.287    fixed weight suffices
+    sigma, kl_weight                             0.3, 1         0.1, 0.2       more: z has less use
+    geco, geco_target                            on, ours       off, -1.287    fixed weight suffices
     init_gain, gru_std                           0.02, 1        1.4, PyTorch's 0.02: no signal
-    lr, lr_warmup, lr_half_life                  4e-4, 1e4, 1e5 3.65e-3, 100, 1500
+    lr, lr_warmup, lr_half_life, steps           4e-4 1e4 1e5 2e5  3.65e-3 100 1500 6000
 """
 
 import math
@@ -86,7 +86,7 @@ class Config(runs.RunConfig):
     decoder: Literal["iodine", "small", "pixel"] = "small"  # see DECODERS
     decoder_channels: tuple[int, ...] = (32, 32, 32)  # of the hidden layers
     coordinate_gain: float = 1.0  # the decoder's coordinates run from 0 to this
-    flat_half_life: int = 0  # steps after curriculum_step in which `shading` halves; 0: sigmoids
+    flat_half_life: int = 0  # training steps in which `shading` halves; 0: off, means are sigmoids
     # inference
     num_layers: int = 3  # L
     normalise: Literal["mean", "sum"] = "mean"  # of pixels' values; sum: also tells their number
@@ -94,23 +94,23 @@ class Config(runs.RunConfig):
     encoder_kernel: int = 5  # pixels, odd
     dual_gru: bool = True  # else the ablation: one GRU for means and scales
     hidden_size: int = 128  # units of the refinement's and the prior's hidden layer
-    num_steps: int = 3  # I, refinement steps in training ...
-    num_steps_final: int = 3  # ... and their number, as in tests, ...
-    curriculum_step: int = 100_000  # ... from this training step on
+    num_steps: int = 3  # I, steps of refinement, in training before curriculum_step
+    num_steps_final: int = 3  # I in training after curriculum_step, and in tests
+    curriculum_step: int = 100_000  # training step at which I changes and shading begins to fade
     # optimisation
     kl_weight: float = 1.0  # of the KL in what is minimised; `elbo` always has weight 1
     geco: bool = True  # raise the weight of the NLL until it reaches its target
-    geco_target: float = -0.274  # nats per value (one colour of one pixel)
+    geco_target: float = -0.274  # nats per value (a colour of a pixel); ours: see PRESETS
     geco_start: int = 1000  # training steps with weight 1 before that
     geco_rate: float = 1e-6  # of the updates of the multiplier
     init_gain: float = 0.02  # of Xavier's normal initialisation
     gru_std: float = 1.0  # of the DualGRU's initial weights and biases; 0: PyTorch's initialisation
-    batch_size: int = 32
-    lr: float = 4e-4
+    batch_size: int = 32  # B, scenes per step
+    lr: float = 4e-4  # after the warm-up
     clip: float = 5.0  # largest norm of the gradient
     lr_warmup: int = 10_000  # training steps
     lr_half_life: int = 100_000  # training steps after the warm-up in which lr halves
-    steps: int = 200_000
+    steps: int = 200_000  # of training
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -131,7 +131,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 PRESETS["quick_same_color"] = PRESETS["quick"] | dict(  # tested where hue says nothing
     dataset="mini_sprites_16_same_color", train_dataset="mini_sprites_16_shaded")
-CLEVR6 = PRESETS["multi_dsprites"] | dict(num_slots=7, likelihood="mixture", geco=True)  # benchmark
+CLEVR6 = PRESETS["multi_dsprites"] | dict(num_slots=7, likelihood="mixture", geco=True)  # to time
 
 
 def make_config(preset: str = "quick", **overrides: Any) -> Config:
@@ -197,8 +197,8 @@ class BroadcastDecoder(nn.Module):
         taps, p, size = self.first.weight, self.first.padding[0], self.first.kernel_size[0]
         response = self.first(self.embedding()[None])  # the same for every z
         response = response.contiguous(memory_format=kernels.layout(response, size))[0]  # (O, H, W)
-        # z is the same at every pixel, so taps that never meet the padding act like one, their sum:
-        # 2 p + 1 rows and columns are left of the kernel, as many as keep the size with padding p.
+        # z is the same at every pixel, so the middle taps, which never meet the padding, act as one
+        # tap, their sum; the kernel shrinks to 2 p + 1, which keeps the size with padding p.
         for dim in (2, 3):
             first, inner, last = taps.split([p, size - 2 * p, p], dim)
             taps = torch.cat([first, inner.sum(dim, keepdim=True), last], dim)
@@ -246,7 +246,7 @@ class SlotAttention(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        size, self.mean = config.latent_size, config.normalise == "mean"
+        size, self.config = config.latent_size, config
         self.norm = nn.LayerNorm(size)
         self.queries = nn.Linear(size, size, bias=False)
         # The ablation, as in the released code: gates of one GRU mix means and raw scales.
@@ -260,8 +260,10 @@ class SlotAttention(nn.Module):
         queries = self.queries(self.norm(z)) * z.shape[-1] ** -0.5
         attention = (queries @ keys.mT).softmax(1)  # over slots, (B, K, P)
         weights = attention + 1e-8  # a slot without pixels: no division by 0
-        total = weights.sum(2, keepdim=True) if self.mean else weights.shape[2] / weights.shape[1]
-        theta = self.input(weights / total @ values)  # what a slot has found, (B, K, D)
+        number = weights.sum(2, keepdim=True)  # of a slot's pixels, (B, K, 1)
+        if self.config.normalise == "sum":  # of a slot's pixels on average: an empty one gets 0
+            number = keys.shape[1] / self.config.num_slots
+        theta = self.input(weights / number @ values)  # what a slot has found, (B, K, D)
         lam = self.gru(theta.flatten(0, 1), lam.flatten(0, 1)).unflatten(0, z.shape[:2])
         loc, raw = lam.chunk(2, -1)
         return torch.cat([loc + self.loc(loc), raw + self.raw(raw)], -1), attention
@@ -279,11 +281,11 @@ class RefinementNetwork(nn.Module):
     def forward(self, lam: Tensor, gradient: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """lambda, gradient (B, K, 2D), GRU's state (N, D) -> update (B, K, 2D), state (N, D)."""
         parts = gradient.unflatten(-1, (2, -1))  # means and raw scales apart, (B, K, 2, D)
-        # Paper: a LayerNorm with gains. Released code: none. Here: none, as in the paper's 666K.
+        # Paper: LayerNorm with gains. Released code, and here: without; so 666K weights (CLEVR6).
         normed = F.layer_norm(parts, parts.shape[-1:]).flatten(-2)  # (B, K, 2D)
         x = self.mlp(torch.cat([lam, normed], -1)).flatten(0, 1)  # (N, D)
         state = self.gru(x, state)
-        # Paper: softplus of the raw scales' update. Released code: none. Here: none, to narrow q.
+        # Paper: softplus of the raw scales' update, which only widens q. Released code, here: none.
         return self.head(state).unflatten(0, lam.shape[:2]), state
 
 
@@ -334,7 +336,7 @@ class GECO(nn.Module):
 class Step(NamedTuple):
     """The decode of the last layer (i = 0), of one below, or after i steps of refinement."""
 
-    decoded: Tensor  # (B, K, C+1, H, W) means in [0, 1] and mask logits
+    decoded: Tensor  # (B, K, C+1, H, W) means (in [0, 1] unless `flat`) and mask logits
     posterior: Tensor  # (B, K, 2D) the lambda that z was drawn from
     nll: Tensor | None  # (B,) -log p(x|z), nats per image; None for the layers below the last
     kl: Tensor | None  # (B,) i = 0: of all layers; i > 0: of q(z; lambda^(i)) alone; nats per image
@@ -374,8 +376,7 @@ class EfficientMORL(nn.Module):
         the priors' conditions, then one for z^0 and each layer, then one for each step."""
         c = self.config
         key = draws.make_key("efficient_morl noise", scenes.split, c.seed)
-        shape = 2 * c.num_layers + num_steps, c.num_slots, c.latent_size
-        return draws.normal(key, index, shape)
+        return draws.normal(key, index, (2 * c.num_layers + num_steps, c.num_slots, c.latent_size))
 
     def encode(self, image: Tensor, noise: Tensor) -> tuple[list[Tensor], ...]:
         """The first stage, layers 1 .. L: lambda^l (B, K, 2D) of q(z^l | z^(l-1), x), its sample
@@ -397,9 +398,8 @@ class EfficientMORL(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """p(x|z), every slot alone: z (B, K, D) -> means and mask logits (B, K, C+1, H, W).
 
-        With flat_half_life, a slot has one colour and logit, linear in z, and the decoder changes
-        the colour by at most `shading`. As that falls, black and an object's colour no longer fit
-        into one slot, so that masks must cut objects out.
+        With flat_half_life, a slot's colour is linear in z, and the decoder changes it by at most
+        `shading`. As that falls, black and an object's colour no longer fit into one slot.
         """
         decoded = self.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])  # (B, K, C+1, H, W)
         means, mask_logits = decoded[:, :, :-1], decoded[:, :, -1:]
@@ -481,9 +481,8 @@ class EfficientMORL(nn.Module):
         return steps
 
     def loss(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Eq. 8, a batch mean. Also `decoded` of the last step, and batch means in nats: its nll,
-        elbo (no bound for I > 0 and reversed++: that prior has seen the image) and, for I > 0, kl;
-        kl_hierarchy of all layers."""
+        """Eq. 8. Of the last step also `decoded`, nll, kl (I > 0) and elbo (no bound for I > 0
+        and reversed++: that prior has seen the image); kl_hierarchy of all layers. Means, nats."""
         steps, total = self.infer(image, noise, training=True), 0.0
         # Paper, for I = 3: weights 1, .75, .5, .25. Released code: 1.5, 1.25, 1, .75.
         for i, step in enumerate(steps):
@@ -554,27 +553,6 @@ def draw(model: EfficientMORL, scenes: data.Scenes, folder: Path, results: dict[
     figures.animation(folder / "inference.gif", batch.image, mean, truth, masks, means, title)
 
 
-def further_scores(model: EfficientMORL, scenes: data.Scenes) -> dict[str, Any]:
-    """App. E.2: DCI of the slots' means, which the masks match to the objects of 320 scenes: those
-    with an IoU above 0.1. (The paper also leaves out objects of less than 50 pixels.)"""
-    latents, factors = [], {}
-    for index in torch.arange(320, device=scenes.device).split(32):
-        batch = scenes.scenes(index)
-        if batch.masks is None:
-            return {}
-        noise = model.noise(scenes, index, model.config.num_steps_final)
-        last = model.infer(batch.image, noise)[-1]
-        masks = reconstruct(last.decoded.nan_to_num())[1]
-        slots = metrics.match(batch.masks, masks, least_iou=0.1).to(index.device)  # (B, E)
-        scene, entity = (batch.present & (slots >= 0))[:, 1:].nonzero().unbind(1)
-        latents.append(normal(last.posterior).loc[scene, slots[scene, entity + 1]])
-        for name, values in batch.factors.items():
-            factors.setdefault(name, []).append(values[scene, entity + 1])
-    codes = torch.cat(latents)
-    scores = metrics.dci(codes, {name: torch.cat(values) for name, values in factors.items()})
-    return dict(dci=scores | dict(pairs=len(codes)))
-
-
 # -- training --------------------------------------------------------------------------------------
 
 
@@ -587,9 +565,10 @@ def learning_rate(config: Config, step: int) -> float:
 def check(config: Config) -> None:
     """UserError, in one line, where the options cannot be."""
     runs.check(config)
-    runs.at_least(config, 1, "num_slots", "latent_size", "num_layers", "lr_half_life")
+    runs.at_least(config, 1, "num_slots", "latent_size", "num_layers", "lr_half_life",
+                  "encoder_channels", "encoder_kernel", "decoder_channels", "hidden_size")
     runs.at_least(config, 0, "num_steps", "num_steps_final", "flat_half_life", "lr_warmup")
-    runs.positive(config, "sigma", "clip")
+    runs.positive(config, "sigma", "clip", "kl_weight")
     runs.require(config.encoder_kernel % 2, "--encoder-kernel must be odd")
     try:
         shape = data.images(config.dataset).shape

@@ -23,11 +23,11 @@ and a mask, the masks compete for pixels, and a network f refines all slots' pos
     z_k ~ N(0, 1);   mu_k, a_k = decoder(z_k);   m = softmax_k(a)
     p(x|z) = prod_i sum_k m_ik prod_c N(x_ic; mu_ikc, sigma^2)                            eq. 1
     L^(t) = KL(q(z|x) || p(z)) - log p(x|z),   z_k ~ q(z_k|x) given by lambda_k^(t)       eq. 2
-    lambda_k^(t+1) = lambda_k^(t) + f(image-sized inputs of slot k, dL^(t)/dlambda_k)     eq. 3
+    lambda_k^(t+1) = lambda_k^(t) + f(images of slot k, lambda_k^(t), dL^(t)/dlambda_k)   eq. 3
     minimise sum_t (t/T) L^(t) by gradient descent through all T steps                    eq. 4
 
     python iodine.py                                         the quick preset, two CPU cores
-    python iodine.py --preset tetrominoes --minutes 60       the paper's settings
+    python iodine.py --preset tetrominoes --minutes 60       the paper's settings, one hour
     python iodine.py --resume runs/iodine-quick-0 --eval-only
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
@@ -36,7 +36,7 @@ Config's defaults are the paper's (appendix C). `quick` trades them for minutes:
 
     field                                 paper            quick
     dataset, num_slots                    tetrominoes, 4   mini_sprites_16_shaded, 6: a spare slot
-    flat_colors, color_steps              0, none          0.5, 1320 to 1760: masks draw shapes
+    flat_colors, color_steps              0, none          0.5, 1320 to 1760: masks draw; logits x 4
     sigma, sigma_start, sigma_steps       0.1, 0, none     0.2, 0.4, 660 to 2200: a sharp likelihood
         destroys slots; the KL weight follows, so that sigma^2 times it stays the paper's
     num_steps, test_steps                 5, the same      6, 8: more decodes help at test time
@@ -48,7 +48,7 @@ Config's defaults are the paper's (appendix C). `quick` trades them for minutes:
     refinement_kernel, refinement_stride  5, 1             3, 2: smaller images
     pooling, activation                   mean, elu        max, relu: objects are small; faster
     lr, lr_warmup, lr_final, lr_steps     3e-4, 0, 1, any  3e-3, 100, 0.067, 1100 to 2200
-    batch_size                            32               16
+    batch_size, steps                     32, 1e6          16, 2200
 """
 
 import math
@@ -66,7 +66,8 @@ import data
 import kernels
 from data import draws, figures, metrics, processes, runs
 
-# B batch, K slots, T decodes, D latent, C H W image, F input channels of the refinement network
+# B batch, K slots, N = B K, T decodes, D latent, C H W image, F input channels of the refinement
+# network, R its convolutions' channels and M its units; O channels of the decoder
 
 INPUTS = ("image", "means", "mask", "mask_logits", "mask_posterior", "grad_means", "grad_mask",
           "log_likelihood", "leave_one_out", "coordinates", "posterior", "grad_posterior")
@@ -87,13 +88,13 @@ class Config(runs.RunConfig):
     decoder_channels: tuple[int, ...] = (32, 32, 32, 32)  # hidden layers
     decoder_kernel: int = 5  # pixels
     coordinate_gain: float = 1.0  # the decoder's coordinates run from -this to this
-    flat_colors: float = 0.0  # colours are flat at first, then shaded by up to this; see `Flat`
+    flat_colors: float = 0.0  # colours are flat at first, then shaded, times this; see `Flat`
     color_steps: tuple[int, int] = (0, 1)  # training steps between which shading fades in
     # inference
     num_steps: int = 5  # T, decodes of a training step
     test_steps: int = 0  # T of evaluation; 0: num_steps
-    step_weights: Literal["t/T", "from_zero"] = "t/T"  # eq. 4; from_zero: (t - 1)/(T - 1)
-    kl_weight: float = 1.0  # of the KL in what is minimised, see `kl_weight`; `elbo` has weight 1
+    step_weights: Literal["t/T", "from_zero"] = "t/T"  # from_zero, as released: (t-1)/(T-1)
+    kl_weight: float = 1.0  # of the KL in the loss (in `elbo` 1); sigma_start rescales it
     refinement_channels: tuple[int, ...] = (32, 32, 32)  # convolutions of the refinement network
     refinement_kernel: int = 5  # pixels
     refinement_stride: int = 1  # of each of them
@@ -124,6 +125,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick_same_color": QUICK | dict(  # tested where hue says nothing, trained where it does
         dataset="mini_sprites_16_same_color", train_dataset="mini_sprites_16_shaded",
         lr_steps=(1100, 3100), steps=3100),
+    "shapes_short": QUICK | dict(  # binary shapes, after training on shapes of several greys
+        dataset="shapes", train_dataset="shapes_levels", num_slots=5, sigma_steps=(900, 3000),
+        color_steps=(1800, 2400), lr_steps=(1500, 4600), steps=4600),
     "tetrominoes": dict(),  # appendix C.3: the defaults
     "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", num_slots=6, **DSPRITES),
     # Paper: no architecture for the next two. Here: C.2's, with slots for all objects and one more.
@@ -187,8 +191,8 @@ def refinement_inputs(
     mask = log_masks.exp()
     mask_posterior = log_n.softmax(1)  # N_k / sum_j N_j: who fits best, whatever the masks say
     log_likelihood = joint.logsumexp(1, keepdim=True).expand_as(joint)  # eq. 1, (B, K, 1, H, W)
-    # Paper: dL/dm_k, p(x|z), p(x|z_{i != k}). Released code: dL/da_k and logarithms, of the last
-    # the ratio to p(x|z). Here: dL/da_k, logarithms; densities underflow and 1/m_k overflows.
+    # Paper: dL/dm_k, p(x|z), p(x|z_{i != k}). Released code: dL/da_k, log p(x|z), log of the
+    # ratio of the last two. Here: dL/da_k and logarithms; densities underflow, 1/m_k overflows.
     with torch.no_grad():  # SG
         r = joint.softmax(1)  # responsibilities m_k N_k / p(x|z)
         # d(-log p)/dmu_k = -(m_k / p) dN_k/dmu_k, where dN_k/dmu_k = N_k (x - mu_k) / sigma^2
@@ -333,8 +337,8 @@ class RefinementNetwork(nn.Module):
         x = packed.flatten(0, 1)
         x = x if self.keep is None else x * self.keep
         for conv in self.convs:
-            x = self.activation(conv(x))  # (B*K, R, h, w)
-        x = x.mean((-2, -1)) if self.pooling == "mean" else x.amax((-2, -1))  # (B*K, R)
+            x = self.activation(conv(x))  # (N, R, h, w)
+        x = x.mean((-2, -1)) if self.pooling == "mean" else x.amax((-2, -1))  # (N, R)
         x = self.activation(self.mlp(x)).unflatten(0, packed.shape[:2])  # (B, K, M)
         gradient = self.norm_grad(gradient)
         x = torch.cat([x, lam * self.keep_lam, gradient * self.keep_gradient], -1)
@@ -369,7 +373,7 @@ class IODINE(nn.Module):
         self.decoder.flat = Flat(config, channels) if config.flat_colors else None
         self.refinement = RefinementNetwork(config, channels, height, width)
         self.initial = nn.Parameter(torch.zeros(2 * config.latent_size))  # lambda^(1)
-        self.register_buffer("sigma", torch.tensor(config.sigma))  # of the last decode, now
+        self.register_buffer("sigma", torch.tensor(config.sigma))  # the last decode's, see set_step
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -385,7 +389,7 @@ class IODINE(nn.Module):
         with torch.no_grad():
             self.refinement.head.weight.mul_(self.config.update_gain)
             if self.config.flat_colors:
-                self.decoder.flat.linear.weight.mul_(0.3 / gain)
+                self.decoder.flat.linear.weight.mul_(0.3 / gain)  # colours near black
                 self.decoder.last.weight[:-1] = 0
             self.initial[self.config.latent_size :] = math.log(math.expm1(1))  # app. C: q = N(0, 1)
 
@@ -419,7 +423,7 @@ class IODINE(nn.Module):
         return [start * (self.sigma / start) ** min(t / last, 1.0) for t in range(num_steps)]
 
     def kl_weight(self, sigma: Tensor) -> Tensor | float:
-        """With sigma_start so that sigma^2 times it stays what it is at the paper's sigma, 0.1."""
+        """With sigma_start, times (0.1 / sigma)^2, so that sigma^2 times it stays the paper's."""
         return self.config.kl_weight * ((0.1 / sigma) ** 2 if self.config.sigma_start else 1)
 
     def infer(

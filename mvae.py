@@ -27,22 +27,22 @@ decoder draws each object alone, then pools, so that their order means nothing:
     L = E_q log p(x|z) - sum of the N selected KL_s
 
     python mvae.py                                           the quick preset, two CPU cores
-    python mvae.py --model vae                               the baseline of appendix A
+    python mvae.py --model vae --num-slots 5 --single-steps 0      the baseline of appendix A
     python mvae.py --resume notebooks/weights/mvae-quick.pt --eval-only
 
-A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json, figures/. Places measured:
+A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json, figures/. Counted right:
 `quick` 0.865 (0.843 to 0.875, ten seeds), `sprites3_short` 0.884 (0.879 to 0.896, three seeds).
 
-The defaults of Config are the paper's, or ours where it is silent; other presets trade them for
+The defaults of Config are the paper's, or ours where it is silent; short presets trade them for
 minutes. The scenes of `single_steps` use the generator's counts, which is mild supervision.
 
-    field                         paper           quick         sprites3_short  why
+    field                         default         quick         sprites3_short  why
     dataset                       sprites_3       sprites_3_32  sprites_3       fewer pixels
     encoder_channels              32 32 64 64     16 32 32 64   as quick        less work
     poolings                      3               2             3               8 x 8 places
     hidden_size, render_channels  256, 32         256, 32       512, 16         shapes; less work
-    num_slots, batch_size         5, 64           3, 16         3, 16           more steps a minute
-    lr, lr_final, lr_horizon      1e-3, .01, 3e6  3e-3, .1, 6e3  3e-3, .03, 15e3  minutes
+    num_slots, batch_size         5, 64           3, 16         3, 16           3 sprites; minutes
+    lr, lr_final, steps           1e-3, .01, 3e6  3e-3, .1, 6e3  3e-3, .03, 15e3  = lr_horizon
     single_steps                  0               1,500         3,000           one code a sprite
     unselected, unselected_steps  no              yes, in 1,000  as quick       others fall silent
     exclusion, exclusion_steps    1, off          8, at last 1  as quick        one place an object
@@ -69,7 +69,7 @@ from data import draws, figures, metrics, runs
 
 @dataclass
 class Config(runs.RunConfig):
-    """The defaults are the paper's, or stand where it is silent; PRESETS override them."""
+    """The defaults are the paper's, or ours where it is silent; PRESETS override them."""
 
     dataset: str = "sprites_3"  # one of data.DATASETS
     model: Literal["mvae", "vae"] = "mvae"  # vae: the baseline, one code of N * D latents
@@ -84,19 +84,19 @@ class Config(runs.RunConfig):
     object_channels: int = 16  # of g's two convolutions, each after upsampling; open
     render_channels: int = 32  # of h's first two convolutions; open
     aggregation: Literal["max", "sum"] = "max"  # over objects; the VAE has one
-    # Weights start normal with deviation gain / sqrt(inputs), biases at 0; open. torch's own
-    # initialisation has a gain of 0.58: seven such layers, from z to the image, leave little of z.
-    init_gain: float = 1.2
+    # Open; torch's own 0.58 leaves little of z after the seven layers from it to the image.
+    init_gain: float = 1.2  # times 1 / sqrt(inputs): deviation of the initial weights
     # One object, one place. Paper: none of the next five.
     single_steps: int = 0  # first training steps, of scenes with exactly one sprite, with N = 1
     unselected: bool = False  # the places that are not selected pay their KL too, ...
     unselected_steps: int = 1  # ... with a weight that rises from 0.05 to 1 over this many steps
     exclusion: float = 1.0  # a place beside one of larger KL pays its KL so many times, ...
     exclusion_steps: tuple[int, int, int, int] = (0, 1, 2, 3)  # ... rising, held, falling to once
-    batch_size: int = 64  # open
-    lr: float = 1e-3
+    batch_size: int = 64  # scenes per step; open
+    lr: float = 1e-3  # of Adam, at first
     lr_final: float = 0.01  # lr falls exponentially to this share of itself ...
     lr_horizon: int = 3_000_000  # ... over this many steps. Paper: "scheduled", shape open
+    steps: int = 3_000_000  # of training
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -106,8 +106,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         exclusion=8.0, exclusion_steps=(400, 900, 2500, 6000),
         batch_size=16, lr=3e-3, lr_final=0.1, lr_horizon=6000, steps=6000,
     ),
-    "sprites3": dict(dataset="sprites_3", steps=3_000_000),
-    "sprites8": dict(dataset="sprites_8", num_slots=10, steps=3_000_000),
+    "sprites3": dict(),
+    "sprites8": dict(dataset="sprites_8", num_slots=10),  # N: open
 }
 PRESETS["sprites3_short"] = PRESETS["quick"] | dict(
     dataset="sprites_3", poolings=3, hidden_size=512, render_channels=16, single_steps=3000,
@@ -115,7 +115,7 @@ PRESETS["sprites3_short"] = PRESETS["quick"] | dict(
 )
 PRESETS["sprites8_short"] = PRESETS["sprites3_short"] | dict(
     dataset="sprites_8", init="notebooks/weights/mvae-sprites3_short.pt", num_slots=10,
-    single_steps=0, unselected_steps=1, exclusion=1.0, lr=1e-3, lr_horizon=12000, steps=12000,
+    single_steps=0, unselected_steps=1, lr=1e-3,
 )
 
 
@@ -181,7 +181,7 @@ class MVAE(nn.Module):
         if c.model == "vae":
             code_size = c.num_slots * c.latent_size
             self.to_code = nn.Linear(math.prod(self.map_size) * 2 * c.latent_size, 2 * code_size)
-        base = c.base_channels, height // 8, width // 8  # three upsamplings make the image of it
+        base = c.base_channels, height // 8, width // 8  # three upsamplings lead to the image
         self.g = nn.Sequential(
             nn.Linear(code_size, c.hidden_size), nn.ELU(inplace=True),
             nn.Linear(c.hidden_size, math.prod(base)), nn.ELU(inplace=True),
@@ -211,15 +211,15 @@ class MVAE(nn.Module):
             features = self.to_code(features.flatten(1))  # (B, 2ND)
             features = rearrange(features, "b (two n d) -> b n (two d)", two=2,
                                  n=self.config.num_slots)  # (B, N, 2D)
-        features = features.to(torch.promote_types(features.dtype, torch.float32))  # of autocast
+        features = features.to(torch.promote_types(features.dtype, torch.float32))  # not half
         loc, log_variance = features.chunk(2, -1)
         return loc, log_variance / 2
 
     def select(self, loc: Tensor, log_scale: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Maximal-information attention: the `number` N of candidates whose KL is largest.
+        """Maximal-information attention: the N = `number` candidates whose KL is largest.
 
         (B, S, D) twice -> loc and log scale (B, N, D) and their KL (B, N), largest first. The
-        choice has no gradient; what was not chosen gets none either. The VAE has nothing to choose.
+        choice has no gradient, nor do the others through it. The VAE has nothing to choose.
         """
         kl = gaussian_kl(loc, log_scale)  # (B, S)
         if self.to_code is not None:  # the order of a code's parts means something to its decoder
@@ -254,8 +254,7 @@ class MVAE(nn.Module):
         c = self.config
         if c.unselected:
             self.unselected.fill_(0.05 + 0.95 * min(step / c.unselected_steps, 1.0))
-        share = np.interp(step, c.exclusion_steps, (0, 1, 1, 0))
-        self.exclusion.fill_((c.exclusion - 1) * share)
+        self.exclusion.fill_((c.exclusion - 1) * np.interp(step, c.exclusion_steps, (0, 1, 1, 0)))
 
     def loss(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """`loss` to minimise, and the ELBO with its parts: means over the batch, nats.
@@ -305,7 +304,7 @@ def exchange_leak(before: Tensor, after: Tensor, coverage: Tensor) -> Tensor:
     """The share (B,) of the change between two images that lies outside two sprites.
 
     Not of the paper. before, after (B, C, H, W) as `exchange` gives them; coverage (B, E, H, W).
-    Of the two sprites, with a border of one pixel, one is of each scene; those with the least leak,
+    The two sprites, one of each scene, a border of one pixel added, are those with the least leak,
     which favours a model without objects. 0: a clean exchange. NaN for a pair with an empty scene.
     """
     delta = (after - before).abs().sum(1)  # (B, H, W)
@@ -458,8 +457,8 @@ def learning_rate(config: Config, step: int) -> float:
 def check(config: Config) -> None:
     """UserError, in one line, where the options cannot be."""
     runs.check(config)
-    runs.at_least(config, 1, "num_slots", "latent_size", "encoder_channels", "lr_horizon",
-                  "unselected_steps", "exclusion")
+    sizes = [name for name in vars(config) if name.endswith(("_channels", "_size"))]
+    runs.at_least(config, 1, "num_slots", "lr_horizon", "unselected_steps", "exclusion", *sizes)
     runs.at_least(config, 0, "poolings", "single_steps")
     runs.positive(config, "init_gain", "lr_final")
     runs.require(config.kernels == "auto", "--kernels: MVAE uses none; leave it out")
@@ -475,8 +474,8 @@ def check(config: Config) -> None:
     runs.require(height % 8 == width % 8 == 0, f"--dataset {config.dataset}: {height} x {width} "
                  "pixels; the decoder's three upsamplings need multiples of 8")
     places = (height >> config.poolings) * (width >> config.poolings)
-    runs.require(config.poolings <= layers and places >= config.num_slots,
-                 f"--poolings {config.poolings}: {layers} layers leave {places} places")
+    runs.require(config.poolings <= layers and places >= config.num_slots, f"--poolings "
+                 f"{config.poolings}: {layers} layers, {places} places, {config.num_slots} slots")
 
 
 def build(config: Config, scenes: data.Scenes) -> MVAE:

@@ -49,8 +49,6 @@ class BlendedSprites(Scenes):
                  number: int | None = None):
         super().__init__(name, split, seed, device)
         self.number = number
-        if number is not None and not 0 <= number <= max_objects:
-            raise ValueError(f"number must be in 0 .. {max_objects}, not {number}")
         self.height = self.width = size
         self.max_objects, self.max_entities = max_objects, max_objects + 1
         self.geometry = Geometry(size, self.device)

@@ -239,28 +239,20 @@ def bars(path: str | Path, values: Mapping[str, tuple[float | None, float | None
          ylabel: str, log: bool = False) -> Path:
     """{label: (value, stderr or None)}: a horizontal bar each, its value in print, ± stderr a line.
 
-    `log`: on a logarithmic axis, where a value that is not above 0 has no bar. None, NaN and
-    infinity become a dash.
+    `log`: on a logarithmic axis. None, NaN, infinity and, on that, what is not above 0 have no bar.
     """
     value, stderr = np.array([_array(pair) for pair in values.values()]).T  # (R,) each
-    printed = [_number(v) if math.isfinite(v) else "–" for v in value]
     value = np.where(np.isfinite(value) & ((value > 0) | (not log)), value, math.nan)
-    stderr = np.where(np.isfinite(stderr), stderr, 0)
     labels = [_wrap(label) for label in values]
     height = 15 * max(label.count("\n") + 1 for label in labels) + 20
     axes = _axes(440, height * len(labels))
     y = range(len(labels))
+    stderr = np.nan_to_num(stderr, posinf=0)
     axes.barh(y, value, xerr=stderr, height=0.62, color=_color(LINES[0]), ecolor=INK)
     _ticks(axes.xaxis, log)
-    low, high = axes.xaxis.get_data_interval()
-    start = 0.0
-    if axes.get_xscale() == "log":  # from a power of ten that leaves the shortest bar some length
-        low = start = 10.0 ** math.floor(math.log10(axes.xaxis.get_minpos()) - 0.2)
-    axes.set_xlim(min(low, start), max(high, start) or 1)
-    axes.axvline(start, color=FAINT, linewidth=0.8, clip_on=False)
-    for i, (end, text) in enumerate(zip(np.fmax(value + stderr, start), printed, strict=True)):
+    for i in np.flatnonzero(np.isfinite(value)):
         place = dict(xytext=(5, 0), textcoords="offset points", va="center_baseline", color=INK)
-        axes.annotate(text, (end, i), **place)
+        axes.annotate(_number(value[i]), (max(value[i] + stderr[i], 0), i), **place)
     axes.grid(True, axis="x")
     axes.set(ylim=(len(y) - 0.5, -0.5), yticks=y, yticklabels=labels, xlabel=_wrap(ylabel, 440))
     return _save(axes.figure, title, path)

@@ -38,7 +38,7 @@ SHAPES = ("square", "disc", "triangle")
 class MiniSprites(Scenes):
     """size and sprite are sides in pixels. same_color: all objects of a scene, which touch.
 
-    Raises ValueError where max_objects might not fit, and for an `exclude` that cannot be.
+    Raises ValueError where max_objects might not fit.
     """
 
     num_channels = 3
@@ -55,9 +55,6 @@ class MiniSprites(Scenes):
             raise ValueError(f"{min_objects} to {max_objects} objects of {sprite} px need not fit "
                              f"into {size} px (at most {room} always do)")  # fmt: skip
         pairs = [(i, j) for i in range(len(SHAPES)) for j in range(len(COLORS))]
-        if exclude and (same_color or exclude not in pairs):
-            raise ValueError(f"exclude must be a shape and a colour, of {pairs[0]} to {pairs[-1]}, "
-                             f"of sprites of their own colours, not {exclude}")  # fmt: skip
         self.excluded = pairs.index(exclude) if exclude and split != "test" else None
         self.height = self.width = self.size = size
         self.sprite, self.shaded, self.same_color = sprite, shaded, same_color

@@ -49,7 +49,7 @@ ATTEMPTS, ANGLES = 64, 4096
 
 
 class Solids(Scenes):
-    """32 to 128 pixels a side, at most 10 objects; ValueError for others."""
+    """Made for 32 to 128 pixels a side and at most 10 objects."""
 
     def __init__(self, name: str = "solids_48", split: str = "train", seed: int = 0,
                  device: str | torch.device = "cpu", size: int = 48, min_objects: int = 3,
@@ -57,12 +57,8 @@ class Solids(Scenes):
                  exclude: tuple[int, int] | None = None):
         super().__init__(name, split, seed, device)
         pairs = list(itertools.product(range(1, 4), range(1, 9)))
-        if not (32 <= size <= 128 and 1 <= min_objects <= max_objects <= 10):
-            raise ValueError("solids need 32 to 128 px and 1 to 10 objects, not "
-                             f"{size} px and {min_objects} to {max_objects}")  # fmt: skip
-        if exclude and exclude not in pairs:
-            raise ValueError(f"exclude must be of {pairs[0]} to {pairs[-1]}, not {exclude}")
-        pairs = [pair for pair in pairs if pair != exclude or split == "test"]
+        if exclude and split != "test":
+            pairs.remove(exclude)
         self.pairs = torch.tensor(pairs, device=self.device).mT  # (2, 24 or 23)
         self.height = self.width = size
         self.min_objects, self.max_objects = min_objects, max_objects

@@ -4,7 +4,7 @@
     python -m kernels.benchmark --sizes tetrominoes clevr6  # at two of them
     python -m kernels.benchmark --models                    # both tables of models:
     python -m kernels.benchmark --models step               # a training step of every preset
-    python -m kernels.benchmark --models compare            # IODINE beside EfficientMORL
+    python -m kernels.benchmark --models compare            # models of slots, side by side
     python -m kernels.benchmark --repeats 1 --batch 1       # a rehearsal
 
 Correctness comes first: everything is compared, at the very shape, with plain torch in float64
@@ -24,9 +24,10 @@ arguments once ("eager MB" is of the operation, in eager torch); and how many mi
 needs for that at its nominal bandwidth: a bound. refinement_inputs has two kernels for forward.
 
 Models: ms is a step (loss, gradient, Adam), "fwd ms" the loss alone. `compare` is the timing figure
-of EfficientMORL's paper (Emami et al. 2021): both models with the sizes of CLEVR6 in their own
-papers. IODINE decodes T = 5 times, EfficientMORL once and once more after each of I = 0 .. 3
-refinement steps. Columns with an x: the first row's number over this row's.
+of EfficientMORL's paper (Emami et al. 2021): models with the sizes of CLEVR6 in their own papers,
+but Slot Attention, which doubles 8 x 8 pixels there, with the decoder of the others. IODINE decodes
+T = 5 times, EfficientMORL once and once more after each of I = 0 .. 3 refinement steps, Slot
+Attention once after T = 3 iterations. Columns with an x: the first row's number over this row's.
 
 Axes: B batch, K slots, D latent, O channels, H W image.
 """
@@ -64,6 +65,7 @@ import efficient_morl
 import iodine
 import kernels
 import mvae
+import slot_attention
 from data import checkpoints, figures, processes, runs
 
 sys.path.append(str(processes.ROOT / "tests"))
@@ -83,6 +85,7 @@ STEP_TOLERANCE = {"float32": 1e-3, "tf32": 0.03, "bfloat16": 0.3}  # 0.3: nonsen
 MODELS = {  # what the loss takes after the image: (model, scenes, index of the scenes) -> tensors
     iodine: lambda model, *at: [model.noise(*at)],
     efficient_morl: lambda model, *at: [model.noise(*at, model.config.num_steps)],
+    slot_attention: lambda model, *at: [model.noise(*at)],
     air: lambda model, *at: model.noise(*at),
     mvae: lambda model, *at: [model.noise(*at)],
 }
@@ -96,7 +99,7 @@ Part = Literal["step", "compare"]
 
 @dataclass
 class Options:
-    """Times the operations or, with --models, training steps and IODINE beside EfficientMORL."""
+    """Times the operations or, with --models, training steps and models of slots side by side."""
 
     models: tuple[Part, ...] | None = None  # tables; no name: both
     sizes: tuple[str, ...] = tuple(SIZES)  # of the operations
@@ -307,7 +310,7 @@ def presets(options: Options, device: torch.device) -> Iterator[tuple[str, dict]
 
 
 def rivals(options: Options, device: torch.device) -> Iterator[tuple[str, dict]]:
-    """Of every size of images: IODINE, then EfficientMORL with more and more steps."""
+    """Of every size of images: IODINE, EfficientMORL with more and more steps, Slot Attention."""
     clevr = dict(  # Greff et al., appendix C.1
         num_slots=7, latent_size=64, decoder_channels=(64,) * 4, decoder_kernel=3,
         refinement_channels=(64,) * 4, refinement_kernel=3, refinement_stride=2,
@@ -315,17 +318,20 @@ def rivals(options: Options, device: torch.device) -> Iterator[tuple[str, dict]]
     )  # fmt: skip
     first = iodine.make_config("tetrominoes", **clevr)
     other = efficient_morl.Config(**efficient_morl.CLEVR6, device=str(device))
-    made = {f"IODINE, T = {first.num_steps}": (iodine, first, first.num_steps)}
-    made |= {f"EfficientMORL, I = {i}": (efficient_morl, other, 2 * other.num_layers + i)
+    third = slot_attention.Config(num_slots=7, encoder_channels=(64,) * 4, decoder_kernel=3,
+                                  decoder_channels=(64,) * 4, device=str(device))
+    made = {f"IODINE, T = {first.num_steps}": (iodine, first, [first.num_steps])}
+    made |= {f"EfficientMORL, I = {i}": (efficient_morl, other, [2 * other.num_layers + i])
              for i in range(4)}  # fmt: skip
+    made[f"Slot Attention, T = {third.num_iterations}"] = slot_attention, third, []
     batch = options.batch or (1 if device.type == "cpu" else 4)  # 4: the paper's
     for side in PIXELS:
         draw, group = torch.Generator().manual_seed(0), {}
         scenes = SimpleNamespace(num_channels=3, height=side, width=side, shape=(3, side, side),
                                  device=device)
         image = torch.rand(batch, 3, side, side, generator=draw)
-        for name, (module, config, length) in made.items():  # of the noise: it gives the steps
-            noise = torch.randn(batch, length, config.num_slots, config.latent_size, generator=draw)
+        for name, (module, config, steps) in made.items():  # steps: an axis of the noise
+            noise = torch.randn(batch, *steps, config.num_slots, config.latent_size, generator=draw)
             inputs = move([image, noise], device)
             group[name] = Candidate(module.build(config, scenes), inputs, "auto")
         yield f"{side} pixels, batch {batch}", group

@@ -2,13 +2,14 @@
 
     python notebooks/results.py keep runs/iodine-quick-0        evaluation, weights and figures
     python notebooks/results.py keep --scores runs/iodine-quick-[1-9]
+    python notebooks/results.py dci iodine-quick                DCI of kept weights
     python notebooks/results.py floors tetrominoes              what no learning scores there
     python notebooks/results.py table                           README.md, between its markers
 
 `keep` writes, named after the run (iodine-quick):
 
-    results/iodine-quick-cpu-0.json    evaluation.json; without --scores also `further` scores,
-                                       where the model has further_scores(model, scenes)
+    results/iodine-quick-cpu-0.json    evaluation.json and `further` scores: of slots DCI; without
+                                       --scores what the model's further_scores(model, scenes) gives
     weights/iodine-quick.pt, .json     the checkpoint without its optimizer, in float16 where that
                                        moves no score by more than a tenth of its standard error;
                                        where it is from, and its scores
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 NOTEBOOKS = Path(__file__).resolve().parent
 sys.path.insert(0, str(NOTEBOOKS.parent))
@@ -38,6 +40,7 @@ import data  # noqa: E402
 from data import checkpoints, metrics, runs  # noqa: E402
 
 RESULTS, WEIGHTS, FIGURES = (NOTEBOOKS / name for name in ("results", "weights", "figures"))
+SLOT_MODELS = "iodine", "efficient_morl", "slot_attention"
 LIMIT = 2 * 2**20  # bytes of a file of weights: everybody who clones downloads it
 
 # -- keep ------------------------------------------------------------------------------------------
@@ -81,8 +84,12 @@ def keep(run: Path, scores_only: bool, pictures: Iterable[str]) -> None:
     if not re.fullmatch(rf"{name}-\d+(-\d+)?", run.name):
         name = run.name.removesuffix(f"-{evaluation['seed']}")
     test = data.make(checkpoint["config"]["dataset"], "test", evaluation["seed"])
+    model, further = module.load_model(run), {}
     if hasattr(module, "further_scores") and not scores_only:
-        evaluation["further"] = module.further_scores(module.load_model(run), test)
+        further |= module.further_scores(model, test)
+    if scores := dci(evaluation["model"], model, test):
+        further |= dict(dci=scores)
+    evaluation |= dict(further=further) if further else {}
     kind = "cuda" if "NVIDIA" in evaluation["device"] else "cpu"
     checkpoints.write_json(RESULTS / f"{name}-{kind}-{evaluation['seed']}.json", evaluation)
     if scores_only:
@@ -100,6 +107,50 @@ def keep(run: Path, scores_only: bool, pictures: Iterable[str]) -> None:
     here = {picture.name.removeprefix(f"{name}-") for picture in FIGURES.glob(f"{name}-*.png")}
     for picture in here.union(pictures) & {path.name for path in (run / "figures").iterdir()}:
         shutil.copyfile(run / "figures" / picture, FIGURES / f"{name}-{picture}")
+
+
+@torch.no_grad()
+def infer(name: str, model: torch.nn.Module, scenes: data.Scenes, index: Tensor) -> list[Tensor]:
+    """As in a test: slots, of posteriors their means, (B, K, D), and decodes (B, K, C+1, H, W)."""
+    image = scenes.scenes(index).image
+    if name == "slot_attention":
+        slots, _ = model.encode(image, model.noise(scenes, index), model.config.test_iterations)[-1]
+        return [slots, model.decode(slots)]
+    num_steps = [model.config.num_steps_final] if name == "efficient_morl" else []
+    last = model.infer(image, model.noise(scenes, index, *num_steps))[-1]
+    return [last.posterior.chunk(2, -1)[0], last.decoded]
+
+
+def dci(name: str, model: torch.nn.Module, scenes: data.Scenes) -> dict[str, Any]:
+    """As EfficientMORL's paper measures it (app. E.2): masks match slots to the objects of 320
+    scenes, those with an IoU above 0.1. Empty for models without slots and scenes without masks."""
+    codes, factors = [], {}
+    if name not in SLOT_MODELS or scenes.batch(0, 1).masks is None:
+        return {}
+    for index in torch.arange(320, device=scenes.device).split(32):
+        batch, (slots, decoded) = scenes.scenes(index), infer(name, model, scenes, index)
+        masks = decoded[:, :, -1].softmax(1).nan_to_num()  # (B, K, H, W)
+        owners = metrics.match(batch.masks, masks, least_iou=0.1)  # slots, (B, E)
+        scene, entity = (batch.present & (owners >= 0))[:, 1:].nonzero().unbind(1)
+        codes.append(slots[scene, owners[scene, entity + 1]])
+        for factor, numbers in batch.factors.items():
+            factors.setdefault(factor, []).append(numbers[scene, entity + 1])
+    codes = torch.cat(codes)
+    scores = metrics.dci(codes, {factor: torch.cat(numbers) for factor, numbers in factors.items()})
+    return scores | dict(pairs=len(codes))
+
+
+def keep_dci(name: str) -> None:
+    """DCI of weights that are kept, into the results of their seed."""
+    weights = WEIGHTS / f"{name}.pt"
+    origin = json.loads(weights.with_suffix(".json").read_text())
+    kind = "cuda" if "NVIDIA" in origin["device"] else "cpu"
+    path = RESULTS / f"{name}-{kind}-{origin['seed']}.json"
+    content = json.loads(path.read_text())
+    model = importlib.import_module(origin["model"]).load_model(weights)
+    scores = dci(origin["model"], model, data.make(model.config.dataset, "test", origin["seed"]))
+    content["further"] = content.get("further", {}) | dict(dci=scores)
+    checkpoints.write_json(path, content)
 
 
 def keep_floors(name: str) -> None:
@@ -242,6 +293,20 @@ def stages_table() -> str:
     return table(rows, columns, "decoded after")
 
 
+def slots_table() -> str:
+    """The models of segmentation on the same test scenes."""
+    names = {"IODINE": "iodine-quick", "EfficientMORL": "efficient_morl-quick",
+             "Slot Attention": "slot_attention-quick", "Slot MLP": "slot_attention-quick-mlp"}
+    rows = {label: f"{name}-cpu-?.json:" for label, name in names.items()}
+    columns = {f"`{name}`": (f"metrics.{name}.mean", form) for name, form in dict(
+        ari_fg="{:.3f}", ari="{:.3f}", miou="{:.3f}", mse="{:.4f}").items()}
+    columns |= {title: (f"further.dci.{path}", "{:.2f}") for title, path in {
+        "disentanglement": "disentanglement", "completeness": "completeness",
+        "shape, accuracy": "informativeness.shape", "colour, accuracy": "informativeness.color_id",
+        "row, R²": "informativeness.row", "brightness, R²": "informativeness.brightness"}.items()}
+    return table(rows, columns, "the same test scenes")
+
+
 def estimators_table() -> str:
     names = ("enumerate", "vimco", "concrete", "rebar", "nvil")
     rows = {f"`{name}`": f"air-quick-cpu-0.json:further.variance.{name}." for name in names}
@@ -278,8 +343,8 @@ def mvae_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "results": results_table, "records": records_table, "floors": floors_table,
-    "stages": stages_table, "estimators": estimators_table, "backgrounds": backgrounds_table,
-    "mvae": mvae_table,
+    "slots": slots_table, "stages": stages_table, "estimators": estimators_table,
+    "backgrounds": backgrounds_table, "mvae": mvae_table,
 }  # fmt: skip
 
 
@@ -301,6 +366,8 @@ def main() -> None:
     kept.add_argument("runs", nargs="+", type=Path, help="folders that training has written")
     kept.add_argument("--scores", action="store_true", help="the evaluation alone")
     kept.add_argument("--figures", nargs="*", default=[], help="pictures that are new here")
+    scored = commands.add_parser("dci", help="score the slots of kept weights")
+    scored.add_argument("names", nargs="+", help="such as iodine-quick")
     floors = commands.add_parser("floors", help="score data sets without learning")
     floors.add_argument("datasets", nargs="+")
     commands.add_parser("table", help="fill the tables of README.md")
@@ -309,6 +376,9 @@ def main() -> None:
         if arguments.command == "keep":
             for run in arguments.runs:
                 keep(run, arguments.scores, arguments.figures)
+        elif arguments.command == "dci":
+            for name in arguments.names:
+                keep_dci(name)
         elif arguments.command == "floors":
             for name in arguments.datasets:
                 keep_floors(name)

@@ -17,6 +17,7 @@ def mutated(original: ModuleType, old: str = "", new: str = "") -> ModuleType:
         assert count == 1, f"{path.name} has {old!r} {count} times, not once: adapt this mutant"
         source = source.replace(old, new)
     module = ModuleType(f"mutated_{original.__name__}")
+    module.__file__ = original.__file__
     sys.modules[module.__name__] = module  # dataclasses look it up
     try:
         exec(compile(source, path, "exec"), module.__dict__)

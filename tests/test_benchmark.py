@@ -10,6 +10,7 @@ import torch
 import efficient_morl
 import iodine
 import kernels
+import slot_attention
 from kernels import benchmark
 
 CPU = torch.device("cpu")
@@ -164,16 +165,18 @@ def test_compare_takes_the_papers_steps_and_does_not_time_what_is_wrong(
     """EfficientMORL is wrong at 5 pixels."""
     monkeypatch.setattr(benchmark, "PIXELS", (4, 5))
     decodes = []
-    for model in (iodine.IODINE, efficient_morl.EfficientMORL):
-        def decode(self, z, original=model.decode, wrong=1 + (model is not iodine.IODINE) / 100):
+    emorl = efficient_morl.EfficientMORL
+    for model in (iodine.IODINE, emorl, slot_attention.SlotAutoencoder):
+        def decode(self, z, original=model.decode, wrong=1 + (model is emorl) / 100):
             decodes.append(z)
             decoded = original(self, z)
             return decoded * (wrong if (z.dtype, decoded.shape[-1]) == (torch.float32, 5) else 1)
 
         monkeypatch.setattr(model, "decode", decode)
-    names = ["IODINE, T = 5", *(f"EfficientMORL, I = {i}" for i in range(4))]
+    names = ["IODINE, T = 5", *(f"EfficientMORL, I = {i}" for i in range(4)),
+             "Slot Attention, T = 3"]  # fmt: skip
     _, group = next(benchmark.rivals(benchmark.Options(batch=2), CPU))
-    for name, number in zip(names, (5, 1, 2, 3, 4), strict=True):
+    for name, number in zip(names, (5, 1, 2, 3, 4, 1), strict=True):
         decodes.clear()
         group[name].loss()
         assert len(decodes) == number and decodes[0].shape == (2, 7, 64)
@@ -183,8 +186,9 @@ def test_compare_takes_the_papers_steps_and_does_not_time_what_is_wrong(
     assert [(r["group"], r["setting"]) for r in rows] == [
         (f"{side} pixels, batch 1", name) for side in (4, 5) for name in names]
     for key in ("ms", "wrong"):
-        assert [key in row for row in rows] == [key == "ms"] * 6 + [key == "wrong"] * 4
-    for row in rows[:5]:
+        right, wrong = key == "ms", key == "wrong"
+        assert [key in row for row in rows] == [right] * 7 + [wrong] * 4 + [right]
+    for row in rows[:6]:
         for key in benchmark.COMPARED:
             assert row[f"x {key}"] == pytest.approx(rows[0][key] / row[key])
 

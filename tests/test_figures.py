@@ -248,15 +248,16 @@ def test_a_cell_is_as_dark_as_its_share_and_its_text_is_readable(draw):
 @pytest.mark.parametrize("log", [False, True])
 def test_a_bar_ends_at_its_value(log, draw):
     (axes,) = draw("bars", VALUES, "t", "variance", log=log)[0].axes
-    printed = ["–", "3.21", "0.42", "0", "12,346", "0.0031", "−1,500", "–"]
+    printed = ["3.21", "0.42", *["0"] * (not log), "12,346", "0.0031", *["−1,500"] * (not log)]
     assert [text.get_text() for text in axes.texts] == printed
-    assert axes.get_xlim() == pytest.approx((0.001 if log else -1510, 12_595.6))
+    texts = iter(axes.texts)
     for i, (bar, (value, stderr)) in enumerate(zip(axes.patches, VALUES.values(), strict=True)):
         absent = value is None or value != value or (log and value <= 0)
         assert bar.get_y() + bar.get_height() / 2 == pytest.approx(i)
         assert bar.get_width() == pytest.approx(np.nan if absent else value, nan_ok=True)
-        end = 0 if absent else value + (stderr or 0)
-        assert axes.texts[i].xy == pytest.approx((max(end, 0.001 if log else 0), i))  # right of it
+        if not absent:
+            end = max(value + (stderr or 0), 0)
+            assert next(texts).xy == pytest.approx((end, i))  # right of it
 
 
 @pytest.mark.parametrize(("position", "value"), [

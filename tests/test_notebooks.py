@@ -7,16 +7,19 @@ import platform
 import re
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import mutants
 import nbformat
 import pytest
 import results
 import torch
 from nbclient import NotebookClient
+from torch import Tensor
 
 import data
 import iodine
-from data import checkpoints
+from data import checkpoints, metrics
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
@@ -127,6 +130,7 @@ def run(tmp_path, monkeypatch) -> Path:
         monkeypatch.setattr(results, name, tmp_path / name)
     monkeypatch.setattr(iodine, "evaluate", functools.partial(iodine.evaluate, count=8))
     monkeypatch.setattr(iodine, "further_scores", lambda *_: dict(extra=1), raising=False)
+    monkeypatch.setattr(results, "dci", lambda *_: dict(disentanglement=0.5))
     iodine.train(iodine.make_config("quick", steps=2, latent_size=4, decoder_channels=(4,),
                                     refinement_channels=(4,), device="cpu"))
     return tmp_path / "runs" / "iodine-quick-0"
@@ -145,7 +149,8 @@ def keep(monkeypatch, capsys, *arguments: object) -> str:
 def test_what_is_kept_is_the_run(run, monkeypatch, capsys):
     assert keep(monkeypatch, capsys, run, "--figures", "decomposition.png") == ""
     kept = json.loads(Path("RESULTS/iodine-quick-cpu-0.json").read_text())
-    assert kept == json.loads((run / "evaluation.json").read_text()) | dict(further=dict(extra=1))
+    further = dict(extra=1, dci=dict(disentanglement=0.5))
+    assert kept == json.loads((run / "evaluation.json").read_text()) | dict(further=further)
     assert Path("FIGURES/iodine-quick-decomposition.png").exists()
     assert len(list(Path("FIGURES").iterdir())) == 1
     path = Path("WEIGHTS/iodine-quick.pt")
@@ -156,6 +161,22 @@ def test_what_is_kept_is_the_run(run, monkeypatch, capsys):
     assert "optimizer" not in content and content["config"]["out"] == ""
     half = [v for v in content["model"].values() if v.dtype == torch.float16]
     assert len(half) == len(content["model"]) and content["step"] == 2
+
+
+def test_without_weights_dci_is_kept_and_what_takes_longer_is_not(run, monkeypatch, capsys):
+    assert keep(monkeypatch, capsys, "--scores", run) == "" and not list(Path("WEIGHTS").iterdir())
+    path = Path("RESULTS/iodine-quick-cpu-0.json")
+    assert json.loads(path.read_text())["further"] == dict(dci=dict(disentanglement=0.5))
+
+
+def test_dci_of_kept_weights_is_added_to_their_results(run, monkeypatch, capsys):
+    keep(monkeypatch, capsys, run)
+    path = Path("RESULTS/iodine-quick-cpu-0.json")
+    before = json.loads(path.read_text())
+    monkeypatch.setattr(results, "dci", lambda *_: dict(disentanglement=0.6))
+    results.keep_dci("iodine-quick")
+    before["further"]["dci"] = dict(disentanglement=0.6)
+    assert json.loads(path.read_text()) == before
 
 
 def test_float32_where_float16_moves_a_score(run, monkeypatch, capsys):
@@ -178,3 +199,80 @@ def test_what_cannot_be_kept_is_said_in_one_line(run, monkeypatch, capsys):
     changed = json.loads((run / "evaluation.json").read_text()) | dict(steps=1)
     checkpoints.write_json(run / "evaluation.json", changed)
     assert "evaluate it with --eval-only" in keep(monkeypatch, capsys, run)
+
+
+# -- DCI -------------------------------------------------------------------------------------------
+
+
+class Known:
+    """A model whose slots are the objects, in another order, and whose codes are four factors and
+    noise. Of the first scene of each batch it finds a single pixel of every object.
+
+    It has the methods of all three models, and cheats: it keeps the scenes that it makes noise for.
+    """
+
+    config = SimpleNamespace(num_steps_final=1, test_iterations=3)
+    order = torch.tensor((2, 0, 3, 1)).argsort()  # the entities of the slots
+
+    def noise(self, scenes: data.Scenes, index: Tensor, num_steps: int = 2) -> Tensor:
+        self.batch, g = scenes.scenes(index), torch.Generator().manual_seed(int(index[0]))
+        return torch.randn(len(index), 4, 5, num_steps, generator=g)
+
+    def encode(self, image: Tensor, noise: Tensor, num_iterations: int) -> list[tuple]:
+        assert num_iterations == 3, "number of iterations is off"
+        factors = [self.batch.factors[name] for name in ("color_id", "shape", "row", "col")]
+        code = torch.stack([*factors, noise[:, :, 0, 0]], -1).float()[:, self.order]  # (B, K, D)
+        return [(0 * code, None), (code, None)]
+
+    def decode(self, slots: Tensor) -> Tensor:
+        masks = self.batch.masks.clone()
+        pixels = masks[0].flatten(1)
+        pixels[1:] &= pixels[1:].long().cumsum(1) == 1
+        pixels[0] = ~pixels[1:].any(0)
+        logits = 50 * masks[:, self.order, None].float()
+        return torch.cat([torch.zeros(*masks.shape[:2], 3, *masks.shape[2:]), logits], 2)
+
+    def infer(self, image: Tensor, noise: Tensor) -> list[SimpleNamespace]:
+        slots = self.encode(image, noise, 3)[-1][0]
+        posterior = torch.cat([slots, torch.full_like(slots, -30.0)], -1)
+        return [None, SimpleNamespace(posterior=posterior, decoded=self.decode(slots))]
+
+
+def check_dci(name: str, module: ModuleType = results) -> None:
+    """The perfect code is found in the slots that match."""
+    scenes, asked = data.make("mini_sprites", "test"), {}
+
+    def scored(codes: Tensor, factors: dict[str, Tensor]) -> dict[str, float]:
+        asked.update(codes=codes, factors=factors)
+        return dict(disentanglement=1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "dci", scored)
+        result = module.dci(name, Known(), scenes)
+    present = scenes.batch(0, 320).present[:, 1:].clone()
+    present[::32] = False
+    pairs = int(present.sum())
+    assert result == dict(disentanglement=1.0, pairs=pairs) and len(asked["codes"]) == pairs
+    for latent, factor in enumerate(("color_id", "shape", "row", "col")):
+        assert torch.equal(asked["codes"][:, latent], asked["factors"][factor].float()), factor
+
+
+@pytest.mark.parametrize("name", results.SLOT_MODELS)
+def test_dci_is_of_the_slots_that_match(name):
+    check_dci(name)
+
+
+def test_dci_needs_slots_and_masks():
+    pictures = SimpleNamespace(batch=lambda start, size: SimpleNamespace(masks=None))
+    assert results.dci("iodine", Known(), pictures) == {}
+    assert results.dci("mvae", Known(), data.make("mini_sprites", "test")) == {}
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    (", least_iou=0.1)", ")"),  # any slot that shares a pixel
+    ("slots[scene, owners[scene, entity + 1]]", "slots[scene, entity + 1]"),  # not matched
+    ("numbers[scene, entity + 1]", "numbers[scene, entity]"),  # the next entity's factors
+])  # fmt: skip
+def test_mutants_of_dci_are_caught(old, new):
+    with pytest.raises(AssertionError):
+        check_dci("slot_attention", mutants.mutated(results, old, new))

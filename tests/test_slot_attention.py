@@ -456,7 +456,7 @@ MUTANTS = {  # name: (check, text of slot_attention.py, its mutation)
     "no gradient to the distribution": ("eager", "self.loc + self.log_scale.exp() * noise",
                                         "(self.loc + self.log_scale.exp() * noise).detach()"),
     "an iteration too few": ("eager", "range(1, num_iterations + 1)", "range(1, num_iterations)"),
-    "a share of the wrong number": ("sum", "total = keys.shape[1] / self", "total = 1 / self"),
+    "a share of the wrong number": ("sum", "keys.shape[1] / self", "1 / self"),
     "slots not carried": ("eager", "slots, attention = self.iterate(keys, values, slots)",
                           "_, attention = self.iterate(keys, values, slots)"),
     "always implicit": ("eager", "if self.config.implicit and", "if"),
