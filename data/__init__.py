@@ -90,6 +90,7 @@ DATASETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (module.class, its 
     "mini_tetrominoes": ("tetrominoes.Tetrominoes", dict(tile="flat")),
     "tetrominoes": ("tetrominoes.Tetrominoes", dict(tile="shaded")),
     "shapes": ("shapes.Shapes", {}),
+    "shapes_levels": ("shapes.Shapes", dict(levels=True)),
     "multi_dsprites_binarized": ("multi_dsprites.MultiDSprites", dict(binarized=True)),
     "multi_dsprites_colored_on_grayscale": ("multi_dsprites.MultiDSprites", {}),
     "sprites_3": ("blended_sprites.BlendedSprites", dict(size=64, max_objects=3)),

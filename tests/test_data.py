@@ -24,6 +24,7 @@ SIZES = {  # C, H = W, fewest and most objects
     "mini_tetrominoes": (3, 14, 3, 3),
     "tetrominoes": (3, 35, 3, 3),
     "shapes": (1, 28, 3, 3),
+    "shapes_levels": (1, 28, 3, 3),
     "multi_dsprites_binarized": (1, 64, 2, 3),
     "multi_dsprites_colored_on_grayscale": (3, 64, 2, 5),
     "sprites_3": (3, 64, 0, 3),
@@ -44,7 +45,8 @@ DSPRITES = [n for n in SIZES if n.startswith("multi_dsprites")]
 PINNED = {  # a hash of the first four test images; of solids, whose images differ, of the factors
     "mini_sprites": "fa1513a9", "mini_sprites_16_shaded": "fea81bdd",
     "mini_sprites_16_same_color": "73118a65", "mini_tetrominoes": "c8fdabaf",
-    "tetrominoes": "38e5e92b", "shapes": "d2b471c0", "multi_dsprites_binarized": "216448c4",
+    "tetrominoes": "38e5e92b", "shapes": "d2b471c0", "shapes_levels": "1e36ee7d",
+    "multi_dsprites_binarized": "216448c4",
     "multi_dsprites_colored_on_grayscale": "7e1a416f", "sprites_3": "522dcbb8",
     "sprites_8": "f6ba784f", "sprites_3_32": "122ad93b", "multi_mnist": "c754f8f9",
     "multi_mnist_3": "d94ed3a7", "multi_mnist_gradient": "99062451", "multi_mnist_grid": "cc96e9da",
@@ -408,7 +410,7 @@ def paint(name: str, f: dict[str, np.ndarray], b: int, e: int, size: int) -> np.
     else:
         rows = np.arange(9)
         width = [(rows + 1) // 2 * 2 + 1, (9 - rows) // 2 * 2 + 1, rows * 0 + 9][shape]
-        light = (abs(2 * np.arange(9) - 8) < width[:, None]).astype(float)
+        light = (abs(2 * np.arange(9) - 8) < width[:, None]) * f["brightness"][b, e]
     image, top, left = np.zeros((size, size)), int(f["row"][b, e]), int(f["col"][b, e])
     image[top : top + light.shape[0], left : left + light.shape[1]] = light
     return image
@@ -559,6 +561,15 @@ def test_shapes_places():
         assert is_uniform(batch.factors[key].long()[:, 3], 20)
 
 
+def test_levels_are_the_same_shapes_each_of_a_brightness():
+    white, levels = sample("shapes"), sample("shapes_levels")
+    assert torch.equal(white.masks, levels.masks) and torch.equal(white.image > 0, levels.image > 0)
+    own = levels.factors["brightness"][:, 1:, None, None] * levels.masks[:, 1:]
+    assert torch.equal(own.sum(1, keepdim=True), levels.image)
+    top = levels.factors["brightness"][:, 3].numpy()  # never hidden
+    assert stats.kstest(top, stats.uniform(0.25, 0.75).cdf).pvalue > UNSURE
+
+
 @pytest.mark.parametrize("name", DSPRITES)
 def test_dsprites_statistics(name):
     batch = sample(name)
@@ -598,7 +609,7 @@ def test_dsprites_areas(shape):
         assert inside[0, :16].sum() > 1.5 * inside[0, 16:].sum()
 
 
-@pytest.mark.parametrize("name", ["shapes", *DSPRITES])
+@pytest.mark.parametrize("name", ["shapes", "shapes_levels", *DSPRITES])
 def test_hidden_objects_are_dropped(name):
     """In some scenes the lowest is hidden by those above: then its number is a gap."""
     present = sample(name).present
