@@ -1,29 +1,29 @@
 """Scenes from disk: `data.make(PATH)`, and so `--dataset PATH` of every model. PATH is one of
 
-- a TFRecord file of multi_object_datasets, gzip or not: Tetrominoes, Multi-dSprites, CLEVR with
-  masks (data/tfrecords.py says what it takes from them);
+- a TFRecord file of multi_object_datasets, gzip or not, read without TensorFlow: Tetrominoes,
+  Multi-dSprites, CLEVR with masks, of which rows 29:221 and columns 64:256 are used. The numbers of
+  bytes of image and masks tell which it is (FORMATS). Factors keep the file's names and units;
 - .npz with `image` and, where they are known, `masks`; .npy, images alone. Images are (N, H, W, C),
   (N, C, H, W) or (N, H, W), uint8 or float in [0, 1]; masks (N, H, W), any integers, the smallest
   is the background; or (N, E, H, W), where each pixel is 1 in one mask and 0 in the others;
 - a folder of PNG or JPEG pictures, read in RGB.
 
 `PATH@64` cuts the centred square out of every image and resizes it to 64 x 64: images bilinear with
-antialiasing, to 8 bits, masks to the nearest pixel.
+antialiasing, to 8 bits, masks to the nearest pixel. Positions among the factors stay as they were.
 
 A file's scenes fall into test, validation and train, 10, 10 and 80 %, by a shuffle that depends on
 their number alone. Scene i of a split is entry i of an order of the seed; each pass has its own.
+`present` means visible.
 
 A gzip file cannot be read out of order, unpacked TFRecords are huge (three bytes for one), and so
 are pictures to decode. So all but arrays that keep their size are read once, one scene at a time,
 MOST at most, and kept beside PATH as `PATH@64.scenes` (6.5 GB for CLEVR@128). Where that may not be
 written, a link to PATH in another folder will do.
 
-`present` means visible in the image as it is given. Factors are those of the file, positions in
-pixels among them as they were before any cut.
-
 Axes: N scenes of a file, B scenes, E entities, C H W image.
 """
 
+import gzip
 import os
 import zipfile
 import zlib
@@ -40,8 +40,18 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data import Batch, Scenes, draws, make_batch
-from data.tfrecords import owners, read_scenes
 
+FORMATS = {  # bytes of image and of masks: H, W, C, E; is E the last axis of the masks?
+    (h * w * c, h * w * e): (h, w, c, e, last)
+    for h, w, c, e, last in (
+        (35, 35, 3, 4, False),  # Tetrominoes
+        (64, 64, 1, 4, True),  # Multi-dSprites, binarized
+        (64, 64, 3, 6, True),  # colored_on_grayscale
+        (64, 64, 3, 5, True),  # colored_on_colored
+        (240, 320, 3, 11, False),  # CLEVR with masks
+    )
+}
+LARGEST = 2**24  # bytes of a record; CLEVR's have 3 million
 MOST = 100_000  # scenes of a file
 Arrays = dict[str, np.ndarray]  # image; labels and max_entities, where known; factors
 
@@ -104,7 +114,7 @@ def open_source(path: Path, size: int, changed: int) -> Arrays:
             scenes = ({name: values[i] for name, values in arrays.items()}
                       for i in range(len(arrays["image"])))  # fmt: skip
         else:
-            scenes = read_scenes(path)
+            scenes = read_records(path)
         return keep(scenes, path, size, changed)
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
@@ -192,3 +202,92 @@ def read_arrays(path: Path) -> Arrays:
                              f"{len(values)} of {masks.dtype}")  # fmt: skip
         labels, most = np.searchsorted(values, masks).astype(np.uint8), len(values)
     return dict(image=image, labels=labels, max_entities=np.full(len(image), most))
+
+
+# -- TFRecords -------------------------------------------------------------------------------------
+
+
+def read_records(path: Path) -> Iterator[Arrays]:
+    """The scenes of a file, as `to_scene` gives them; ValueError where it is damaged or another's.
+
+    A record is its length (8 bytes, little-endian), a checksum (4), a message, a checksum (4).
+    Checksums are not compared: damage shows in sizes and masks.
+    """
+    with open(path, "rb") as file:
+        opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
+    number = 0
+    try:
+        with opener(path, "rb") as file:
+            while header := file.read(12):
+                length = int.from_bytes(header[:8], "little")
+                if length > LARGEST:
+                    raise ValueError("no TFRecord")
+                payload = file.read(length + 4)
+                if len(payload) < length + 4:
+                    raise EOFError("truncated")
+                yield to_scene(parse_example(payload[:-4]))
+                number += 1
+    except (OSError, EOFError, zlib.error, ValueError, LookupError) as error:
+        raise ValueError(f"record {number}: {error}") from None
+
+
+def parse_example(payload: bytes) -> Arrays:
+    """The features of a tf.train.Example, a protobuf message: uint8 or float32, flat."""
+    features = {}
+    for _, entries in fields(payload):
+        for _, entry in fields(entries):
+            pair = dict(fields(entry))  # 1: the name, 2: the feature
+            for kind, values in fields(pair[2]):  # one list: 1 of strings, 2 of floats
+                if kind == 1:  # each is 10, its length 1, the byte
+                    array = np.frombuffer(values, np.uint8)[2::3]
+                else:
+                    array = np.frombuffer(b"".join(v for _, v in fields(values)), "<f4")
+                features[pair[1].decode()] = array
+    return features
+
+
+def fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """Number and content of each field of a protobuf message; here all are of kind 2, bytes."""
+    at = 0
+    while at < len(message):
+        key, at = varint(message, at)
+        length, at = varint(message, at)
+        if key & 7 != 2 or at + length > len(message):
+            raise ValueError("no tf.train.Example")
+        yield key >> 3, message[at : at + length]
+        at += length
+
+
+def varint(message: bytes, at: int) -> tuple[int, int]:
+    """The number that starts at a byte, seven bits each, the lowest first, and where it ends."""
+    end = at
+    while message[end] & 0x80:
+        end += 1
+    digits = enumerate(message[at : end + 1])
+    return sum((byte & 0x7F) << 7 * i for i, byte in digits), end + 1
+
+
+def to_scene(features: Arrays) -> Arrays:
+    """image (C, H, W) uint8; labels (H, W), each pixel's entity; max_entities; factors (E, ...)."""
+    image, masks = features.pop("image"), features.pop("mask")
+    if (image.size, masks.size) not in FORMATS:
+        raise ValueError(f"image of {image.size} bytes, masks of {masks.size}: no known data set")
+    h, w, c, e, last = FORMATS[image.size, masks.size]
+    image = image.reshape(h, w, c).transpose(2, 0, 1)
+    masks = (masks.reshape(h * w, e).T if last else masks).reshape(e, h, w) > 0
+    if h == 240:
+        image, masks = image[:, 29:221, 64:256], masks[:, 29:221, 64:256]
+    scene = dict(image=image, labels=owners(masks), max_entities=np.int64(e))
+    for name, values in features.items():
+        whole = values.dtype == np.uint8 or name == "shape"  # which is a float in most files
+        values = values.reshape(e, -1) if values.size > e else values
+        scene[name] = values.astype(np.int64) if whole else values
+    return scene
+
+
+def owners(masks: np.ndarray) -> np.ndarray:
+    """The entity of each pixel, uint8 (..., H, W), from masks (..., E, H, W); ValueError unless it
+    is one."""
+    if not ((masks.max(-3) == 1) & (masks.sum(-3) == 1)).all():
+        raise ValueError("masks must be 1 once in each pixel, and 0 elsewhere")
+    return masks.argmax(-3).astype(np.uint8)

@@ -8,8 +8,8 @@ Conventions, which differ between published implementations and move the numbers
 - What is no set of masks is refused, not repaired: masks of 0/255 shift the ARI a little, unseen.
 
 Arguments are tensors or arrays. All is computed in float64 on the CPU, as some devices have none,
-and without gradients. ValueError, in one line, for shapes that do not fit, true masks that are not
-bool or not exclusive, and predictions that hold NaN.
+and without gradients. ValueError, in one line, for masks whose shapes do not fit, true ones that
+are not bool or not exclusive, and predictions that hold NaN.
 
 Axes: B scenes, E entities (0 is the background), K slots, C H W image.
 """
@@ -76,9 +76,7 @@ def miou(true_masks: Values, present: Values, predicted: Values) -> Tensor:
     counts 0, and so does one that is present but hidden. NaN where no object is present.
     """
     iou = _iou(_contingency(true_masks, predicted))[:, 1:]  # (B, E-1, K)
-    present, size = _cpu(present), tuple(true_masks.shape[:2])
-    if present.dtype != torch.bool or present.shape != size:
-        raise ValueError(f"present must be bool {size}, not {present.dtype} {tuple(present.shape)}")
+    present = _cpu(present)
     # An absent object takes a slot only where it costs nothing. 0/0 is a scene without objects.
     return _best_total(iou * present[:, 1:, None]) / present[:, 1:].sum(1)
 
@@ -108,10 +106,6 @@ def box_iou(true: Values, present: Values, boxes: Values, used: Values) -> Tenso
     present (B, E), used (B, K) bool: which of them are there.
     """
     true, present, boxes, used = map(_cpu, (true, present, boxes, used))
-    fits = true.shape == (*present.shape, 4) and boxes.shape == (*used.shape, 4)
-    if not (fits and true.ndim == boxes.ndim == 3 and len(true) == len(boxes)):
-        raise ValueError(f"boxes must be (B, E, 4) and (B, K, 4), present (B, E), used (B, K), not "
-                         f"{[tuple(x.shape) for x in (true, boxes, present, used)]}")  # fmt: skip
     true, boxes = true.double()[:, :, None], boxes.double()[:, None]  # (B, E, 1, 4), (B, 1, K, 4)
     ends = torch.minimum(true[..., :2] + true[..., 2:], boxes[..., :2] + boxes[..., 2:])
     shared = (ends - torch.maximum(true[..., :2], boxes[..., :2])).clamp(min=0).prod(-1)

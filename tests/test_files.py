@@ -15,7 +15,7 @@ from PIL import Image
 
 import data
 import data.__main__ as sheet
-from data import draws, files, tfrecords
+from data import draws, files
 
 KINDS = {  # H, W, C, E, does the entity's axis of the masks come last?
     "tetrominoes": (35, 35, 3, 4, False),
@@ -143,8 +143,8 @@ def test_a_file_is_read_once_and_one_record_at_a_time(tmp_path, monkeypatch, cap
     with gzip.open(path, "wb", 1) as file:
         for _ in range(200):
             file.write(one)
-    read, reader = [], tfrecords.read_scenes
-    monkeypatch.setattr(files, "read_scenes", lambda p: (read.append(1) or s for s in reader(p)))
+    read, reader = [], files.read_records
+    monkeypatch.setattr(files, "read_records", lambda p: (read.append(1) or s for s in reader(p)))
     tracemalloc.start()
     data.make(str(path)).batch(0, 2)
     peak = tracemalloc.get_traced_memory()[1]

@@ -340,9 +340,6 @@ def test_what_is_no_mask_is_refused(name):
 
 
 def test_other_bad_arguments_are_refused():
-    for present in (PRESENT[:, :3], PRESENT.float(), PRESENT[0]):
-        with pytest.raises(ValueError, match="present must be bool"):
-            metrics.miou(TRUE, present, SOFT)
     image = torch.zeros(1, 3, 4, 5)
     for other, message in ((image[:, :1], "both be floats"), (image.byte(), "floats"),
                            (image + NAN, "NaN")):  # fmt: skip
@@ -373,11 +370,6 @@ def test_box_iou_conventions():
     assert metrics.box_iou(box, yes, box, yes).item() == 1
     assert metrics.box_iou(box, yes, box, no).item() == 0
     assert metrics.box_iou(box, no, box, yes).isnan().all()  # no objects: no score
-    for bad in (box[..., :3], box[0]):
-        with pytest.raises(ValueError, match="boxes must be"):
-            metrics.box_iou(bad, yes, box, yes)
-    with pytest.raises(ValueError, match="boxes must be"):
-        metrics.box_iou(box, yes.expand(1, 2), box, yes)
 
 
 def dci_of(code):
