@@ -86,16 +86,10 @@ def animation(path: str | Path, image: Any, reconstructions: Any, true_masks: An
     """Inference as a GIF: `decomposition` of four scenes after each step, with the last step's
     order and colours. With T: reconstructions (T, N, C, H, W), masks and means.
     """
-    frames = []
-    for t, (mean, *slots) in enumerate(zip(reconstructions, masks, means, strict=True), 1):
-        sheet = _decomposition(image[:4], mean, true_masks, *slots, masks[-1])
-        png = io.BytesIO(_png(sheet, f"{title}: step {t} of {len(masks)}"))
-        frames.append(PIL.Image.open(png).convert("RGB").quantize(dither=PIL.Image.Dither.NONE))
-    content = io.BytesIO()
-    times = [500] * (len(frames) - 1) + [2500]  # milliseconds
-    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
-    checkpoints.write(Path(path), content.getvalue())
-    return Path(path)
+    sheets = [_decomposition(image[:4], mean, true_masks, *slots, masks[-1])
+              for mean, *slots in zip(reconstructions, masks, means, strict=True)]
+    titles = [f"{title}: step {t} of {len(masks)}" for t in range(1, len(masks) + 1)]
+    return _animate(path, sheets, titles, 500)
 
 
 @drawing
@@ -135,6 +129,37 @@ def attention(path: str | Path, image: Any, boxes: Any, canvases: Any, title: st
         rows.append([Panel(image[n]), Panel(_enlarge(lighter, steps)), *seen])
     heads = ["Input", "Attention", *(f"Step {s}" for s in range(1, max(map(len, rows)) - 1))]
     return _save(_sheet(rows, heads, labels, "", (2,)), title, path)
+
+
+@drawing
+def tracking(path: str | Path, canvases: Any, boxes: Any, identities: Any, title: str,
+             image: Any = None) -> Path:
+    """Sequences, their objects boxed in the colours of their identities: one a row, its frames from
+    left to right below those of the input; where `path` ends in .gif, an animation.
+
+    image, canvases (R, T, C, H, W); boxes (R, T, N, 4) in pixels: top, left, height, width;
+    identities (R, T, N), 0 where there is no object.
+    """
+    canvases, boxes = _images(canvases, "canvases", 5), _array(boxes)
+    identities = _array(identities).astype(int)
+    images = None if image is None else _images(image, "image", 5)
+    rows, labels = [], []  # of frames
+    for r, row in enumerate(canvases):
+        if images is not None:
+            rows.append([Panel(frame) for frame in images[r]])
+        found = []
+        for frame, box, numbers in zip(row, boxes[r], identities[r], strict=True):
+            found.append(Panel(_enlarge(frame, [(box[k], _color(i)) for k, i in enumerate(numbers)
+                                                if i])))
+        rows.append(found)
+        labels += ["found"] if image is None else ["input", "found"]
+    heads = [f"t = {t}" for t in range(1, canvases.shape[1] + 1)]
+    if Path(path).suffix != ".gif":
+        return _save(_sheet(rows, heads, labels), title, path)
+    lines = len(rows) // len(canvases)
+    sheets = [_sheet([[row[t] for row in rows[i::lines]] for i in range(lines)], (), labels[:lines])
+              for t in range(len(heads))]
+    return _animate(path, sheets, [f"{title}, {head}" for head in heads], 300)
 
 
 @drawing
@@ -402,6 +427,17 @@ def _images(values: Any, name: str, ndim: int) -> np.ndarray:
 
 def _save(figure: Figure, title: str, path: str | Path) -> Path:
     checkpoints.write(Path(path), _png(figure, title))
+    return Path(path)
+
+
+def _animate(path: str | Path, figures: Sequence[Figure], titles: Sequence[str],
+             milliseconds: int) -> Path:
+    """A GIF of the figures; the last one stays five times as long."""
+    pages = [PIL.Image.open(io.BytesIO(_png(*page))) for page in zip(figures, titles, strict=True)]
+    pages = [page.convert("RGB").quantize(dither=PIL.Image.Dither.NONE) for page in pages]
+    content, times = io.BytesIO(), [milliseconds] * (len(pages) - 1) + [5 * milliseconds]
+    pages[0].save(content, "GIF", save_all=True, append_images=pages[1:], duration=times, loop=0)
+    checkpoints.write(Path(path), content.getvalue())
     return Path(path)
 
 

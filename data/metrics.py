@@ -106,12 +106,29 @@ def box_iou(true: Values, present: Values, boxes: Values, used: Values) -> Tenso
     present (B, E), used (B, K) bool: which of them are there.
     """
     true, present, boxes, used = map(_cpu, (true, present, boxes, used))
-    true, boxes = true.double()[:, :, None], boxes.double()[:, None]  # (B, E, 1, 4), (B, 1, K, 4)
-    ends = torch.minimum(true[..., :2] + true[..., 2:], boxes[..., :2] + boxes[..., 2:])
-    shared = (ends - torch.maximum(true[..., :2], boxes[..., :2])).clamp(min=0).prod(-1)
-    union = true[..., 2:].prod(-1) + boxes[..., 2:].prod(-1) - shared  # (B, E, K)
-    both = present[:, :, None] & used[:, None]
-    return _best_total(torch.where(both, shared / union, 0.0)) / present.sum(1)
+    return _best_total(_box_table(true, present, boxes, used)) / present.sum(1)
+
+
+def identity_swaps(true: Values, present: Values, boxes: Values, identities: Values) -> Tensor:
+    """Whether an object's box has another identity than its last box had: (B, T, E) float64, 1 or
+    0; NaN where the object has no box.
+
+    A box stays with the object that had its identity before while their IoU is a tenth or more; the
+    others are matched one to one for the largest sum of IoU (CLEAR MOT's way). true (B, T, E, 4),
+    boxes (B, T, K, 4) as in `box_iou`; present (B, T, E) bool; identities (B, T, K), 0: no box.
+    """
+    true, present, boxes, identities = map(_cpu, (true, present, boxes, identities))
+    flat = (v.flatten(0, 1) for v in (true, present, boxes, identities > 0))
+    iou = _box_table(*flat).unflatten(0, present.shape[:2]).numpy()  # (B, T, E, K)
+    swaps, last = np.full(present.shape, math.nan), np.zeros((len(iou), iou.shape[2]))
+    for b, t in np.ndindex(iou.shape[:2]):
+        identity = identities[b, t].numpy()
+        same = (identity == last[b, :, None]) & (iou[b, t] >= 0.1)
+        for e, k in zip(*linear_sum_assignment(iou[b, t] + 2 * same, maximize=True), strict=True):
+            if iou[b, t, e, k] > 0:
+                swaps[b, t, e] = last[b, e] not in (0, identity[k])
+                last[b, e] = identity[k]
+    return torch.from_numpy(swaps)
 
 
 def mse(image: Values, reconstruction: Values) -> Tensor:
@@ -298,6 +315,15 @@ def _iou(counts: Tensor) -> Tensor:
     """Intersection over union of entities and segments, 0 for two empty ones: (B, E, K)."""
     union = counts.sum(2, keepdim=True) + counts.sum(1, keepdim=True) - counts
     return counts / union.clamp(min=1)
+
+
+def _box_table(true: Tensor, present: Tensor, boxes: Tensor, used: Tensor) -> Tensor:
+    """IoU of every object with every box, 0 where one is not there: (B, E, K) float64."""
+    true, boxes = true.double()[:, :, None], boxes.double()[:, None]  # (B, E, 1, 4), (B, 1, K, 4)
+    ends = torch.minimum(true[..., :2] + true[..., 2:], boxes[..., :2] + boxes[..., 2:])
+    shared = (ends - torch.maximum(true[..., :2], boxes[..., :2])).clamp(min=0).prod(-1)
+    union = true[..., 2:].prod(-1) + boxes[..., 2:].prod(-1) - shared
+    return torch.where(present[:, :, None] & used[:, None], shared / union, 0.0)
 
 
 def _best_total(iou: Tensor) -> Tensor:

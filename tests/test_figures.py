@@ -60,6 +60,8 @@ CALLS = {
     "samples": ("samples", torch.rand(9, 1, 12, 12), LONG, torch.rand(9, 5, 12, 12).softmax(1)),
     "curves": ("curves", PANELS, "test steps", LONG, {"trained": 5, "twice": 10}, ("mse",)),
     "attention": ("attention", *GLANCES, LONG, ["counts 2, has 3 of the $ that there are"]),
+    "tracking": ("tracking", torch.rand(2, 3, 1, 40, 40), BOXES.nan_to_num(3).expand(2, 3, 3, 4),
+                 torch.tensor([[0, 1, 2]]).expand(2, 3, 3), LONG, torch.rand(2, 3, 1, 40, 40)),
     "confusion": ("confusion", np.arange(60).reshape(5, 12) ** 7, LONG, "$r", LONG),
     "bars": ("bars", VALUES, LONG, LONG),
     "logarithmic bars": ("bars", VALUES, "Log", "variance $ / x", True),
@@ -206,6 +208,19 @@ def test_an_animation_ends_as_the_decomposition_with_its_order_throughout(draw, 
     assert rim.sum() > 1000
     for before in frames[:2]:
         assert abs(before - last)[rim].mean() < 6 and abs(before - last).mean() > 3
+
+
+def test_a_film_of_tracked_objects_has_their_frames_in_their_colours(draw, tmp_path):
+    image, boxes, numbers = torch.rand(2, 3, 1, 40, 40), BOXES[:, :2].expand(2, 3, 2, 4), [[2, 0]]
+    args = image, boxes, torch.tensor([numbers * 3] * 2)
+    _, rows, _ = draw("tracking", *args, "t")
+    assert [len(row) for row in rows] == [3, 3]
+    for panel in (panel for row in rows for panel in row):
+        assert (panel.image[15, 21:51] == figures._color(2)).all()  # identity 2
+        assert (panel.image[90] != figures._color(1)).any()  # the second is not there
+    path = figures.tracking(tmp_path / "film.gif", *args, "t", image)
+    with PIL.Image.open(path) as film:
+        assert film.n_frames == 3
 
 
 def test_the_largest_mask_of_a_sample_is_grey(draw):

@@ -372,6 +372,28 @@ def test_box_iou_conventions():
     assert metrics.box_iou(box, no, box, yes).isnan().all()  # no objects: no score
 
 
+def test_identity_swaps():
+    """Two objects that pass each other; boxes keep, exchange, lose and renew their identities."""
+    col = torch.tensor([[0.0, 30], [10, 20], [20, 10], [30, 0]])  # (T, E)
+    true = torch.stack([torch.zeros_like(col), col, *[torch.full_like(col, 12)] * 2], -1)[None]
+    present = torch.ones(1, 4, 2, dtype=torch.bool)
+    for identity, swaps in (
+        ([[1, 2]] * 4, [0] * 8), ([[2, 1]] * 4, [0] * 8),
+        ([[1, 2]] * 2 + [[2, 1]] * 2, [0, 0, 0, 0, 1, 1, 0, 0]),
+        ([[1, 2], [1, 2], [3, 2], [3, 2]], [0, 0, 0, 0, 1, 0, 0, 0]),
+        ([[1, 2], [0, 2], [1, 2], [1, 2]], [0, 0, NAN, 0, 0, 0, 0, 0]),
+    ):  # fmt: skip
+        found = metrics.identity_swaps(true, present, true, torch.tensor([identity]))
+        expected = torch.tensor(swaps).view(1, 4, 2)
+        assert torch.equal(found.nan_to_num(-1), expected.nan_to_num(-1).double())
+    # Boxes that cover both objects stay with the one that they had.
+    wide = true.clone()
+    wide[0, 1:3, :, 1], wide[0, 1:3, :, 3] = 5, 30
+    ids = torch.tensor([[[2, 1]] * 4])
+    assert metrics.identity_swaps(true, present, wide.flip(2), ids).sum() == 0
+
+
+
 def dci_of(code):
     """`code` makes codes (N, D) of perfect ones (N, 4), given random numbers too."""
     rng = np.random.default_rng(0)

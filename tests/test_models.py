@@ -38,7 +38,7 @@ TINY = {
     "efficient_morl": dict(decoder_channels=(4,), encoder_channels=(4,), latent_size=4),
     "slot_attention": dict(decoder_channels=(4,), encoder_channels=(4,), latent_size=4),
     "air": dict(lstm_size=16, latent_size=4, encoder_sizes=(8,), decoder_sizes=(8,)),
-    "apdr": dict(lstm_size=8, latent_size=4, encoder_sizes=(8,), decoder_sizes=(8,), num_samples=1),
+    "apdr": dict(lstm_size=8, hidden_size=8, latent_size=4, num_samples=1),
     "mvae": dict(encoder_channels=(4, 4, 4), hidden_size=8, latent_size=4),
 }
 ANY_SCENES = {"mvae": dict(single_steps=0)}  # quick begins with scenes of one sprite
