@@ -30,7 +30,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Values = Tensor | np.ndarray
-FLOOR_SCENES = 320  # of the test split, as many as a run evaluates
 
 
 def ari(true_masks: Values, predicted: Values, foreground: bool = True) -> Tensor:
@@ -224,36 +223,6 @@ def no_learning(image: Values, num_slots: int, seed: int) -> dict[str, np.ndarra
         voronoi=((place - points) ** 2).sum(1).argmin(0),
     )
     return {k: s == np.arange(s.max() + 1)[None, :, None, None] for k, s in segments.items()}
-
-
-def count_floor(counts: Values) -> Tensor:
-    """Whether each count (B,) is the most frequent one: bool, whose mean no constant beats."""
-    return _cpu(counts) == _cpu(counts).mode().values
-
-
-def dataset_floors(scenes: Any, num_slots: int | None = None) -> dict[str, Any]:
-    """What no learning scores on 320 of these scenes, ready for JSON.
-
-    Where each pixel has one owner: ari_fg, ari, miou of `no_learning`, with as many slots as
-    entities by default. Where objects blend: how often the most frequent number of them is right.
-    """
-    num_slots, floors, first = num_slots or scenes.max_entities, {}, scenes.batch(0, 1)
-    if first.coverage is not None:
-        counts = scenes.batch(0, FLOOR_SCENES).present[..., 1:].sum(-1).flatten()  # per frame
-        floors["most_frequent_count"] = {"count_accuracy": count_floor(counts)}
-    elif first.masks is not None:
-        for i in range(FLOOR_SCENES):  # one by one, as a photograph has thousands of components
-            image, masks, present, *_ = scenes.batch(i, 1)
-            for name, found in no_learning(image[0], num_slots, i).items():
-                floor = floors.setdefault(name, dict(ari_fg=[], ari=[], miou=[]))
-                floor["ari_fg"].append(ari(masks, found).item())
-                floor["ari"].append(ari(masks, found, foreground=False).item())
-                floor["miou"].append(miou(masks, present, found).item())
-    for floor in floors.values():
-        floor.update({name: mean_stderr(values) for name, values in floor.items()})
-    command = f"python notebooks/results.py floors {scenes.name}"
-    return dict(command=command, dataset=scenes.name, split=scenes.split, seed=scenes.seed,
-                scenes=FLOOR_SCENES, num_slots=num_slots, floors=floors)  # fmt: skip
 
 
 def mean_stderr(values: Any) -> dict[str, float | int | None]:
