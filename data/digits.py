@@ -195,14 +195,11 @@ def bounding_box(light: Tensor, least: int) -> Tensor:
 
     Zeros where nothing is.
     """
-    starts, extents = [], []
-    for axis in (-1, -2):
-        line = light.amax(axis) >= least  # (..., H), then (..., W)
-        order = torch.arange(1, line.shape[-1] + 1, device=line.device)
-        end = (line * order).amax(-1)  # (...)
-        start = (line.shape[-1] - (line * order.flip(0)).amax(-1)) * (end > 0)
-        starts.append(start)
-        extents.append(end - start)
+    inside, starts, extents = light >= least, [], []
+    for line in (inside.any(-1), inside.any(-2)):  # (..., H), then (..., W)
+        starts.append(draws.first_valid(line))
+        end = line.shape[-1] - draws.first_valid(line.flip(-1))
+        extents.append((end - starts[-1]) * line.any(-1))
     return torch.stack(starts + extents, -1)
 
 

@@ -75,8 +75,7 @@ def decomposition(path: str | Path, image: Any, reconstruction: Any, true_masks:
     match none last. `scores` (N): ARI-FG, printed at the left, a dash for NaN.
     """
     labels = [] if scores is None else [f"{s:.2f}".replace("nan", "–") for s in _array(scores)]
-    corner = "ARI-FG" if labels else ""
-    args = image, reconstruction, true_masks, masks, means, masks, labels, corner
+    args = image, reconstruction, true_masks, masks, means, masks, labels, "ARI-FG"
     return _save(_decomposition(*args), title, path)
 
 
@@ -147,11 +146,8 @@ def tracking(path: str | Path, canvases: Any, boxes: Any, identities: Any, title
     for r, row in enumerate(canvases):
         if images is not None:
             rows.append([Panel(frame) for frame in images[r]])
-        found = []
-        for frame, box, numbers in zip(row, boxes[r], identities[r], strict=True):
-            found.append(Panel(_enlarge(frame, [(box[k], _color(i)) for k, i in enumerate(numbers)
-                                                if i])))
-        rows.append(found)
+        rows.append([Panel(_enlarge(frame, [(box[k], _color(i)) for k, i in enumerate(found) if i]))
+                     for frame, box, found in zip(row, boxes[r], identities[r], strict=True)])
         labels += ["found"] if image is None else ["input", "found"]
     heads = [f"t = {t}" for t in range(1, canvases.shape[1] + 1)]
     if Path(path).suffix != ".gif":
@@ -204,9 +200,9 @@ def curves(path: str | Path, panels: Mapping[str, Mapping[str, tuple[Any, Any, A
     num_rows = math.ceil(len(panels) / 4)
     num_columns = math.ceil(len(panels) / num_rows)
     figure = Figure((num_columns * 360 / DPI, num_rows * 290 / DPI), layout="constrained")
-    plots = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     handles = {}
-    for axes, (name, panel) in zip(plots, panels.items(), strict=False):
+    for n, (name, panel) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(num_rows, num_columns, n)
         for label, (x, y, stderr) in panel.items():
             x, y = _array(x), _array(y)
             color = _color(LINES[len(handles) % len(LINES)])
@@ -225,12 +221,10 @@ def curves(path: str | Path, panels: Mapping[str, Mapping[str, tuple[Any, Any, A
             axes.axvline(x, color=FAINT, linewidth=1, linestyle=":", zorder=1)
             place = dict(xycoords=("data", "axes fraction"), textcoords="offset points")
             axes.annotate(text, (x, 1), (0, 5 + 9 * i), ha="center", fontsize=6.5, **place)
-    for axes in plots[len(panels) :]:
-        axes.remove()
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the plots stay; the legend and the title stand around them
     if len(handles) > 1:
-        place = dict(loc="upper left", bbox_to_anchor=(1.02, plots[0].get_position().y1))
+        place = dict(loc="upper left", bbox_to_anchor=(1.02, figure.axes[0].get_position().y1))
         figure.legend(handles.values(), map(_wrap, handles), **place)
     return _save(figure, title, path)
 
@@ -354,7 +348,7 @@ def _sheet(rows: Sequence[Sequence[Panel]], heads: Sequence[str | float] = (),
     axes.set_xticks(left + width / 2 if heads else [], heads)
     axes.set_yticks(top + height / 2 if labels else [], labels)
     place = dict(xycoords="axes fraction", textcoords="offset points", ha="right", va="bottom")
-    axes.annotate(corner, (0, 1), (-4, 3.5), **place)
+    axes.annotate(corner if labels else "", (0, 1), (-4, 3.5), **place)
     return axes.figure
 
 

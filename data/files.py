@@ -8,17 +8,17 @@
   is the background; or (N, E, H, W), where each pixel is 1 in one mask and 0 in the others;
 - a folder of PNG or JPEG pictures, read in RGB.
 
-`PATH@64` cuts the centred square out of every image and resizes it to 64 x 64: images bilinear with
-antialiasing, to 8 bits, masks to the nearest pixel. Positions among the factors stay as they were.
+`PATH@64` cuts the centred square out of every record or picture and resizes it to 64 x 64: images
+bilinear with antialiasing, to 8 bits, masks to the nearest pixel. Positions among the factors stay.
 
 A file's scenes fall into test, validation and train, 10, 10 and 80 %, by a shuffle that depends on
 their number alone. Scene i of a split is entry i of an order of the seed; each pass has its own.
 `present` means visible.
 
 A gzip file cannot be read out of order, unpacked TFRecords are huge (three bytes for one), and so
-are pictures to decode. So all but arrays that keep their size are read once, one scene at a time,
-MOST at most, and kept beside PATH as `PATH@64.scenes` (6.5 GB for CLEVR@128). Where that may not be
-written, a link to PATH in another folder will do.
+are pictures to decode. So both are read once, one scene at a time, MOST at most, and kept beside
+PATH as `PATH@64.scenes` (6.5 GB for CLEVR@128). Where that may not be written, a link to PATH in
+another folder will do.
 
 Axes: N scenes of a file, B scenes, E entities, C H W image.
 """
@@ -108,11 +108,9 @@ def open_source(path: Path, size: int, changed: int) -> Arrays:
         if path.is_dir():
             scenes = read_pictures(path)
         elif path.suffix in (".npy", ".npz"):
-            arrays = read_arrays(path)
-            if not size:
-                return arrays
-            scenes = ({name: values[i] for name, values in arrays.items()}
-                      for i in range(len(arrays["image"])))  # fmt: skip
+            if size:
+                raise ValueError(f"arrays keep their size, and are not cut to {size} x {size}")
+            return read_arrays(path)
         else:
             scenes = read_records(path)
         return keep(scenes, path, size, changed)

@@ -26,6 +26,8 @@ Axes: B scenes, E entities, N = E - 1 objects, S stencils, P positions along one
 image.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -60,7 +62,7 @@ class MiniSprites(Scenes):
         self.sprite, self.shaded, self.same_color = sprite, shaded, same_color
         self.min_objects, self.max_objects = min_objects, max_objects
         self.max_entities = max_objects + 1
-        self.stencils = make_stencils(sprite, shaded).to(self.device)  # (3, sprite+2, sprite+2)
+        self.stencils = make_stencils(sprite, SHAPES, shaded).to(self.device)
         self.colors = torch.tensor(COLORS, dtype=torch.float32, device=self.device)
 
     def scenes(self, index: Tensor) -> Batch:
@@ -129,14 +131,15 @@ def stamp(stencils: Tensor, shape: Tensor, row: Tensor, col: Tensor, size: int) 
     return stencils.flatten()[line[..., None] + x[..., None, :]]  # (B, N, H, W)
 
 
-def make_stencils(side: int, shaded: bool) -> Tensor:
-    """Light levels of the three shapes, with a border of zeros: float32 (3, side+2, side+2)."""
-    stencils = torch.zeros(len(SHAPES), side + 2, side + 2)
+def make_stencils(side: int, shapes: Sequence[str], shaded: bool = False) -> Tensor:
+    """The light of each shape, with a border of zeros: float32 (S, side+2, side+2)."""
+    stencils = torch.zeros(len(shapes), side + 2, side + 2)
     for i in range(side):
         for j in range(side):
             # Twice the distance from the box's centre lines to the pixel's centre, an integer.
             down, across = abs(2 * i + 1 - side), abs(2 * j + 1 - side)
-            inside = (True, down**2 + across**2 <= side**2, across <= i + 1)
+            inside = dict(square=True, disc=down**2 + across**2 <= side**2,
+                          triangle=across <= i + 1, downward=across <= side - i)  # fmt: skip
             level = 1 - 0.3 * (i + j) / max(2 * side - 2, 1) if shaded else 1.0
-            stencils[:, i + 1, j + 1] = level * torch.tensor(inside)
+            stencils[:, i + 1, j + 1] = level * torch.tensor([inside[shape] for shape in shapes])
     return stencils

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from data import Batch, Scenes, draws, make_batch
-from data.mini_sprites import stamp
+from data.mini_sprites import make_stencils, stamp
 
-SHAPES = ("up", "down", "square")
+SHAPES = ("triangle", "downward", "square")
 SIZE = 28
 BOX = 9
 NUM_SHAPES = 3
@@ -43,7 +43,7 @@ class Shapes(Scenes):
         super().__init__(name, split, seed, device)
         self.key = draws.make_key("shapes", split, seed)  # also of those with levels
         self.levels = levels
-        self.stencils = make_stencils().to(self.device)  # (3, BOX+2, BOX+2)
+        self.stencils = make_stencils(BOX, SHAPES).to(self.device)  # (3, BOX+2, BOX+2)
 
     def scenes(self, index: Tensor) -> Batch:
         u = draws.uniform(self.key, index, (4, NUM_SHAPES))
@@ -53,7 +53,7 @@ class Shapes(Scenes):
         col = draws.pick(u_col, SIZE - BOX + 1)
         level = u_level * 0.75 + 0.25 if self.levels else torch.ones_like(u_level)
 
-        inside = stamp(self.stencils, shape, row, col, SIZE)  # (B, N, H, W)
+        inside = stamp(self.stencils, shape, row, col, SIZE) > 0  # (B, N, H, W)
         numbers = torch.arange(1, NUM_SHAPES + 1, dtype=torch.uint8, device=self.device)
         numbers = numbers[:, None, None]
         inside = numbers == (inside * numbers).amax(1, keepdim=True)  # the topmost, (B, N, H, W)
@@ -61,14 +61,3 @@ class Shapes(Scenes):
         image = (inside * level[..., None, None]).sum(1, keepdim=True)  # (B, 1, H, W)
         factors = dict(shape=shape, row=row.float(), col=col.float(), brightness=level)
         return make_batch(image, inside, factors)
-
-
-def make_stencils() -> Tensor:
-    """Which pixels of its box each shape fills, with an empty border: bool (3, BOX+2, BOX+2)."""
-    stencils = torch.zeros(len(SHAPES), BOX + 2, BOX + 2, dtype=torch.bool)
-    for i in range(BOX):
-        for j in range(BOX):
-            across = abs(2 * j + 1 - BOX)  # twice the distance to the middle column
-            inside = (across <= i + 1, across <= BOX - i, True)
-            stencils[:, i + 1, j + 1] = torch.tensor(inside)
-    return stencils

@@ -258,15 +258,20 @@ def test_pictures_of_all_sizes_are_resized(tmp_path):
         data.make(str(tmp_path))
 
 
-def test_the_centred_square_is_resized_with_its_masks(tmp_path):
+def test_the_centred_square_is_resized_with_its_masks():
     image = np.zeros((3, 4, 8), np.uint8)
     image[:, :, 2:4], image[:, :, 4:6] = 60, 200
-    np.savez(tmp_path / "a.npz", image=image, masks=(image == 200).astype(np.uint8))
-    arrays = data.make(f"{tmp_path / 'a.npz'}@2").arrays
-    image = arrays["image"][0]
-    assert image.tolist() == [[[image[0, 0, 0], image[0, 0, 1]]] * 2]
+    scene = files.resize(dict(image=image, labels=(image[0] == 200).astype(np.uint8)), 2)
+    image = scene["image"]
+    assert image.tolist() == [[[image[0, 0, 0], image[0, 0, 1]]] * 2] * 3
     assert 60 <= image[0, 0, 0] < 130 < image[0, 0, 1] <= 200
-    assert arrays["labels"][0].tolist() == [[0, 1], [0, 1]]
+    assert scene["labels"].tolist() == [[0, 1], [0, 1]]
+
+
+def test_arrays_keep_their_size(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((3, 4, 8), np.uint8))
+    with pytest.raises(ValueError, match=r"a\.npy: arrays keep their size"):
+        data.make(f"{tmp_path / 'a.npy'}@2")
 
 
 # -- errors ----------------------------------------------------------------------------------------
