@@ -51,7 +51,7 @@ def load(path: str | Path, model_name: str) -> dict[str, Any]:
     file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     require(file.is_file(), f"{file}: no such checkpoint")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = dict(torch.load(file, map_location="cpu", weights_only=True))
         found, of = content["format"], content["model_name"]
     except Exception as error:  # half a dozen types, which all mean the same here
         raise UserError(f"{file}: not a readable checkpoint ({type(error).__name__})") from None
