@@ -6,15 +6,15 @@ true, generators draw with `data.draws` and make images from + - *, comparisons,
 and look-ups only: sin, cos and exp differ between devices, einsum may use TF32, and CUDA multiplies
 by the rounded inverse of a Python number instead of dividing.
 
-Axes: B scenes, E entities (0 is the background), N = E - 1 objects, S stencils, C H W image.
+Axes: B scenes, E entities (0 is the background), N = E - 1 objects, C H W image.
 """
 
 import importlib
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data import draws
@@ -63,73 +63,51 @@ class Scenes:
         raise NotImplementedError
 
 
-def stamp(stencils: Tensor, shape: Tensor, row: Tensor, col: Tensor, size: int) -> Tensor:
-    """Place stencil `shape` with its top-left pixel at (row, col) of an empty size x size image.
+def make_batch(
+    image: Tensor, inside: Tensor, factors: dict[str, Tensor], exists: Tensor | None = None,
+    coverage: Tensor | None = None,
+) -> Batch:
+    """A batch from what is known of its objects; the background becomes entity 0.
 
-    stencils (S, h, w) with a border of zeros; shape, row, col int64 (B, N) -> (B, N, size, size).
+    inside (B, N, H, W) bool, exclusive; factors (B, N, ...), whatever they are for absent objects;
+    exists (B, N) bool, by default of those that are visible. Frames may come after B everywhere.
     """
-    _, h, w = stencils.shape
-    pixels = torch.arange(size, device=stencils.device) + 1  # + 1 for the border, where all else is
-    y = (pixels - row[..., None]).clamp_(0, h - 1)  # (B, N, H)
-    x = (pixels - col[..., None]).clamp_(0, w - 1)  # (B, N, W)
-    line = (shape[..., None] * h + y) * w  # (B, N, H)
-    return stencils.flatten()[line[..., None] + x[..., None, :]]  # (B, N, H, W)
+    masks = torch.cat([~inside.any(-3, keepdim=True), inside], -3)  # (B, E, H, W)
+    exists = inside.flatten(-2).any(-1) if exists is None else exists
+    known = {}
+    for name, value in factors.items():
+        more = value.ndim - exists.ndim
+        value = value * exists.reshape(exists.shape + (1,) * more)
+        known[name] = F.pad(value, [0, 0] * more + [1, 0])  # (B, E, ...)
+    return Batch(image, masks, F.pad(exists, [1, 0], value=True), known, coverage)
 
 
-def add_background(objects: Tensor) -> Tensor:
-    """Zeros for entity 0 in front of the objects' values: (B, N, ...) -> (B, E, ...)."""
-    return torch.nn.functional.pad(objects, [0, 0] * (objects.ndim - 2) + [1, 0])
-
-
-def _late(path: str, *args: Any, **options: Any) -> Scenes:
-    """The scenes of the class `path`, whose module is imported only now."""
-    module, maker = path.split(".")
-    return getattr(importlib.import_module(f"data.{module}"), maker)(*args, **options)
-
-
-_mini = partial(_late, "mini_sprites.MiniSprites")
-_mini_16 = partial(_mini, size=16, sprite=5, min_objects=2, max_objects=4)
-_dsprites = partial(_late, "multi_dsprites.MultiDSprites")
-_sprites = partial(_late, "blended_sprites.BlendedSprites")
-_digits = partial(_late, "digits.MultiMNIST")
-_moving = partial(_late, "moving_digits.MovingDigits")
-_solids = partial(_late, "solids.Solids")
-
-DATASETS: dict[str, partial[Scenes]] = {  # called with name, split, seed, device, **options
-    "mini_sprites": partial(_mini, size=12, sprite=4, min_objects=2, max_objects=3),
-    "mini_sprites_16": _mini_16,
-    "mini_sprites_16_shaded": partial(_mini_16, shaded=True),
-    "mini_sprites_16_same_color": partial(_mini_16, colors="same", touching=True),
-    "mini_sprites_16_grey": partial(_mini_16, colors="grey", touching=True),
-    "mini_tetrominoes": partial(_late, "tetrominoes.Tetrominoes", tile="flat", cell=2),
-    "tetrominoes": partial(_late, "tetrominoes.Tetrominoes", tile="shaded", cell=5),
-    "shapes": partial(_late, "shapes.Shapes"),
-    "shapes_levels": partial(_late, "shapes.Shapes", levels=True),
-    "multi_dsprites_binarized": partial(_dsprites, colors="binarized"),
-    "multi_dsprites_colored_on_grayscale": partial(_dsprites, colors="colored_on_grayscale"),
-    "multi_dsprites_colored_on_colored": partial(_dsprites, colors="colored_on_colored"),
-    "sprites_3": partial(_sprites, size=64, max_objects=3),
-    "sprites_8": partial(_sprites, size=64, max_objects=8),
-    "sprites_3_32": partial(_sprites, size=32, max_objects=3),
-    "sprites_8_32": partial(_sprites, size=32, max_objects=8),
-    "solids_32": partial(_solids, size=32),
-    "solids_48": partial(_solids, size=48),
-    "solids_48_grey": partial(_solids, size=48, grey=True),
-    "solids_64": partial(_solids, size=64),
-    "solids_64_to_10": partial(_solids, size=64, max_objects=10),
-    "multi_mnist": _digits,
-    "multi_mnist_3": partial(_digits, min_objects=3, max_objects=3),
-    "multi_mnist_small": partial(_digits, shrink=2.0, shrink_std=0.15),
-    "multi_mnist_color": partial(_digits, colored=True),
-    "moving_mnist": _moving,
-    "moving_mnist_enter": partial(_moving, enter=True),
-    "moving_mnist_leave": partial(_moving, leave=True),
-    "moving_mnist_crossing": partial(_moving, crossing=1.0),
+MINI_16 = dict(size=16, sprite=5, max_objects=4)
+DATASETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (module.class, its options)
+    "mini_sprites": ("mini_sprites.MiniSprites", {}),
+    "mini_sprites_16_shaded": ("mini_sprites.MiniSprites", MINI_16 | dict(shaded=True)),
+    "mini_sprites_16_same_color": ("mini_sprites.MiniSprites", MINI_16 | dict(same_color=True)),
+    "mini_tetrominoes": ("tetrominoes.Tetrominoes", dict(tile="flat")),
+    "tetrominoes": ("tetrominoes.Tetrominoes", dict(tile="shaded")),
+    "shapes": ("shapes.Shapes", {}),
+    "shapes_levels": ("shapes.Shapes", dict(levels=True)),
+    "multi_dsprites_binarized": ("multi_dsprites.MultiDSprites", dict(binarized=True)),
+    "multi_dsprites_colored_on_grayscale": ("multi_dsprites.MultiDSprites", {}),
+    "sprites_3": ("blended_sprites.BlendedSprites", dict(size=64, max_objects=3)),
+    "sprites_8": ("blended_sprites.BlendedSprites", dict(size=64, max_objects=8)),
+    "sprites_3_32": ("blended_sprites.BlendedSprites", dict(size=32, max_objects=3)),
+    "solids_32": ("solids.Solids", dict(size=32)),
+    "solids_48": ("solids.Solids", dict(size=48)),
+    "multi_mnist": ("digits.MultiMNIST", {}),
+    "multi_mnist_3": ("digits.MultiMNIST", dict(min_objects=3, max_objects=3)),
+    "multi_mnist_gradient": ("digits.MultiMNIST", dict(background="gradient")),
+    "multi_mnist_grid": ("digits.MultiMNIST", dict(background="grid")),
+    "multi_mnist_noise": ("digits.MultiMNIST", dict(background="noise")),
+    "moving_mnist": ("moving_digits.MovingDigits", {}),
+    "moving_mnist_enter": ("moving_digits.MovingDigits", dict(enter=True)),
+    "moving_mnist_leave": ("moving_digits.MovingDigits", dict(leave=True)),
+    "moving_mnist_crossing": ("moving_digits.MovingDigits", dict(crossing=1.0)),
 }
-for _name in ("sprites_3", "sprites_8", "sprites_3_32", "sprites_8_32"):
-    DATASETS[f"{_name}_scaled"] = partial(DATASETS[_name], scaled=True)
-for _name in ("grey", "gradient", "grid", "noise"):
-    DATASETS[f"multi_mnist_{_name}"] = partial(_digits, background=_name)
 
 
 def make(
@@ -140,11 +118,14 @@ def make(
     go to its class (`folder` of the digits). ValueError for an unknown name or split."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
-    if name in DATASETS:
-        return DATASETS[name](name, split, seed, device, **options)
-    if any(mark in name for mark in "/\\.@") or (name and Path(name).exists()):
-        return _late("files.FromDisk", name, split, seed, device, **options)
-    raise ValueError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}, or give a path")
+    paths = name, name.rpartition("@")[0]  # with and without the size to which images are cut
+    if name not in DATASETS and not any(path and Path(path).exists() for path in paths):
+        raise ValueError(f"unknown dataset {name!r}: no file or folder, and none of the names "
+                         + ", ".join(DATASETS))  # fmt: skip
+    path, preset = DATASETS.get(name, ("files.FromDisk", {}))
+    module, maker = path.split(".")
+    maker = getattr(importlib.import_module(f"data.{module}"), maker)  # imported only now
+    return maker(name, split, seed, device, **preset | options)
 
 
 def images(name: str, *args: Any, **options: Any) -> Scenes:

@@ -16,16 +16,14 @@ Assumed:
 - Shape, orientation and centre: uniform, as in data/multi_dsprites.py, whose outlines these are.
   Centres keep a quarter of the image from its edge, so that each sprite is inside the image.
 
-Ours: `sprites_3_32` and `sprites_8_32`, 32 x 32, all lengths halved; and of each of the four a
-`_scaled` one, the same scenes with scales uniform in [0.5, 1].
+Ours: `sprites_3_32`, 32 x 32, all lengths halved.
 
 Sprites are entities 1 .. N, each of which exists or not, so `present` has gaps by design.
 `present` means exists, also of a sprite that others cover. `coverage` is 0 or 1: 1 where the
 pixel's centre is inside the sprite's outline, whatever else is there; of the background, where no
 sprite is. So image = min(1, sum over e of coverage_e color_e), and a pixel's coverages sum to the
 number of sprites there, or to 1 where there is none. In the exclusive `masks` the largest entity
-has the pixel, so the mask of a sprite that exists can be empty (of eight, one sprite in 500; where
-scales differ, one in a hundred).
+has the pixel, so the mask of a sprite that exists can be empty (of eight, one sprite in 500).
 Factors: shape (int64; 0 square, 1 ellipse, 2 heart), color (B, E, 3), scale, orientation (radians,
 counter-clockwise as seen; a square is the same after a quarter turn, an ellipse after half a turn),
 row, col of the centre in pixels, where pixel i covers [i, i + 1].
@@ -36,39 +34,28 @@ Axes: B scenes, E entities, N = E - 1 sprites, H W image.
 import torch
 from torch import Tensor
 
-from data import Batch, Scenes, add_background, draws
+from data import Batch, Scenes, draws, make_batch
 from data.multi_dsprites import Geometry, pure_hue
-
-SIZES = (32, 64)
 
 
 class BlendedSprites(Scenes):
-    """At most `max_objects` sprites in size x size pixels, `size` one of SIZES; `scaled`: of random
-    scale; `number`: so many, the lowest, in every scene, instead of each with probability 1/2."""
+    """At most `max_objects` sprites in size x size pixels; `number`: so many, the lowest, in every
+    scene, instead of each with probability 1/2."""
 
     num_channels = 3
 
     def __init__(self, name: str = "sprites_3", split: str = "train", seed: int = 0,
                  device: str | torch.device = "cpu", size: int = 64, max_objects: int = 3,
-                 scaled: bool = False, number: int | None = None):
+                 number: int | None = None):
         super().__init__(name, split, seed, device)
-        # Whether scaled or not: all else of a scene is the same.
-        self.key = draws.make_key(name.removesuffix("_scaled"), split, seed)
-        self.scaled, self.number = scaled, number
-        if size not in SIZES:
-            raise ValueError(f"no sprites of {size} px; choose from {SIZES}")
-        if max_objects < 1:
-            raise ValueError(f"max_objects must be at least 1, not {max_objects}")
-        if number is not None and not 0 <= number <= max_objects:
-            raise ValueError(f"number must be in 0 .. {max_objects}, not {number}")
+        self.number = number
         self.height = self.width = size
         self.max_objects, self.max_entities = max_objects, max_objects + 1
         self.geometry = Geometry(size, self.device)
 
     def scenes(self, index: Tensor) -> Batch:
         u = draws.uniform(self.key, index, (7, self.max_objects))
-        if not self.scaled:
-            u[:, 3] = 0.5  # scale 0.75
+        u[:, 3] = 0.5  # scale 0.75
         exists = u[:, 0] < 0.5  # (B, N)
         if self.number is not None:
             exists[:] = torch.arange(self.max_objects, device=u.device) < self.number
@@ -77,28 +64,17 @@ class BlendedSprites(Scenes):
 
         image = u.new_zeros(len(u), 3, self.height, self.width)
         coverage = u.new_zeros(len(u), self.max_entities, self.height, self.width)
-        masks = torch.zeros_like(coverage, dtype=torch.bool)
-        free = torch.ones_like(masks[:, 0])  # (B, H, W), no sprite so far
+        topmost = torch.zeros_like(coverage[:, 1:], dtype=torch.bool)  # (B, N, H, W)
+        free = torch.ones_like(topmost[:, 0])  # (B, H, W), no sprite so far
         for k in reversed(range(self.max_objects)):  # from the top
             sprite = (value[:, k] for value in (shape, scale, cos, sin, row, col))
             inside = self.geometry.outline(*sprite) & exists[:, k, None, None]  # (B, H, W)
             coverage[:, k + 1] = inside
-            masks[:, k + 1] = inside & free
+            topmost[:, k] = inside & free
             free &= ~inside
             # A product with 0 or 1 is exact and the order is fixed: the same bits on every device.
             image.addcmul_(coverage[:, k + 1, None], color[:, k, :, None, None])
-        coverage[:, 0] = masks[:, 0] = free
-        image.clamp_(max=1)
-
-        present = add_background(exists)
-        present[:, 0] = True
-        factors = {
-            "shape": shape * exists,
-            "color": color * exists[..., None],
-            "scale": scale * exists,
-            "orientation": orientation * exists,
-            "row": row * exists,
-            "col": col * exists,
-        }
-        factors = {name: add_background(value) for name, value in factors.items()}
-        return Batch(image, masks, present, factors, coverage)
+        coverage[:, 0] = free
+        factors = dict(shape=shape, color=color, scale=scale, orientation=orientation, row=row,
+                       col=col)  # fmt: skip
+        return make_batch(image.clamp_(max=1), topmost, factors, exists, coverage)

@@ -47,20 +47,16 @@ def write_json(path: Path, content: Any) -> None:
 
 def load(path: str | Path, model_name: str) -> dict[str, Any]:
     """The content of a checkpoint, or of the one in a run's folder; UserError if it is missing,
-    damaged, newer than this code or another model's."""
+    damaged, of another version or another model's."""
     file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     require(file.is_file(), f"{file}: no such checkpoint")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = dict(torch.load(file, map_location="cpu", weights_only=True))
+        found, of = content["format"], content["model_name"]
     except Exception as error:  # half a dozen types, which all mean the same here
         raise UserError(f"{file}: not a readable checkpoint ({type(error).__name__})") from None
-    keys = {"format", "model_name", "config", "model", "step"}
-    require(isinstance(content, dict) and keys <= content.keys()
-            and isinstance(content["format"], int), f"{file}: not a checkpoint of this repository")
-    require(content["format"] <= FORMAT,
-            f"{file}: format {content['format']}, newer than this code's {FORMAT}")
-    require(content["model_name"] == model_name,
-            f"{file}: a checkpoint of {content['model_name']}.py, not {model_name}.py")
+    require((found, of) == (FORMAT, model_name), f"{file}: a checkpoint of {of}.py in format "
+            f"{found}, not of {model_name}.py in format {FORMAT}")
     return content
 
 
@@ -86,7 +82,7 @@ def open_folder(config: Any, model_name: str) -> tuple[Path, FileLock]:
 
     The default folder gets -2, -3, ... where it holds another run or one is at work in it; one
     named with `--out` is then refused. A resumed run continues in its own folder, or in `--out`
-    with a copy of the log. UserError where nothing can be written or another process resumes it.
+    with a copy of the log. UserError where another process resumes it; OSError.
     """
     path = Path(config.resume)
     source = path if path.is_dir() else path.parent
@@ -97,12 +93,9 @@ def open_folder(config: Any, model_name: str) -> tuple[Path, FileLock]:
     for number in itertools.count(1):
         folder = Path(first if number == 1 else f"{first}-{number}")
         lock = FileLock(folder / ".lock", blocking=False)
-        try:
-            (folder / "figures").mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(Timeout):
-                lock.acquire()
-        except OSError as error:
-            raise UserError(f"cannot write to {folder} ({error}); name another --out") from None
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(Timeout):
+            lock.acquire()
         if own and config.eval_only:  # another process may be training here
             return folder, lock
         full = any((folder / name).exists() for name in ("checkpoint.pt", "evaluation.json"))

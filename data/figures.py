@@ -38,7 +38,6 @@ if "MPLBACKEND" in os.environ and "matplotlib" not in sys.modules:
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.style import context
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
@@ -76,7 +75,7 @@ def decomposition(path: str | Path, image: Any, reconstruction: Any, true_masks:
     match none last. `scores` (N): ARI-FG, printed at the left, a dash for NaN.
     """
     labels = [] if scores is None else [f"{s:.2f}".replace("nan", "–") for s in _array(scores)]
-    args = image, reconstruction, true_masks, masks, means, masks, labels
+    args = image, reconstruction, true_masks, masks, means, masks, labels, "ARI-FG"
     return _save(_decomposition(*args), title, path)
 
 
@@ -95,30 +94,17 @@ def animation(path: str | Path, image: Any, reconstructions: Any, true_masks: An
 @drawing
 def refinement(path: str | Path, image: Any, true_masks: Any, reconstructions: Any, masks: Any,
                means: Any, title: str, labels: Sequence[str] = ()) -> Path:
-    """Iterative inference on one scene, a step a row (IODINE's Fig. 7), below what it should find.
+    """`decomposition` of one scene, a step of inference a row (IODINE's Fig. 7), with the last
+    step's order and colours.
 
     image (C, H, W); true_masks (E, H, W) or None; reconstructions (T, C, H, W); masks (T, K, H, W);
-    means (T, K, C, H, W). The first row is the truth: the input, the true masks and the entities,
-    cut out, above the slots that match them at the last step, which decides order and colours.
-    `labels` (T) stand at the left; step 1, step 2, ... where there are none.
+    means (T, K, C, H, W). `labels` (T) stand at the left; step 1, step 2, ... without them.
     """
-    image, means = _images(image, "image", 3), _images(means, "means", 5)
-    reconstructions = _images(reconstructions, "reconstructions", 4)
-    masks = _array(masks, "masks", 4)
-    truth = None if true_masks is None else _array(true_masks, "true_masks", 3)
-    entity_of = _entities(truth, masks[-1])
-    slots = 1 - masks[..., None] * (1 - means)  # on white, (T, K, H, W, 3)
-    rows = [[Panel(image)]]
-    if truth is not None:
-        cut_out = 1 - truth[..., None] * (1 - image)  # (E, H, W, 3)
-        rows[0].append(Panel(_paint(truth, range(len(truth)))))
-        rows[0] += [Panel(cut_out[e], _color(e)) for e in entity_of.values() if e < len(truth)]
-    for t in range(len(masks)):
-        rows.append([Panel(reconstructions[t]), *_panels(masks[t], slots[t], entity_of)])
-    heads = ["Reconstruction", "Masks", *(f"Slot {k}" for k in range(1, masks.shape[1] + 1))]
     labels = labels or [f"step {t}" for t in range(1, len(masks) + 1)]
-    labels = ["input" if truth is None else "truth", *labels]
-    return _save(_sheet(rows, heads, labels, "", (2,), rows_apart=(1,)), title, path)
+    image, true_masks, last = (None if value is None else _array(value)[None].repeat(len(masks), 0)
+                               for value in (image, true_masks, masks[-1]))
+    args = image, reconstructions, true_masks, masks, means, last, labels
+    return _save(_decomposition(*args), title, path)
 
 
 @drawing
@@ -160,11 +146,8 @@ def tracking(path: str | Path, canvases: Any, boxes: Any, identities: Any, title
     for r, row in enumerate(canvases):
         if images is not None:
             rows.append([Panel(frame) for frame in images[r]])
-        found = []
-        for frame, box, numbers in zip(row, boxes[r], identities[r], strict=True):
-            found.append(Panel(_enlarge(frame, [(box[k], _color(i)) for k, i in enumerate(numbers)
-                                                if i])))
-        rows.append(found)
+        rows.append([Panel(_enlarge(frame, [(box[k], _color(i)) for k, i in enumerate(found) if i]))
+                     for frame, box, found in zip(row, boxes[r], identities[r], strict=True)])
         labels += ["found"] if image is None else ["input", "found"]
     heads = [f"t = {t}" for t in range(1, canvases.shape[1] + 1)]
     if Path(path).suffix != ".gif":
@@ -217,9 +200,9 @@ def curves(path: str | Path, panels: Mapping[str, Mapping[str, tuple[Any, Any, A
     num_rows = math.ceil(len(panels) / 4)
     num_columns = math.ceil(len(panels) / num_rows)
     figure = Figure((num_columns * 360 / DPI, num_rows * 290 / DPI), layout="constrained")
-    plots = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     handles = {}
-    for axes, (name, panel) in zip(plots, panels.items(), strict=False):
+    for n, (name, panel) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(num_rows, num_columns, n)
         for label, (x, y, stderr) in panel.items():
             x, y = _array(x), _array(y)
             color = _color(LINES[len(handles) % len(LINES)])
@@ -238,12 +221,10 @@ def curves(path: str | Path, panels: Mapping[str, Mapping[str, tuple[Any, Any, A
             axes.axvline(x, color=FAINT, linewidth=1, linestyle=":", zorder=1)
             place = dict(xycoords=("data", "axes fraction"), textcoords="offset points")
             axes.annotate(text, (x, 1), (0, 5 + 9 * i), ha="center", fontsize=6.5, **place)
-    for axes in plots[len(panels) :]:
-        axes.remove()
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the plots stay; the legend and the title stand around them
     if len(handles) > 1:
-        place = dict(loc="upper left", bbox_to_anchor=(1.02, plots[0].get_position().y1))
+        place = dict(loc="upper left", bbox_to_anchor=(1.02, figure.axes[0].get_position().y1))
         figure.legend(handles.values(), map(_wrap, handles), **place)
     return _save(figure, title, path)
 
@@ -253,22 +234,18 @@ def confusion(path: str | Path, matrix: Any, title: str, rows: str = "true count
               columns: str = "predicted count") -> Path:
     """A table of how often what is r was taken for v, `matrix` (R, V) of integers, 0 or more.
 
-    Below each number stands its share of the row, which darkens the cell; the diagonal is framed.
+    Below each number stands its share of the row, which darkens the cell.
     """
     matrix = _array(matrix)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)  # (R, V)
-    width, height = max(130, 24 + 11 * len(f"{matrix.max():,.0f}")), 84  # dots, of a cell
-    axes = _axes(matrix.shape[1] * width, matrix.shape[0] * height)
+    width = max(130, 24 + 11 * len(f"{matrix.max():,.0f}"))  # dots, of a cell
+    axes = _axes(matrix.shape[1] * width, matrix.shape[0] * 84)
     colors = 1 - shares[..., None] * (1 - np.array(to_rgb(SHADE)))  # (R, V, 3)
     axes.pcolormesh(colors, edgecolors=HAIRLINE, linewidth=0.8)
     for r, v in np.ndindex(matrix.shape):
-        color = "white" if shares[r, v] > 0.76 else "black" if matrix[r, v] else FAINT
-        share = f"{shares[r, v]:.1%}" if matrix[r].any() else "–"
-        for text, y, size in ((f"{matrix[r, v]:,.0f}", 0.36, 9), (share, 0.7, 6.5)):
-            axes.text(v + 0.5, r + y, text, color=color, fontsize=size, ha="center", va="center")
-        if r == v:
-            frame = dict(fill=False, edgecolor=INK, linewidth=1.5, zorder=3, clip_on=False)
-            axes.add_patch(Rectangle((v, r), 1, 1, **frame))
+        text = f"{matrix[r, v]:,.0f}\n{shares[r, v]:.1%}"
+        color = "white" if shares[r, v] > 0.76 else "black"
+        axes.text(v + 0.5, r + 0.5, text, color=color, ha="center", va="center")
     axes.set_xticks(np.arange(matrix.shape[1]) + 0.5, range(matrix.shape[1]))
     axes.set_yticks(np.arange(matrix.shape[0]) + 0.5, range(matrix.shape[0]))
     axes.set(xlabel=columns, ylabel=rows, ylim=(matrix.shape[0], 0))
@@ -281,28 +258,20 @@ def bars(path: str | Path, values: Mapping[str, tuple[float | None, float | None
          ylabel: str, log: bool = False) -> Path:
     """{label: (value, stderr or None)}: a horizontal bar each, its value in print, ± stderr a line.
 
-    `log`: on a logarithmic axis, where a value that is not above 0 has no bar. None, NaN and
-    infinity become a dash.
+    `log`: on a logarithmic axis. None, NaN, infinity and, on that, what is not above 0 have no bar.
     """
     value, stderr = np.array([_array(pair) for pair in values.values()]).T  # (R,) each
-    printed = [_number(v) if math.isfinite(v) else "–" for v in value]
     value = np.where(np.isfinite(value) & ((value > 0) | (not log)), value, math.nan)
-    stderr = np.where(np.isfinite(stderr), stderr, 0)
     labels = [_wrap(label) for label in values]
     height = 15 * max(label.count("\n") + 1 for label in labels) + 20
     axes = _axes(440, height * len(labels))
     y = range(len(labels))
+    stderr = np.nan_to_num(stderr, posinf=0)
     axes.barh(y, value, xerr=stderr, height=0.62, color=_color(LINES[0]), ecolor=INK)
     _ticks(axes.xaxis, log)
-    low, high = axes.xaxis.get_data_interval()
-    start = 0.0
-    if axes.get_xscale() == "log":  # from a power of ten that leaves the shortest bar some length
-        low = start = 10.0 ** math.floor(math.log10(axes.xaxis.get_minpos()) - 0.2)
-    axes.set_xlim(min(low, start), max(high, start) or 1)
-    axes.axvline(start, color=FAINT, linewidth=0.8, clip_on=False)
-    for i, (end, text) in enumerate(zip(np.fmax(value + stderr, start), printed, strict=True)):
+    for i in np.flatnonzero(np.isfinite(value)):
         place = dict(xytext=(5, 0), textcoords="offset points", va="center_baseline", color=INK)
-        axes.annotate(text, (end, i), **place)
+        axes.annotate(_number(value[i]), (max(value[i] + stderr[i], 0), i), **place)
     axes.grid(True, axis="x")
     axes.set(ylim=(len(y) - 0.5, -0.5), yticks=y, yticklabels=labels, xlabel=_wrap(ylabel, 440))
     return _save(axes.figure, title, path)
@@ -337,7 +306,7 @@ def _paint(masks: np.ndarray, entities: Iterable[int]) -> np.ndarray:
 
 
 def _decomposition(image: Any, reconstruction: Any, true_masks: Any, masks: Any, means: Any,
-                   matched: Any, labels: Sequence[str] = ()) -> Figure:
+                   matched: Any, labels: Sequence[str] = (), corner: str = "") -> Figure:
     """The sheet of `decomposition`; the masks `matched` say which slot belongs to which entity."""
     image, reconstruction = _images(image, "image", 4), _images(reconstruction, "reconstruction", 4)
     masks, means = _array(masks, "masks", 4), _images(means, "means", 5)
@@ -345,21 +314,17 @@ def _decomposition(image: Any, reconstruction: Any, true_masks: Any, masks: Any,
     slots = 1 - masks[..., None] * (1 - means)  # on white, (N, K, H, W, 3)
     rows = []
     for n, (truth, match) in enumerate(zip(truths[: len(image)], _array(matched), strict=False)):
+        entity_of = _entities(truth, match)
         row = [Panel(image[n]), Panel(reconstruction[n])]
         if truth is not None:
             row.append(Panel(_paint(truth, range(len(truth)))))
-        rows.append([*row, *_panels(masks[n], slots[n], _entities(truth, match))])
+        row.append(Panel(_paint(masks[n], [entity_of[k] for k in range(len(masks[n]))])))
+        rows.append(row + [Panel(slots[n, k], _color(e)) for k, e in entity_of.items()])
     known = [] if true_masks is None else ["True masks"]
     heads = ["Input", "Reconstruction", *known, "Predicted masks"]
     apart = 2, len(heads)
     heads += [f"Slot {k}" for k in range(1, masks.shape[1] + 1)]
-    return _sheet(rows, heads, labels, "ARI-FG" if labels else "", apart)
-
-
-def _panels(masks: np.ndarray, slots: np.ndarray, entity_of: dict[int, int]) -> list[Panel]:
-    """All masks in one panel, then a panel for each slot."""
-    panels = [Panel(slots[k], _color(entity)) for k, entity in entity_of.items()]
-    return [Panel(_paint(masks, [entity_of[k] for k in range(len(masks))])), *panels]
+    return _sheet(rows, heads, labels, corner, apart)
 
 
 def _sheet(rows: Sequence[Sequence[Panel]], heads: Sequence[str | float] = (),
@@ -383,7 +348,7 @@ def _sheet(rows: Sequence[Sequence[Panel]], heads: Sequence[str | float] = (),
     axes.set_xticks(left + width / 2 if heads else [], heads)
     axes.set_yticks(top + height / 2 if labels else [], labels)
     place = dict(xycoords="axes fraction", textcoords="offset points", ha="right", va="bottom")
-    axes.annotate(corner, (0, 1), (-4, 3.5), **place)
+    axes.annotate(corner if labels else "", (0, 1), (-4, 3.5), **place)
     return axes.figure
 
 

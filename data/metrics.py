@@ -8,8 +8,8 @@ Conventions, which differ between published implementations and move the numbers
 - What is no set of masks is refused, not repaired: masks of 0/255 shift the ARI a little, unseen.
 
 Arguments are tensors or arrays. All is computed in float64 on the CPU, as some devices have none,
-and without gradients. ValueError, in one line, for shapes that do not fit, true masks that are not
-bool or not exclusive, and predictions that hold NaN.
+and without gradients. ValueError, in one line, for masks whose shapes do not fit, true ones that
+are not bool or not exclusive, and predictions that hold NaN.
 
 Axes: B scenes, E entities (0 is the background), K slots, C H W image.
 """
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
-from scipy.special import entr
+from scipy.stats import entropy, sem
 from sklearn.cluster import KMeans
 from sklearn.ensemble import GradientBoostingClassifier, GradientBoostingRegressor
 from sklearn.linear_model import LinearRegression, LogisticRegression
@@ -30,7 +30,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Values = Tensor | np.ndarray
-FLOOR_SCENES = 320  # of the test split, as many as a run evaluates
 
 
 def ari(true_masks: Values, predicted: Values, foreground: bool = True) -> Tensor:
@@ -76,9 +75,7 @@ def miou(true_masks: Values, present: Values, predicted: Values) -> Tensor:
     counts 0, and so does one that is present but hidden. NaN where no object is present.
     """
     iou = _iou(_contingency(true_masks, predicted))[:, 1:]  # (B, E-1, K)
-    present, size = _cpu(present), tuple(true_masks.shape[:2])
-    if present.dtype != torch.bool or present.shape != size:
-        raise ValueError(f"present must be bool {size}, not {present.dtype} {tuple(present.shape)}")
+    present = _cpu(present)
     # An absent object takes a slot only where it costs nothing. 0/0 is a scene without objects.
     return _best_total(iou * present[:, 1:, None]) / present[:, 1:].sum(1)
 
@@ -108,10 +105,6 @@ def box_iou(true: Values, present: Values, boxes: Values, used: Values) -> Tenso
     present (B, E), used (B, K) bool: which of them are there.
     """
     true, present, boxes, used = map(_cpu, (true, present, boxes, used))
-    fits = true.shape == (*present.shape, 4) and boxes.shape == (*used.shape, 4)
-    if not (fits and true.ndim == boxes.ndim == 3 and len(true) == len(boxes)):
-        raise ValueError(f"boxes must be (B, E, 4) and (B, K, 4), present (B, E), used (B, K), not "
-                         f"{[tuple(x.shape) for x in (true, boxes, present, used)]}")  # fmt: skip
     return _best_total(_box_table(true, present, boxes, used)) / present.sum(1)
 
 
@@ -232,36 +225,6 @@ def no_learning(image: Values, num_slots: int, seed: int) -> dict[str, np.ndarra
     return {k: s == np.arange(s.max() + 1)[None, :, None, None] for k, s in segments.items()}
 
 
-def count_floor(counts: Values) -> Tensor:
-    """Whether each count (B,) is the most frequent one: bool, whose mean no constant beats."""
-    return _cpu(counts) == _cpu(counts).mode().values
-
-
-def dataset_floors(scenes: Any, num_slots: int | None = None) -> dict[str, Any]:
-    """What no learning scores on 320 of these scenes, ready for JSON.
-
-    Where each pixel has one owner: ari_fg, ari, miou of `no_learning`, with as many slots as
-    entities by default. Where objects blend: how often the most frequent number of them is right.
-    """
-    num_slots, floors, first = num_slots or scenes.max_entities, {}, scenes.batch(0, 1)
-    if first.coverage is not None:
-        counts = scenes.batch(0, FLOOR_SCENES).present[..., 1:].sum(-1).flatten()  # per frame
-        floors["most_frequent_count"] = {"count_accuracy": count_floor(counts)}
-    elif first.masks is not None:
-        for i in range(FLOOR_SCENES):  # one by one, as a photograph has thousands of components
-            image, masks, present, *_ = scenes.batch(i, 1)
-            for name, found in no_learning(image[0], num_slots, i).items():
-                floor = floors.setdefault(name, dict(ari_fg=[], ari=[], miou=[]))
-                floor["ari_fg"].append(ari(masks, found).item())
-                floor["ari"].append(ari(masks, found, foreground=False).item())
-                floor["miou"].append(miou(masks, present, found).item())
-    for floor in floors.values():
-        floor.update({name: mean_stderr(values) for name, values in floor.items()})
-    command = f"python notebooks/results.py floors {scenes.name}"
-    return dict(command=command, dataset=scenes.name, split=scenes.split, seed=scenes.seed,
-                scenes=FLOOR_SCENES, num_slots=num_slots, floors=floors)  # fmt: skip
-
-
 def mean_stderr(values: Any) -> dict[str, float | int | None]:
     """`{mean, stderr, n, left_out}` of a tensor, array or list of scores, ready for JSON.
 
@@ -272,17 +235,15 @@ def mean_stderr(values: Any) -> dict[str, float | int | None]:
     values = np.asarray(values, dtype=np.float64).ravel()
     kept = values[~np.isnan(values)]
     with np.errstate(all="ignore"):  # infinite values
-        mean = kept.mean() if len(kept) else math.nan
-        stderr = kept.std(ddof=1) / math.sqrt(len(kept)) if len(kept) > 1 else math.nan
-    mean, stderr = (float(v) if math.isfinite(v) else None for v in (mean, stderr))
-    return dict(mean=mean, stderr=stderr, n=len(kept), left_out=len(values) - len(kept))
+        found = dict(mean=kept.mean() if len(kept) else math.nan,
+                     stderr=sem(kept) if len(kept) > 1 else math.nan)
+    found = {name: float(v) if math.isfinite(v) else None for name, v in found.items()}
+    return found | dict(n=len(kept), left_out=len(values) - len(kept))
 
 
 def _concentration(weights: np.ndarray) -> np.ndarray:
     """1 - entropy of a row over that of the uniform one: (R, V) >= 0 -> (R,), 0 for zeros."""
-    share = weights / np.maximum(weights.sum(1, keepdims=True), np.finfo(float).tiny)
-    entropy = entr(share).sum(1) / math.log(weights.shape[1])
-    return np.where(weights.any(1), 1 - entropy, 0.0)
+    return 1 - entropy(weights + np.finfo(float).tiny, base=weights.shape[1], axis=1)
 
 
 def _components(values: np.ndarray) -> np.ndarray:

@@ -14,39 +14,41 @@ number of objects, repeated shapes and repeated colours.
 - `exclude` is a (shape, colour) that only the test split shows (Greff et al. 2019, Fig. 7); the
   others stay uniform.
 
-Connected components of one hue find nearly all objects where each has its own colour. Only form
-tells them apart in `mini_sprites_16_same_color` (one colour a scene) and `mini_sprites_16_grey`
-(one channel, one brightness a scene, uniform in [0.5, 1]), where each box but the first touches an
-earlier one, at an edge or a corner (`touching`): there such components score ARI-FG 0.33 in both.
+Connected components of one hue find nearly all objects where each has its own colour. In
+`mini_sprites_16_same_color` (one colour a scene) only form tells them apart: each box but the first
+touches an earlier one, at an edge or a corner, and such components score ARI-FG 0.33.
 
 `present` means exists, and so visible, as nothing overlaps; objects are entities 1 .. number.
-Factors: shape, color_id (int64, none in grey); color (B, E, C), as it is multiplied; row, col of
-the bounding box's top left pixel; brightness (1 where neither shaded nor grey).
+Factors: shape, color_id (int64); color (B, E, 3), as it is multiplied; row, col of the bounding
+box's top left pixel; brightness (1 where not shaded).
 
-Axes: B scenes, E entities, N = E - 1 objects, P positions along one side, C H W image.
+Axes: B scenes, E entities, N = E - 1 objects, S stencils, P positions along one side, H W
+image.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from data import Batch, Scenes, add_background, draws, stamp
+from data import Batch, Scenes, draws, make_batch
 
-PURE_COLORS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0))
+COLORS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0))
 SHAPES = ("square", "disc", "triangle")
-COLORS = ("own", "same", "grey")  # of the objects of a scene
 
 
 class MiniSprites(Scenes):
-    """size and sprite are sides in pixels; colors is one of COLORS.
+    """size and sprite are sides in pixels. same_color: all objects of a scene, which touch.
 
-    Raises ValueError where max_objects might not fit, and for an `exclude` that cannot be.
+    Raises ValueError where max_objects might not fit.
     """
+
+    num_channels = 3
 
     def __init__(self, name: str = "mini_sprites", split: str = "train", seed: int = 0,
                  device: str | torch.device = "cpu", size: int = 12, sprite: int = 4,
                  min_objects: int = 2, max_objects: int = 3, shaded: bool = False,
-                 colors: str = "own", touching: bool = False,
-                 exclude: tuple[int, int] | None = None):
+                 same_color: bool = False, exclude: tuple[int, int] | None = None):
         super().__init__(name, split, seed, device)
         # Of positions 2 * sprite - 1 apart, one object blocks at most one, so this many objects
         # fit wherever the ones before them went.
@@ -54,21 +56,14 @@ class MiniSprites(Scenes):
         if not 1 <= min_objects <= max_objects <= room:
             raise ValueError(f"{min_objects} to {max_objects} objects of {sprite} px need not fit "
                              f"into {size} px (at most {room} always do)")  # fmt: skip
-        if colors not in COLORS:
-            raise ValueError(f"unknown colors {colors!r}; choose from {', '.join(COLORS)}")
-        pairs = [(i, j) for i in range(len(SHAPES)) for j in range(len(PURE_COLORS))]
-        if exclude and (colors != "own" or exclude not in pairs):
-            raise ValueError(f"exclude must be a shape and a colour, of {pairs[0]} to {pairs[-1]}, "
-                             f"of sprites of their own colours, not {exclude}")  # fmt: skip
+        pairs = [(i, j) for i in range(len(SHAPES)) for j in range(len(COLORS))]
         self.excluded = pairs.index(exclude) if exclude and split != "test" else None
-        self.num_channels = 1 if colors == "grey" else 3
         self.height = self.width = self.size = size
-        self.sprite, self.shaded, self.colors, self.touching = sprite, shaded, colors, touching
+        self.sprite, self.shaded, self.same_color = sprite, shaded, same_color
         self.min_objects, self.max_objects = min_objects, max_objects
         self.max_entities = max_objects + 1
-        self.stencils = make_stencils(sprite, shaded).to(self.device)  # (3, sprite+2, sprite+2)
-        palette = [(1,)] * len(PURE_COLORS) if colors == "grey" else PURE_COLORS
-        self.palette = torch.tensor(palette, dtype=torch.float32, device=self.device)
+        self.stencils = make_stencils(sprite, SHAPES, shaded).to(self.device)
+        self.colors = torch.tensor(COLORS, dtype=torch.float32, device=self.device)
 
     def scenes(self, index: Tensor) -> Batch:
         u = draws.uniform(self.key, index, (5, self.max_objects))
@@ -76,39 +71,25 @@ class MiniSprites(Scenes):
         span = self.max_objects - self.min_objects + 1
         number = self.min_objects + draws.pick(u_number[:, :1], span)
         exists = torch.arange(self.max_objects, device=self.device) < number  # (B, N)
-        shape, color_id = draws.pick(u_shape, len(SHAPES)), draws.pick(u_color, len(PURE_COLORS))
+        shape, color_id = draws.pick(u_shape, len(SHAPES)), draws.pick(u_color, len(COLORS))
         if self.excluded is not None:
-            pair = draws.pick(u_shape, len(SHAPES) * len(PURE_COLORS) - 1)
+            pair = draws.pick(u_shape, len(SHAPES) * len(COLORS) - 1)
             pair += pair >= self.excluded
-            shape, color_id = pair // len(PURE_COLORS), pair % len(PURE_COLORS)
-        if self.colors != "own":
-            color_id, u_light = color_id[:, :1].expand_as(shape), u_light[:, :1].expand_as(shape)
-        color_id = color_id * exists
+            shape, color_id = pair // len(COLORS), pair % len(COLORS)
+        if self.same_color:
+            color_id = color_id[:, :1].expand_as(shape)
+        color = self.colors[color_id]  # (B, N, 3)
         # A multiple of 2**-24 halved is exact, and so is its sum with one half.
-        grey = self.colors == "grey"
-        light = u_light * 0.5 + 0.5 if self.shaded or grey else torch.ones_like(u_light)
-        color = self.palette[color_id] * exists[..., None]  # (B, N, C)
+        light = u_light * 0.5 + 0.5 if self.shaded else torch.ones_like(u_light)
         row, col = self.place(u_position)  # (B, N)
 
         levels = stamp(self.stencils, shape, row, col, self.size)  # (B, N, H, W)
         levels = levels * (light * exists)[..., None, None]
         # Boxes do not overlap, so each sum has one term at most and is exact in any order.
-        image = (levels[:, :, None] * color[..., None, None]).sum(1)  # (B, C, H, W)
-        masks = add_background(levels > 0)  # (B, E, H, W)
-        masks[:, 0] = ~masks.any(1)
-        present = add_background(exists)
-        present[:, 0] = True
-        factors = {
-            "shape": shape * exists,
-            "color_id": color_id,
-            "color": color,
-            "row": row * exists.float(),
-            "col": col * exists.float(),
-            "brightness": light * exists,
-        }
-        if grey:
-            del factors["color_id"]
-        return Batch(image, masks, present, {k: add_background(v) for k, v in factors.items()})
+        image = (levels[:, :, None] * color[..., None, None]).sum(1)  # (B, 3, H, W)
+        factors = dict(shape=shape, color_id=color_id, color=color, row=row.float(),
+                       col=col.float(), brightness=light)  # fmt: skip
+        return make_batch(image, levels > 0, factors, exists)
 
     def place(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and columns of the objects, each uniform over what the earlier ones left free.
@@ -122,7 +103,7 @@ class MiniSprites(Scenes):
         rows, cols = [], []
         for k in range(self.max_objects):
             # A free box moved towards another, a pixel at a time, is beside it before it overlaps.
-            allowed = free & beside if self.touching and k else free
+            allowed = free & beside if self.same_color and k else free
             seen = allowed.cumsum(1)
             # The chosen position is the first at which `chosen` + 1 allowed ones have been seen.
             chosen = draws.pick(u[:, k : k + 1], seen[:, -1:])
@@ -137,14 +118,28 @@ class MiniSprites(Scenes):
         return torch.cat(rows, 1), torch.cat(cols, 1)
 
 
-def make_stencils(side: int, shaded: bool) -> Tensor:
-    """Light levels of the three shapes, with a border of zeros: float32 (3, side+2, side+2)."""
-    stencils = torch.zeros(len(SHAPES), side + 2, side + 2)
+def stamp(stencils: Tensor, shape: Tensor, row: Tensor, col: Tensor, size: int) -> Tensor:
+    """Place stencil `shape` with its top-left pixel at (row, col) of an empty size x size image.
+
+    stencils (S, h, w) with a border of zeros; shape, row, col int64 (B, N) -> (B, N, size, size).
+    """
+    _, h, w = stencils.shape
+    pixels = torch.arange(size, device=stencils.device) + 1  # + 1 for the border, where all else is
+    y = (pixels - row[..., None]).clamp_(0, h - 1)  # (B, N, H)
+    x = (pixels - col[..., None]).clamp_(0, w - 1)  # (B, N, W)
+    line = (shape[..., None] * h + y) * w  # (B, N, H)
+    return stencils.flatten()[line[..., None] + x[..., None, :]]  # (B, N, H, W)
+
+
+def make_stencils(side: int, shapes: Sequence[str], shaded: bool = False) -> Tensor:
+    """The light of each shape, with a border of zeros: float32 (S, side+2, side+2)."""
+    stencils = torch.zeros(len(shapes), side + 2, side + 2)
     for i in range(side):
         for j in range(side):
             # Twice the distance from the box's centre lines to the pixel's centre, an integer.
             down, across = abs(2 * i + 1 - side), abs(2 * j + 1 - side)
-            inside = (True, down**2 + across**2 <= side**2, across <= i + 1)
+            inside = dict(square=True, disc=down**2 + across**2 <= side**2,
+                          triangle=across <= i + 1, downward=across <= side - i)  # fmt: skip
             level = 1 - 0.3 * (i + j) / max(2 * side - 2, 1) if shaded else 1.0
-            stencils[:, i + 1, j + 1] = level * torch.tensor(inside)
+            stencils[:, i + 1, j + 1] = level * torch.tensor([inside[shape] for shape in shapes])
     return stencils

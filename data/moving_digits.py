@@ -28,15 +28,13 @@ identity (int64), the entity's number.
 Axes: B scenes, T frames, E entities, N = E - 1 digits, A attempts, C H W image.
 """
 
-import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from data import Batch, add_background, draws, stamp
-from data.digits import ATTEMPTS, INK, LARGEST, SIZE, MultiMNIST, bounding_box
+from data import Batch, draws, make_batch
+from data.digits import ATTEMPTS, INK, LARGEST, SIZE, MultiMNIST
 
 
 class MovingDigits(MultiMNIST):
@@ -45,19 +43,10 @@ class MovingDigits(MultiMNIST):
     Raises ValueError for sizes and numbers that cannot be, UserError where there are no digits.
     """
 
-    def __init__(
-        self,
-        name: str = "moving_mnist",
-        split: str = "train",
-        seed: int = 0,
-        device: str | torch.device = "cpu",
-        length: int = 10,
-        speed: int = 3,
-        crossing: float = 0.0,
-        enter: bool = False,
-        leave: bool = False,
-        folder: str | Path = "",
-    ):
+    def __init__(self, name: str = "moving_mnist", split: str = "train", seed: int = 0,
+                 device: str | torch.device = "cpu", length: int = 10, speed: int = 3,
+                 crossing: float = 0.0, enter: bool = False, leave: bool = False,
+                 folder: str | Path = ""):
         super().__init__(name, split, seed, device, folder=folder)
         if length < 1 or not 0 <= speed <= 10 or not 0 <= crossing <= 1:
             raise ValueError(f"{length} frames at up to {speed} pixels a frame, a share of "
@@ -75,10 +64,7 @@ class MovingDigits(MultiMNIST):
         crossing = u_crossing[:, :1] < self.crossing  # (B, 1)
         number = torch.where(crossing, 2, draws.pick(u_number[:, :1], 3))
         exists = torch.arange(self.max_objects, device=self.device) < number  # (B, N)
-        digit = draws.pick(u_digit, len(self.digits))
-        size = (u_size[..., None] >= self.limits).sum(-1)  # (B, N), a position in `sizes`
-        light = self.resize(digit, size) * exists[..., None, None]  # (B, N, SIDE, SIDE), 0 .. 255
-        frame, box = bounding_box(light, 1), bounding_box(light, math.ceil(INK * 255))  # (B, N, 4)
+        digit, size, light, frame = self.choose(exists, u_digit, u_size)
         first = draws.pick(u_first, self.length) * self.enter  # (B, N)
         last = first + draws.pick(u_last, self.length - first)
         last = last if self.leave else torch.full_like(first, self.length - 1)
@@ -86,30 +72,15 @@ class MovingDigits(MultiMNIST):
         there = exists[:, None] & (time >= first[:, None]) & (time <= last[:, None])  # (B, T, N)
         place = self.move(frame[..., 2:], first, crossing, u[:, 6:])  # (B, T, N, 2)
 
-        stencils = F.pad(light.float() * (1 / 255), [1] * 4).flatten(0, 1)  # (B*N, SIDE+2, SIDE+2)
-        which = torch.arange(len(stencils), device=self.device).view_as(digit)  # (B, N)
-        which = which[:, None].expand_as(there).flatten(0, 1)  # (B*T, N)
         offset = place - frame[:, None, :, :2]  # (B, T, N, 2), of the picture
-        digits = stamp(stencils, which, *offset.flatten(0, 1).unbind(-1), SIZE)
-        digits = digits.unflatten(0, there.shape[:2]) * there[..., None, None]  # (B, T, N, H, W)
-        covered = digits.sum(2).clamp_(max=1)  # (B, T, H, W); a sum of two is exact in any order
+        digits, factors = self.paint(digit[:, None], size[:, None], light[:, None], offset)
+        digits = digits * there[..., None, None]  # (B, T, N, H, W)
+        covered = digits.sum(2, keepdim=True).clamp_(max=1)  # exact: two terms in any order
         first_wins = digits[:, :, :1] >= digits[:, :, 1:]
-        masks = (digits >= INK) & torch.cat([first_wins, ~first_wins], 2)
-        masks = torch.cat([~masks.any(2, keepdim=True), masks], 2)  # (B, T, E, H, W)
-        coverage = torch.cat([1 - covered[:, :, None], digits], 2)
-        present = F.pad(there, [1, 0], value=True)  # (B, T, E)
-
-        box = ((box[:, None] + F.pad(offset, [0, 2])) * there[..., None]).float()  # in the image
-        factors = {
-            "label": self.labels[digit][:, None] * there,
-            "box": box,
-            "row": box[..., 0] + box[..., 2] * 0.5,
-            "col": box[..., 1] + box[..., 3] * 0.5,
-            "size": self.sizes[size][:, None] * there,
-            "identity": torch.arange(1, self.max_objects + 1, device=self.device) * there,
-        }
-        factors = {name: frame_background(value) for name, value in factors.items()}
-        return Batch(covered[:, :, None], masks, present, factors, coverage)
+        inside = (digits >= INK) & torch.cat([first_wins, ~first_wins], 2)
+        coverage = torch.cat([1 - covered, digits], 2)  # (B, T, E, H, W)
+        factors["identity"] = torch.arange(1, self.max_objects + 1, device=self.device)
+        return make_batch(covered, inside, factors, there, coverage)
 
     def move(self, extent: Tensor, first: Tensor, crossing: Tensor, u: Tensor) -> Tensor:
         """Rows and columns (B, T, N, 2) of the frames' top left in the first valid attempt.
@@ -147,8 +118,3 @@ def reflect(place: Tensor, room: Tensor) -> Tensor:
     period = 2 * room.clamp(min=1)
     place = place % period
     return torch.minimum(place, period - place)
-
-
-def frame_background(objects: Tensor) -> Tensor:
-    """Zeros for entity 0 in front of the objects' values: (B, T, N, ...) -> (B, T, E, ...)."""
-    return add_background(objects.flatten(0, 1)).unflatten(0, objects.shape[:2])

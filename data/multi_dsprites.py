@@ -3,16 +3,16 @@
 Specified by Greff et al. 2019 (appendix B.2): two to five sprites that vary in shape (square,
 ellipse, heart), colour ("uniform saturated colors"), scale, position and rotation (all three
 continuous), on a background that is grey and varies in brightness; binarized: two or three white
-sprites on black. By the published data set (multi_object_datasets): a third version of one to four
-sprites, sprites and background each in a random RGB colour; "HSV-random" sprites on the grey ones;
-at most 4, 6 and 5 entities. By dSprites: scales 0.5 to 1, binary sprites.
+sprites on black. By the published data set (multi_object_datasets): "HSV-random" sprites on grey;
+at most 4 and 6 entities. (Its third version, coloured sprites on colours, is left out.) By
+dSprites: scales 0.5 to 1, binary sprites.
 
 Assumed:
 - Number, shape, scale, orientation in [0, 2 pi) and centre are uniform and independent. Centres
   lie in [16, 48], so that each sprite is inside the image whatever its scale and orientation.
 - At scale 1 the square's side is 22 pixels, the ellipse's semi-axes are 15 and 10, the heart is
   26 wide; each covers about 475 pixels, so that size tells nothing of shape.
-- On grey: hue uniform, saturation and value 1. Background brightness, RGB colours: uniform.
+- On grey: hue uniform, saturation and value 1. The background's brightness is uniform.
 - Orientation has 4096 steps (0.02 px at a sprite's rim), its sine and cosine come from a table.
 - A pixel is a sprite's where its centre lies inside the outline, without anti-aliasing.
 
@@ -31,14 +31,9 @@ import math
 import torch
 from torch import Tensor
 
-from data import Batch, Scenes, add_background, draws
+from data import Batch, Scenes, draws, make_batch
 
 SHAPES = ("square", "ellipse", "heart")
-SPRITES = {  # colors: (channels, fewest, most sprites)
-    "binarized": (1, 2, 3),
-    "colored_on_grayscale": (3, 2, 5),
-    "colored_on_colored": (3, 1, 4),
-}
 SIZE = 64
 MARGIN = 16.0  # of the centres, in an image of SIZE pixels
 ANGLES = 4096
@@ -48,59 +43,40 @@ HEART_RISE = 0.118  # from the middle of the heart's bounding box down to the cu
 
 
 class MultiDSprites(Scenes):
-    """`colors` is a key of SPRITES."""
+    """`binarized`: two or three white sprites on black, instead of two to five coloured ones."""
 
     height = width = SIZE
+    min_objects = 2
 
     def __init__(self, name: str = "multi_dsprites_colored_on_grayscale", split: str = "train",
-                 seed: int = 0, device: str | torch.device = "cpu",
-                 colors: str = "colored_on_grayscale"):
+                 seed: int = 0, device: str | torch.device = "cpu", binarized: bool = False):
         super().__init__(name, split, seed, device)
-        if colors not in SPRITES:
-            raise ValueError(f"unknown colors {colors!r}; choose from {', '.join(SPRITES)}")
-        self.colors = colors
-        self.num_channels, self.min_objects, self.max_objects = SPRITES[colors]
+        self.binarized = binarized
+        self.num_channels, self.max_objects = (1, 3) if binarized else (3, 5)
         self.max_entities = self.max_objects + 1
         self.geometry = Geometry(SIZE, self.device)
 
     def scenes(self, index: Tensor) -> Batch:
-        u = draws.uniform(self.key, index, (10, self.max_objects))
-        u_number, u_ground, u_color = u[:, 0, :1], u[:, 1], u[:, 7:].mT
+        u = draws.uniform(self.key, index, (8, self.max_objects))
+        u_number, u_ground, u_hue = u[:, 0, :1], u[:, 1, :1], u[:, 7]
         number = self.min_objects + draws.pick(u_number, self.max_objects - self.min_objects + 1)
         exists = torch.arange(self.max_objects, device=self.device) < number  # (B, N)
         shape, scale, orientation, cos, sin, row, col = self.geometry.pose(u[:, 2:7])
-        ground, color = self.paint(u_ground, u_color)  # (B, 1, C), (B, N, C)
+        ground, color = u_ground[..., None].expand(-1, -1, 3), pure_hue(u_hue)  # (B, 1 or N, 3)
+        if self.binarized:
+            ground, color = torch.zeros_like(ground[..., :1]), torch.ones_like(color[..., :1])
 
         owner = torch.zeros(len(index), SIZE, SIZE, dtype=torch.uint8, device=self.device)
         for k in range(self.max_objects):  # one by one stays in the cache: twice as fast
             sprite = (value[:, k] for value in (shape, scale, cos, sin, row, col))
             owner.masked_fill_(self.geometry.outline(*sprite) & exists[:, k, None, None], k + 1)
-        entities = torch.arange(self.max_entities, dtype=torch.uint8, device=self.device)
-        masks = owner[:, None] == entities[:, None, None]  # (B, E, H, W)
-        present = masks.flatten(2).any(2)  # (B, E)
-        present[:, 0] = True
-
         palette = torch.cat([ground, color], 1).mT  # (B, C, E)
         pixels = owner.flatten(1)[:, None].long().expand(-1, self.num_channels, -1)  # (B, C, HW)
         image = palette.gather(2, pixels).unflatten(2, (SIZE, SIZE))  # (B, C, H, W)
-        visible = present[:, 1:]
-        factors = {
-            "shape": shape * visible,
-            "color": color * visible[..., None],
-            "scale": scale * visible,
-            "orientation": orientation * visible,
-            "row": row * visible,
-            "col": col * visible,
-        }
-        return Batch(image, masks, present, {k: add_background(v) for k, v in factors.items()})
-
-    def paint(self, u_ground: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Colours of background (B, 1, C) and sprites (B, N, C) from draws (B, N), (B, N, 3)."""
-        if self.colors == "binarized":
-            return torch.zeros_like(u[:, :1, :1]), torch.ones_like(u[..., :1])
-        if self.colors == "colored_on_colored":
-            return u_ground[:, None, :3], u  # N is 4 here: three draws for three channels
-        return u_ground[:, :1, None].expand(-1, -1, 3), pure_hue(u[..., 0])
+        numbers = torch.arange(1, self.max_entities, dtype=torch.uint8, device=self.device)
+        factors = dict(shape=shape, color=color, scale=scale, orientation=orientation, row=row,
+                       col=col)  # fmt: skip
+        return make_batch(image, owner[:, None] == numbers[:, None, None], factors)
 
 
 class Geometry:

@@ -9,7 +9,7 @@ uniform over the pixel positions inside the image, independently of the others. 
 being all white they then merge in the image, while in the masks the topmost wins.
 
 Ours: `shapes_levels`, the same scenes, but each shape has a brightness of its own, uniform in
-[0.25, 1], so that the edges between shapes show. Only there is it a factor.
+[0.25, 1], so that the edges between shapes show.
 
 Entities are in depth order, a later one occludes an earlier one. `present` means visible: a shape
 of whose mask nothing is left is absent, its factors zero, so `present` can have gaps.
@@ -22,9 +22,10 @@ Axes: B scenes, E = 4 entities, N = 3 shapes, C H W image.
 import torch
 from torch import Tensor
 
-from data import Batch, Scenes, add_background, draws, stamp
+from data import Batch, Scenes, draws, make_batch
+from data.mini_sprites import make_stencils, stamp
 
-SHAPES = ("up", "down", "square")
+SHAPES = ("triangle", "downward", "square")
 SIZE = 28
 BOX = 9
 NUM_SHAPES = 3
@@ -42,7 +43,7 @@ class Shapes(Scenes):
         super().__init__(name, split, seed, device)
         self.key = draws.make_key("shapes", split, seed)  # also of those with levels
         self.levels = levels
-        self.stencils = make_stencils().to(self.device)  # (3, BOX+2, BOX+2)
+        self.stencils = make_stencils(BOX, SHAPES).to(self.device)  # (3, BOX+2, BOX+2)
 
     def scenes(self, index: Tensor) -> Batch:
         u = draws.uniform(self.key, index, (4, NUM_SHAPES))
@@ -50,30 +51,13 @@ class Shapes(Scenes):
         shape = draws.pick(u_shape, len(SHAPES))  # (B, N)
         row = draws.pick(u_row, SIZE - BOX + 1)
         col = draws.pick(u_col, SIZE - BOX + 1)
+        level = u_level * 0.75 + 0.25 if self.levels else torch.ones_like(u_level)
 
-        inside = stamp(self.stencils, shape, row, col, SIZE)  # (B, N, H, W)
-        entities = torch.arange(self.max_entities, dtype=torch.uint8, device=self.device)
-        owner = (inside * entities[1:, None, None]).amax(1)  # (B, H, W): the topmost
-        masks = owner[:, None] == entities[:, None, None]  # (B, E, H, W)
-        level = u_level * 0.75 + 0.25 if self.levels else torch.ones_like(u_level)  # (B, N)
-        light = add_background(level).gather(1, owner.flatten(1).long())  # (B, HW)
-        image = light.unflatten(1, (1, SIZE, SIZE))  # (B, 1, H, W)
-        present = masks.flatten(2).any(2)  # (B, E)
-        present[:, 0] = True
-        visible = present[:, 1:]
-        factors = {"shape": shape * visible, "row": row * visible, "col": col * visible}
-        factors |= {name: factors[name].float() for name in ("row", "col")}
-        if self.levels:
-            factors["brightness"] = level * visible
-        return Batch(image, masks, present, {k: add_background(v) for k, v in factors.items()})
-
-
-def make_stencils() -> Tensor:
-    """Which pixels of its box each shape fills, with an empty border: bool (3, BOX+2, BOX+2)."""
-    stencils = torch.zeros(len(SHAPES), BOX + 2, BOX + 2, dtype=torch.bool)
-    for i in range(BOX):
-        for j in range(BOX):
-            across = abs(2 * j + 1 - BOX)  # twice the distance to the middle column
-            inside = (across <= i + 1, across <= BOX - i, True)
-            stencils[:, i + 1, j + 1] = torch.tensor(inside)
-    return stencils
+        inside = stamp(self.stencils, shape, row, col, SIZE) > 0  # (B, N, H, W)
+        numbers = torch.arange(1, NUM_SHAPES + 1, dtype=torch.uint8, device=self.device)
+        numbers = numbers[:, None, None]
+        inside = numbers == (inside * numbers).amax(1, keepdim=True)  # the topmost, (B, N, H, W)
+        # Each pixel is in one shape at most, so a sum is exact in any order.
+        image = (inside * level[..., None, None]).sum(1, keepdim=True)  # (B, 1, H, W)
+        factors = dict(shape=shape, row=row.float(), col=col.float(), brightness=level)
+        return make_batch(image, inside, factors)

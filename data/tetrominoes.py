@@ -28,7 +28,8 @@ Axes: B scenes, E = 4 entities, N = 3 pieces, A attempts, S = 19 shapes, C H W i
 import torch
 from torch import Tensor
 
-from data import Batch, Scenes, add_background, draws, stamp
+from data import Batch, Scenes, draws, make_batch
+from data.mini_sprites import COLORS, stamp
 
 PIECES = {  # number: rows from top to bottom
     1: "####",
@@ -56,40 +57,35 @@ CELLS = [
     for piece in PIECES.values()
 ]
 TILES = {  # the light on one cell, of 255; it multiplies the colour
-    ("shaded", 5): [
+    "shaded": [
         [191, 255, 255, 255, 223],
         [127, 159, 159, 159, 191],
         [127, 159, 159, 159, 191],
         [127, 159, 159, 159, 191],
         [95, 63, 63, 63, 127],
     ],
-    ("flat", 2): [[255] * 2] * 2,
-    ("flat", 5): [[255] * 5] * 5,
+    "flat": [[255] * 2] * 2,
 }
-COLORS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0))
 NUM_PIECES = 3
 SIDE = 7  # the image, in cells
 ATTEMPTS = 256
 
 
 class Tetrominoes(Scenes):
-    """`tile` is "shaded" or "flat", `cell` its side in pixels: the keys of TILES."""
+    """`tile` is a key of TILES."""
 
     num_channels = 3
     max_entities = NUM_PIECES + 1
 
     def __init__(self, name: str = "tetrominoes", split: str = "train", seed: int = 0,
-                 device: str | torch.device = "cpu", tile: str = "shaded", cell: int = 5):
+                 device: str | torch.device = "cpu", tile: str = "shaded"):
         super().__init__(name, split, seed, device)
-        if (tile, cell) not in TILES:
-            raise ValueError(f"no {tile} tile of {cell} px; choose from {list(TILES)}")
-        self.cell = cell
+        self.cell = cell = len(TILES[tile])  # its side in pixels
         self.height = self.width = self.size = SIDE * cell
-        self.reach = 4 * cell  # so far apart, no two pieces overlap
         extent = torch.tensor([[max(axis) + 1 for axis in zip(*c, strict=True)] for c in CELLS])
         self.places = (self.size - cell * extent + 1).to(self.device)  # (S, 2) rows, columns
-        self.stencils = make_stencils(TILES[tile, cell]).to(self.device)
-        self.overlaps = overlap_table(cell, self.reach).flatten().to(self.device)
+        self.stencils = make_stencils(TILES[tile]).to(self.device)
+        self.cells = (torch.tensor(CELLS).short() * cell).to(self.device)  # (S, 4, 2), in pixels
         self.numbers = torch.tensor(list(PIECES), device=self.device)
         self.colors = torch.tensor(COLORS, dtype=torch.float32, device=self.device)
 
@@ -103,17 +99,9 @@ class Tetrominoes(Scenes):
         levels = stamp(self.stencils, shape, row, col, self.size)  # (B, N, H, W)
         # Without overlap each sum has one term at most and is exact in any order.
         image = (levels[:, :, None] * color[..., None, None]).sum(1)  # (B, 3, H, W)
-        masks = add_background(levels > 0)  # (B, E, H, W)
-        masks[:, 0] = ~masks.any(1)
-        present = torch.ones(masks.shape[:2], dtype=torch.bool, device=self.device)
-        factors = {
-            "shape": self.numbers[shape],
-            "color_id": color_id,
-            "color": color,
-            "row": row.float(),
-            "col": col.float(),
-        }
-        return Batch(image, masks, present, {k: add_background(v) for k, v in factors.items()})
+        factors = dict(shape=self.numbers[shape], color_id=color_id, color=color, row=row.float(),
+                       col=col.float())  # fmt: skip
+        return make_batch(image, levels > 0, factors)
 
     def place(self, shape: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and columns (B, N) of the first attempt without overlap; u (B, 2A, N) in [0, 1)."""
@@ -121,24 +109,15 @@ class Tetrominoes(Scenes):
         u_row, u_col = u.chunk(2, dim=1)
         row, col = draws.pick(u_row, rows_of), draws.pick(u_col, cols_of)  # (B, A, N)
         one, other = [0, 0, 1], [1, 2, 2]  # the three pairs
-        line = (shape[:, one] * len(PIECES) + shape[:, other])[:, None]  # (B, 1, 3)
-        for axis in (row, col):
-            offset = (axis[..., other] - axis[..., one]).clamp_(-self.reach, self.reach)
-            line = line * (2 * self.reach + 1) + offset + self.reach  # (B, A, 3)
-        chosen = draws.first_valid(~self.overlaps[line].any(2))  # (B,)
+        cells = self.cells[shape]  # (B, N, 4, 2)
+        apart = cells[:, other, None] - cells[:, one, :, None]  # (B, 3, 4, 4, 2)
+        near = torch.ones((), dtype=torch.bool, device=u.device)
+        for place, between in zip((row, col), apart[:, None].unbind(-1), strict=True):
+            offset = (place[..., other] - place[..., one]).short()[..., None, None]
+            near = near & ((offset + between).abs() < self.cell)  # (B, A, 3, 4, 4)
+        chosen = draws.first_valid(~near.flatten(2).any(2))  # (B,)
         scene = torch.arange(len(chosen), device=chosen.device)
         return row[scene, chosen], col[scene, chosen]
-
-
-def overlap_table(cell: int, reach: int) -> Tensor:
-    """bool (S, S, D, D): does shape t, `row` and `col` pixels from shape s, overlap it?
-
-    The last two axes are the offsets -reach .. reach.
-    """
-    cells = torch.tensor(CELLS) * cell  # (S, 4, 2)
-    apart = (cells[None, :, None] - cells[:, None, :, None]).flatten(2, 3)  # (S, S, 16, 2)
-    near = (apart[..., None] + torch.arange(-reach, reach + 1)).abs() < cell  # (S, S, 16, 2, D)
-    return (near[:, :, :, 0, :, None] & near[:, :, :, 1, None]).any(2)  # (S, S, D, D)
 
 
 def make_stencils(tile: list[list[int]]) -> Tensor:

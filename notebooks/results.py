@@ -42,6 +42,7 @@ from data import checkpoints, metrics, runs  # noqa: E402
 RESULTS, WEIGHTS, FIGURES = (NOTEBOOKS / name for name in ("results", "weights", "figures"))
 SLOT_MODELS = "iodine", "efficient_morl", "slot_attention"
 LIMIT = 2 * 2**20  # bytes of a file of weights: everybody who clones downloads it
+FLOOR_SCENES = 320  # of the test split, as many as a run evaluates
 
 # -- keep ------------------------------------------------------------------------------------------
 
@@ -153,9 +154,34 @@ def keep_dci(name: str) -> None:
     checkpoints.write_json(path, content)
 
 
+def dataset_floors(scenes: data.Scenes) -> dict[str, Any]:
+    """What no learning scores on FLOOR_SCENES of these scenes.
+
+    Where each pixel has one owner: ari_fg, ari, miou of `metrics.no_learning`, with as many slots
+    as entities. Where objects blend: how often the most frequent number of them is right.
+    """
+    num_slots, floors, first = scenes.max_entities, {}, scenes.batch(0, 1)
+    if first.coverage is not None:
+        counts = scenes.batch(0, FLOOR_SCENES).present[..., 1:].sum(-1).flatten()  # per frame
+        floors["most_frequent_count"] = dict(count_accuracy=counts == counts.mode().values)
+    elif first.masks is not None:
+        for i in range(FLOOR_SCENES):  # one by one, as a photograph has thousands of components
+            image, masks, present, *_ = scenes.batch(i, 1)
+            for name, found in metrics.no_learning(image[0], num_slots, i).items():
+                floor = floors.setdefault(name, dict(ari_fg=[], ari=[], miou=[]))
+                floor["ari_fg"].append(metrics.ari(masks, found).item())
+                floor["ari"].append(metrics.ari(masks, found, foreground=False).item())
+                floor["miou"].append(metrics.miou(masks, present, found).item())
+    for floor in floors.values():
+        floor.update({name: metrics.mean_stderr(values) for name, values in floor.items()})
+    command = f"python notebooks/results.py floors {scenes.name}"
+    return dict(command=command, dataset=scenes.name, split=scenes.split, seed=scenes.seed,
+                scenes=FLOOR_SCENES, num_slots=num_slots, floors=floors)  # fmt: skip
+
+
 def keep_floors(name: str) -> None:
     """What no learning scores on the test scenes of a data set, into results/."""
-    content = metrics.dataset_floors(data.make(name, "test"))
+    content = dataset_floors(data.make(name, "test"))
     checkpoints.write_json(RESULTS / f"floors-{name}.json", content)
 
 

@@ -670,7 +670,7 @@ def test_what_cannot_be_is_refused(changes):
 @pytest.mark.parametrize("changes", [
     dict(estimator="nvil", normalise=True), dict(estimator="vimco"), dict(estimator="concrete"),
     dict(estimator="rebar", precision="bfloat16"), dict(difference=True, background=True),
-    dict(dataset="multi_mnist_color"),
+    dict(dataset="multi_mnist_grid"),
 ], ids=str)  # fmt: skip
 def test_every_option_trains(changes, tmp_path, monkeypatch):
     torch.set_default_dtype(torch.float32)

@@ -15,7 +15,7 @@ from test_data import BLENDED, SIZES, UNSURE, is_uniform, sample
 import data
 from data.blended_sprites import BlendedSprites
 
-CONTINUOUS = ("scale", "orientation", "row", "col")
+CONTINUOUS = ("orientation", "row", "col")
 
 
 @functools.cache
@@ -101,14 +101,11 @@ def test_factors_are_uniform(name):
     assert is_uniform(f["shape"][present], 3)
     ranges = {
         "hue": (0, 1),
-        "scale": (0.5, 0.5),
         "orientation": (0, 2 * np.pi),
         "row": (size / 4, size / 2),
         "col": (size / 4, size / 2),
     }
-    if not name.endswith("_scaled"):
-        del ranges["scale"]
-        assert f["scale"].unique().tolist() == [0, 0.75]
+    assert f["scale"].unique().tolist() == [0, 0.75]
     for key, (low, extent) in ranges.items():
         for slot in (0, most - 1):
             values = f[key][:, slot][present[:, slot]].numpy()
@@ -121,24 +118,14 @@ def test_factors_are_independent(name):
     """Of each other, of the number of sprites, and of the factors of another sprite."""
     present, f = facts(name)
     number = present.sum(1, keepdim=True).expand_as(present)
-    keys = [k for k in CONTINUOUS if k != "scale" or name.endswith("_scaled")]
-    columns = torch.stack([f["shape"], f["hue"], *(f[key] for key in keys), number], -1)
+    columns = torch.stack([f["shape"], f["hue"], *(f[key] for key in CONTINUOUS), number], -1)
     values = columns[present].double().numpy()
     r = np.corrcoef(values.T) - np.eye(columns.shape[-1])
     assert abs(r).max() < 4.5 / len(values) ** 0.5
     both = present[:, 0] & present[:, 1]
     pair = columns[both, :2, :-1].double().flatten(1).numpy()
-    r = np.corrcoef(pair.T)[: len(keys) + 2, len(keys) + 2 :]
+    r = np.corrcoef(pair.T)[: len(CONTINUOUS) + 2, len(CONTINUOUS) + 2 :]
     assert abs(r).max() < 4.5 / len(pair) ** 0.5
-
-
-@pytest.mark.parametrize("name", ["sprites_3", "sprites_8_32"])
-def test_scaled_scenes_are_the_same_but_for_the_scale(name):
-    one, other = sample(name, 256), sample(f"{name}_scaled", 256)
-    assert torch.equal(one.present, other.present)
-    assert [k for k in one.factors if not torch.equal(one.factors[k], other.factors[k])] == [
-        "scale"
-    ]
 
 
 def test_half_the_size():
@@ -178,6 +165,3 @@ def test_a_fixed_number():
     scenes = data.make("sprites_3_32", number=1)
     shapes = torch.cat([scenes.batch(i, 128).factors["shape"][:, 1] for i in range(0, 2048, 128)])
     assert is_uniform(shapes, 3)
-    for number in (-1, 4):
-        with pytest.raises(ValueError, match=rf"0 \.\. 3, not {number}"):
-            BlendedSprites(max_objects=3, number=number)

@@ -172,22 +172,21 @@ def test_without_true_masks_slots_keep_their_order(draw):
     assert [[panel.frame for panel in row] for row in rows] == [[None] * 3 + colors] * 2
     image, _, *trace = steps()
     _, rows, _ = draw("refinement", image, None, *trace, "t")
-    assert [panel.frame for panel in rows[1]] == [None] * 2 + colors and len(rows[0]) == 1
+    assert [panel.frame for panel in rows[1]] == [None] * 3 + colors
 
 
 def test_one_colour_follows_one_slot_through_the_steps(draw):
     image, true, _, masks, means = args = steps(num_slots=4)
     slots = figures.metrics.match(true[None], masks[-1:])[0].tolist()  # at the last step
-    _, (truth, *rows), _ = draw("refinement", *args, "Steps")
+    _, rows, _ = draw("refinement", *args, "Steps")
     order = ordered(slots, 4)
-    for t, (_, _, *shown) in enumerate(rows):
-        assert [panel.frame for panel in shown] == [panel.frame for panel in rows[0][2:]]
+    for t, (seen, _, _, _, *shown) in enumerate(rows):
+        assert abs(seen.image - image.permute(1, 2, 0).numpy()).max() < 1e-6
+        assert [panel.frame for panel in shown] == [panel.frame for panel in rows[0][4:]]
         for k, panel in zip(order, shown, strict=True):
             assert abs(panel.image - on_white(means[t, k], masks[t, k])).max() < 1e-6
-    assert len(truth[2:]) == 3  # the last entity is empty
-    for k, above, below in zip(order, truth[2:], rows[0][2:], strict=False):
-        assert abs(above.image - on_white(image, true[slots.index(k)].float())).max() < 1e-6
-        assert above.frame == below.frame
+    colors = [figures._color(slots.index(k)) for k in order if k in slots]
+    assert [panel.frame for panel in rows[0][4:]][: len(colors)] == colors
 
 
 def test_an_animation_ends_as_the_decomposition_with_its_order_throughout(draw, tmp_path):
@@ -252,8 +251,8 @@ def test_a_cell_is_as_dark_as_its_share_and_its_text_is_readable(draw):
     cells = np.asarray(axes.collections[0].get_array())
     blue = np.array(matplotlib.colors.to_rgb(figures.SHADE))
     for i, (r, v) in enumerate(np.ndindex(21, 2)):
-        number, percent, share = *axes.texts[2 * i : 2 * i + 2], counts[r][v] / 1000
-        assert (number.get_text(), percent.get_text()) == (f"{counts[r][v]:,}", f"{share:.1%}")
+        number, share = axes.texts[i], counts[r][v] / 1000
+        assert number.get_text() == f"{counts[r][v]:,}\n{share:.1%}"
         assert abs(cells[r, v] - 1 + share * (1 - blue)).max() < 1e-6
         pair = np.array([matplotlib.colors.to_rgb(number.get_color()), cells[r, v]])
         linear = np.where(pair <= 0.04045, pair / 12.92, ((pair + 0.055) / 1.055) ** 2.4)
@@ -264,15 +263,16 @@ def test_a_cell_is_as_dark_as_its_share_and_its_text_is_readable(draw):
 @pytest.mark.parametrize("log", [False, True])
 def test_a_bar_ends_at_its_value(log, draw):
     (axes,) = draw("bars", VALUES, "t", "variance", log=log)[0].axes
-    printed = ["–", "3.21", "0.42", "0", "12,346", "0.0031", "−1,500", "–"]
+    printed = ["3.21", "0.42", *["0"] * (not log), "12,346", "0.0031", *["−1,500"] * (not log)]
     assert [text.get_text() for text in axes.texts] == printed
-    assert axes.get_xlim() == pytest.approx((0.001 if log else -1510, 12_595.6))
+    texts = iter(axes.texts)
     for i, (bar, (value, stderr)) in enumerate(zip(axes.patches, VALUES.values(), strict=True)):
         absent = value is None or value != value or (log and value <= 0)
         assert bar.get_y() + bar.get_height() / 2 == pytest.approx(i)
         assert bar.get_width() == pytest.approx(np.nan if absent else value, nan_ok=True)
-        end = 0 if absent else value + (stderr or 0)
-        assert axes.texts[i].xy == pytest.approx((max(end, 0.001 if log else 0), i))  # right of it
+        if not absent:
+            end = max(value + (stderr or 0), 0)
+            assert next(texts).xy == pytest.approx((end, i))  # right of it
 
 
 @pytest.mark.parametrize(("position", "value"), [

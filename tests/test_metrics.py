@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import results
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -340,9 +341,6 @@ def test_what_is_no_mask_is_refused(name):
 
 
 def test_other_bad_arguments_are_refused():
-    for present in (PRESENT[:, :3], PRESENT.float(), PRESENT[0]):
-        with pytest.raises(ValueError, match="present must be bool"):
-            metrics.miou(TRUE, present, SOFT)
     image = torch.zeros(1, 3, 4, 5)
     for other, message in ((image[:, :1], "both be floats"), (image.byte(), "floats"),
                            (image + NAN, "NaN")):  # fmt: skip
@@ -373,11 +371,6 @@ def test_box_iou_conventions():
     assert metrics.box_iou(box, yes, box, yes).item() == 1
     assert metrics.box_iou(box, yes, box, no).item() == 0
     assert metrics.box_iou(box, no, box, yes).isnan().all()  # no objects: no score
-    for bad in (box[..., :3], box[0]):
-        with pytest.raises(ValueError, match="boxes must be"):
-            metrics.box_iou(bad, yes, box, yes)
-    with pytest.raises(ValueError, match="boxes must be"):
-        metrics.box_iou(box, yes.expand(1, 2), box, yes)
 
 
 def test_identity_swaps():
@@ -536,15 +529,14 @@ def fake_scenes(coverage):
 
 
 def test_floors_of_a_dataset():
-    content = metrics.dataset_floors(fake_scenes(None))
+    content = results.dataset_floors(fake_scenes(None))
     json.dumps(content, allow_nan=False)
     assert content["dataset"] == "n" and content["num_slots"] == 3 and content["scenes"] == 320
     hue, voronoi = content["floors"]["one_hue"], content["floors"]["voronoi"]
     assert [hue[k]["mean"] for k in ("ari_fg", "ari", "miou")] == [1, 1, 1]
     assert 0 < voronoi["miou"]["mean"] < 0.9 and voronoi["ari"]["n"] == 320
-    floors = metrics.dataset_floors(fake_scenes(torch.ones(1)))["floors"]
+    floors = results.dataset_floors(fake_scenes(torch.ones(1)))["floors"]
     assert floors["most_frequent_count"]["count_accuracy"]["mean"] == 0.75
-    assert metrics.count_floor([2, 0, 1, 1]).tolist() == [False, False, True, True]
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("floors-*.json")), ids=lambda p: p.stem)
@@ -554,8 +546,8 @@ def test_committed_floors_are_the_commands(path):
     assert path.name == f"floors-{content['dataset']}.json" and content["split"] == "test"
     scenes = data.make(content["dataset"], "test", content["seed"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "FLOOR_SCENES", 4)
-        again = metrics.dataset_floors(scenes)
+        patch.setattr(results, "FLOOR_SCENES", 4)
+        again = results.dataset_floors(scenes)
     assert again.keys() == content.keys() and again["command"] == content["command"]
     assert again["floors"].keys() == content["floors"].keys()
     assert again["num_slots"] == content["num_slots"]

@@ -190,8 +190,9 @@ def test_training_scenes_may_be_others(name, quick_evaluation, monkeypatch):
     made, make = {}, data.make
     monkeypatch.setattr(data, "make", lambda *a, **b: made.update({a[1:2]: a[0]})
                         or make(*a, **b))
-    MODELS[name].train(tiny(name, preset="quick_same_color", dataset="mini_sprites_16"))
-    assert made[("train",)] == "mini_sprites_16_shaded" and made[("test",)] == "mini_sprites_16"
+    MODELS[name].train(tiny(name, preset="quick_same_color"))
+    assert made[("train",)] == "mini_sprites_16_shaded"
+    assert made[("test",)] == "mini_sprites_16_same_color"
 
 
 @pytest.mark.parametrize("kind", test_files.KINDS)

@@ -8,13 +8,13 @@ import itertools
 
 import numpy as np
 import pytest
+import results
 import torch
 from scipy import stats
 from test_data import UNSURE, assert_same, is_uniform
 from test_digits import box_of
 
 import data
-from data import metrics
 from data.moving_digits import MovingDigits
 
 PINNED = {  # a hash of the first four test sequences
@@ -186,7 +186,7 @@ def test_crossing(length):
 
 
 def test_floor_counts_frames():
-    floor = metrics.dataset_floors(data.make("moving_mnist_leave", "test"))
+    floor = results.dataset_floors(data.make("moving_mnist_leave", "test"))
     counts = data.make("moving_mnist_leave", "test").batch(0, 320).present[..., 1:].sum(2)
     share = counts.flatten().bincount().max().item() / counts.numel()
     score = floor["floors"]["most_frequent_count"]["count_accuracy"]

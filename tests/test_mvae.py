@@ -515,7 +515,7 @@ def tiny(**changes) -> mvae.Config:
     ("tetrominoes: 35 x 35 pixels", dict(dataset="tetrominoes", single_steps=0)),
     ("--poolings 4: 3 layers", dict(poolings=4)),
     ("3 layers, 16 places", dict(num_slots=17)),
-    ("no scenes of just one object", dict(dataset="mini_sprites_16", poolings=2)),
+    ("no scenes of just one object", dict(dataset="mini_sprites_16_shaded", poolings=2)),
     ("--exclusion-steps must rise", dict(exclusion_steps=(1, 2, 2, 3))),
 ])  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(answer, changes):
@@ -532,7 +532,7 @@ def check_learning_rate(module: ModuleType = mvae) -> None:
 
 @pytest.mark.parametrize("changes", [
     {}, dict(model="vae"), dict(aggregation="sum", num_slots=1), dict(precision="bfloat16"),
-    dict(dataset="mini_sprites_16", poolings=2, single_steps=0),
+    dict(dataset="mini_sprites_16_shaded", poolings=2, single_steps=0),
 ], ids=str)  # fmt: skip
 def test_a_run_trains_evaluates_and_draws(changes, tmp_path, monkeypatch):
     monkeypatch.setattr(mvae, "evaluate", functools.partial(mvae.evaluate, count=20))

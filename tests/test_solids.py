@@ -186,7 +186,7 @@ def test_statistics():
 
 def test_six_objects_find_a_place_and_of_ten_nearly_all():
     """The number of attempts; see the docstring."""
-    scenes = data.make("solids_64_to_10")
+    scenes = data.make("solids_48", size=64, max_objects=10)
     u = draws.uniform(1, torch.arange(4000), (2 * solids.ATTEMPTS + 1, 10))
     radius = scenes.radii[1 + draws.pick(u[:, -1], 2)]
     _, placed = scenes.place(scenes.eye.expand(-1, 4000), u[:, :-1], radius, radius)
