@@ -355,7 +355,7 @@ def mvae_table() -> str:
     names = {"`quick`": "quick", "without the start with one sprite": "quick-no-single",
              "places that are not selected pay nothing": "quick-no-unselected",
              "a place beside a larger one pays no more": "quick-no-exclusion",
-             "sum instead of max": "quick-sum", "VAE": "quick-vae",
+             "sum instead of max": "quick-sum", "VAE, 60 latents": "quick-vae",
              "`quick` after one step of training": "quick-untrained",
              "`sprites3_short`": "sprites3_short", "its VAE, 3,000 steps": "sprites3_short-vae",
              "`sprites8_short`": "sprites8_short"}
