@@ -426,9 +426,8 @@ class IODINE(nn.Module):
         """With sigma_start, times (0.1 / sigma)^2, so that sigma^2 times it stays the paper's."""
         return self.config.kl_weight * ((0.1 / sigma) ** 2 if self.config.sigma_start else 1)
 
-    def infer(
-        self, image: Tensor, noise: Tensor, num_steps: int = 0, training: bool = False
-    ) -> list[Step]:
+    def infer(self, image: Tensor, noise: Tensor, num_steps: int = 0,
+              training: bool = False) -> list[Step]:
         """Algorithm 1, Fig. 3: T decodes (0: the config's); no refinement after the last.
 
         image (B, C, H, W) in [0, 1]; noise (B, T, K, D) standard normal. With `training` the steps
@@ -467,9 +466,8 @@ class IODINE(nn.Module):
                 update, state = f(packed, lam, gradient, state)
                 lam = lam + update  # eq. 3
 
-    def noise(
-        self, scenes: data.Scenes, index: Tensor, num_steps: int = 0, num_slots: int = 0
-    ) -> Tensor:
+    def noise(self, scenes: data.Scenes, index: Tensor, num_steps: int = 0,
+              num_slots: int = 0) -> Tensor:
         """(B, T, K, D) standard normal for scenes `index`: a function of seed, split and scene."""
         c = self.config
         key = draws.make_key("iodine noise", scenes.split, c.seed)
@@ -564,12 +562,11 @@ def learning_rate(config: Config, step: int) -> float:
 def check(config: Config) -> None:
     """UserError, in one line, where the options cannot be."""
     runs.check(config)
-    runs.at_least(config, 1, "num_slots", "num_steps", "latent_size", "decoder_channels",
-                  "decoder_kernel", "refinement_channels", "refinement_kernel",
-                  "refinement_stride", "mlp_size")
-    runs.at_least(config, 0, "test_steps", "lstm_size", "kl_weight", "lr_warmup", "flat_colors",
-                  "sigma_start")
-    runs.positive(config, "sigma", "update_gain", "clip", "lr_final")
+    sizes = [name for name in vars(config) if name.endswith(("_channels", "_kernel", "_size"))]
+    sizes.remove("lstm_size")
+    runs.at_least(config, 1, "num_slots", "num_steps", "refinement_stride", *sizes)
+    runs.at_least(config, 0, "test_steps", "lstm_size", "lr_warmup", "flat_colors", "sigma_start")
+    runs.positive(config, "sigma", "update_gain", "clip", "lr_final", "kl_weight")
     for name in ("decoder_kernel", "refinement_kernel"):
         runs.require(getattr(config, name) % 2 == 1, f"{runs.option(name)} must be odd")
     try:
