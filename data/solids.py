@@ -22,8 +22,8 @@ devices factors are equal, images to 1e-4, masks but for one pixel in 10,000.
 
 A solid is seven numbers: x, y, z of its centre, its radius (0: there is none), cosine and sine of
 its turn about the vertical, its shape. Its height is twice its radius; a cube's side is the radius
-times sqrt(2), so that its base has that radius. Rendering is + - * /, square roots and comparisons
-alone, one operation at a time, which IEEE 754 rounds correctly: the same on every device.
+times sqrt(2). Rays meet solids by + - * /, square roots and comparisons alone, one at a time, which
+IEEE 754 rounds correctly and which therefore are the same on every device.
 
 Axes: B scenes, E entities (0 is the ground), N = E - 1 objects, A attempts, R rays, P of them near
 a solid, C H W image; x, y, z of a point or direction come first.
