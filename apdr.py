@@ -372,12 +372,11 @@ class APDR(nn.Module):
         # frame before, as log p(b = 0) needs it too.
         state, place = h_prior.split([c.lstm_size, 2], 1)
         state = self.prior_cell(before, state)  # eq. 16, 22
-        sizes = 1, 3 + c.latent_size, 3, c.latent_size
-        psi, shift, where, what = self.prior_head(state).split(sizes, 1)
-        # Eq. 14, 15. At first an object moves as it did and looks as it did, so that two that meet
-        # rather cross than bounce with exchanged looks; and psi is .99.
+        psi, shift, raw = self.prior_head(state).split([1, *[3 + c.latent_size] * 2], 1)
+        # Eq. 14, 15. At first an object moves as it did, so that two that meet rather cross than
+        # bounce, and looks as it did; and psi is .99.
         loc = before + F.pad(before[:, 1:3] - place, (1, c.latent_size)) + shift
-        std = torch.cat([F.softplus(where - 1), F.softplus(what - 3)], 1) + FLOOR
+        p = psi[:, 0] + 4.6, normal(loc, F.softplus(raw - 1) + FLOOR)
         rows = rows._replace(relation=self.relation_cell(rows.said, rows.relation))  # eq. 24
         picture = inputs.image[rows.sequence, t] - c.difference * rows.canvas
         states = torch.cat([before, rows.h_time, rows.relation], 1)
@@ -390,9 +389,9 @@ class APDR(nn.Module):
         keep = torch.sigmoid(gate + 3)  # at first it looks as it did
         what = keep * before[:, 3:] + (1 - keep) * coded
         q = normal(torch.cat([where.loc, what], 1),
-                   torch.cat([where.scale, F.softplus(raw - 3) + FLOOR], 1))
+                   torch.cat([where.scale, F.softplus(raw - 1) + FLOOR], 1))
         h_prior = torch.cat([state, before[:, 1:3]], 1)
-        return rows, identity, h_prior, (psi[:, 0] + 4.6, normal(loc, std)), (logit[:, 0] + 3, q)
+        return rows, identity, h_prior, p, (logit[:, 0] + 3, q)
 
     def discover(self, rows: Rows, inputs: Inputs, t: int, number: int) -> tuple:
         """Eq. 27, 28, of one more new object: the same."""

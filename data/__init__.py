@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 class Scenes:
     """An endless list of scenes. Subclasses set the sizes and override `scenes`."""
 
-    num_channels: int
+    num_channels: int = 3
     height: int
     width: int
     max_entities: int  # background included

@@ -8,11 +8,8 @@ one; training data is always new. By dSprites: square, ellipse, heart; binary sp
 Assumed:
 - A sprite exists with probability 1/2. So the number is binomial, and of scenes of up to three one
   in eight is empty. The background is black: it adds nothing.
-- Colour: hue uniform, saturation and value 1. Uniform RGB would hold sprites too dark to count. And
-  since a pure hue lacks a primary, a pixel with all three is covered twice, which no colour tells
-  if all are allowed.
-- One scale, 0.75, as the paper lists colours, orientations and places only. It is none of dSprites'
-  six; at it the model is known to learn to count.
+- Colour: hue uniform, saturation and value 1. Uniform RGB would hold sprites too dark to count.
+- One scale, 0.75, as the paper lists colours, orientations and places only.
 - Shape, orientation and centre: uniform, as in data/multi_dsprites.py, whose outlines these are.
   Centres keep a quarter of the image from its edge, so that each sprite is inside the image.
 
@@ -42,8 +39,6 @@ class BlendedSprites(Scenes):
     """At most `max_objects` sprites in size x size pixels; `number`: so many, the lowest, in every
     scene, instead of each with probability 1/2."""
 
-    num_channels = 3
-
     def __init__(self, name: str = "sprites_3", split: str = "train", seed: int = 0,
                  device: str | torch.device = "cpu", size: int = 64, max_objects: int = 3,
                  number: int | None = None):
@@ -60,21 +55,20 @@ class BlendedSprites(Scenes):
         if self.number is not None:
             exists[:] = torch.arange(self.max_objects, device=u.device) < self.number
         color = pure_hue(u[:, 1])  # (B, N, 3)
-        shape, scale, orientation, cos, sin, row, col = self.geometry.pose(u[:, 2:])
+        factors, sprites = self.geometry.pose(u[:, 2:])
 
         image = u.new_zeros(len(u), 3, self.height, self.width)
         coverage = u.new_zeros(len(u), self.max_entities, self.height, self.width)
         topmost = torch.zeros_like(coverage[:, 1:], dtype=torch.bool)  # (B, N, H, W)
         free = torch.ones_like(topmost[:, 0])  # (B, H, W), no sprite so far
         for k in reversed(range(self.max_objects)):  # from the top
-            sprite = (value[:, k] for value in (shape, scale, cos, sin, row, col))
-            inside = self.geometry.outline(*sprite) & exists[:, k, None, None]  # (B, H, W)
+            inside = self.geometry.outline(*(value[:, k] for value in sprites))  # (B, H, W)
+            inside &= exists[:, k, None, None]
             coverage[:, k + 1] = inside
             topmost[:, k] = inside & free
             free &= ~inside
             # A product with 0 or 1 is exact and the order is fixed: the same bits on every device.
             image.addcmul_(coverage[:, k + 1, None], color[:, k, :, None, None])
         coverage[:, 0] = free
-        factors = dict(shape=shape, color=color, scale=scale, orientation=orientation, row=row,
-                       col=col)  # fmt: skip
+        factors["color"] = color
         return make_batch(image.clamp_(max=1), topmost, factors, exists, coverage)

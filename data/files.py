@@ -15,10 +15,9 @@ A file's scenes fall into test, validation and train, 10, 10 and 80 %, by a shuf
 their number alone. Scene i of a split is entry i of an order of the seed; each pass has its own.
 `present` means visible.
 
-A gzip file cannot be read out of order, unpacked TFRecords are huge (three bytes for one), and so
-are pictures to decode. So both are read once, one scene at a time, MOST at most, and kept beside
-PATH as `PATH@64.scenes` (6.5 GB for CLEVR@128). Where that may not be written, a link to PATH in
-another folder will do.
+Records and pictures, packed as they are, are read once, one scene at a time, MOST at most, and kept
+beside PATH as `PATH@64.scenes` (6.5 GB for CLEVR@128). Where that may not be written, a link to
+PATH in another folder will do.
 
 Axes: N scenes of a file, B scenes, E entities, C H W image.
 """

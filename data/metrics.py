@@ -1,4 +1,4 @@
-"""How well a model takes scenes apart: ARI, mIoU, MSE and so on, and what needs no learning.
+"""How well a model takes scenes apart: ARI, mIoU, MSE and so on.
 
 Conventions, which differ between published implementations and move the numbers:
 
@@ -20,10 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import entropy, sem
-from sklearn.cluster import KMeans
 from sklearn.ensemble import GradientBoostingClassifier, GradientBoostingRegressor
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from torch import Tensor
@@ -40,7 +38,7 @@ def ari(true_masks: Values, predicted: Values, foreground: bool = True) -> Tenso
         index = Σ_ek C(n_ek, 2),  a = Σ_e C(n_e., 2),  b = Σ_k C(n_.k, 2),  total = C(n, 2)
         ARI = (index - a b / total) / ((a + b) / 2 - a b / total)
 
-    0 is the mean over segments of scattered pixels; those in one piece score more (`no_learning`).
+    0 is the mean over segments of scattered pixels; those in one piece score more.
     true_masks: (B, E, H, W) bool, exactly one entity per pixel, entity 0 the background.
     predicted: (B, K, H, W), floats, whose argmax over K decides, or exclusive bool.
     `foreground` leaves out the pixels of entity 0: the papers' ARI, blind to what the slots do with
@@ -203,28 +201,6 @@ def dci(codes: Values, factors: Mapping[str, Values], train: int | None = None) 
     )
 
 
-def no_learning(image: Values, num_slots: int, seed: int) -> dict[str, np.ndarray]:
-    """Three ways to take an image (C, H, W) apart: masks (1, K, H, W), bool.
-
-    one_hue: connected components (4 neighbours) of one hue, a pixel's colours over the largest, or
-    of one brightness where there is one channel, to a twentieth. kmeans: of colour and place (the
-    side counts half as much as black to white), num_slots clusters, the best of four starts.
-    voronoi: the nearest of num_slots random points, which never sees the image.
-    """
-    image = _cpu(image).double().numpy()
-    channels, *size = image.shape
-    place = (np.indices(size) + 0.5) / np.reshape(size, (2, 1, 1))  # (2, H, W) in [0, 1]
-    hue = image if channels == 1 else image / image.max(0).clip(1e-9)
-    features = np.concatenate([image, place / 2]).reshape(channels + 2, -1).T  # (H W, C + 2)
-    points = np.random.default_rng(seed).random((num_slots, 2, 1, 1))
-    segments = dict(
-        one_hue=_components(np.round(hue * 20)),
-        kmeans=KMeans(num_slots, n_init=4, random_state=seed).fit_predict(features).reshape(size),
-        voronoi=((place - points) ** 2).sum(1).argmin(0),
-    )
-    return {k: s == np.arange(s.max() + 1)[None, :, None, None] for k, s in segments.items()}
-
-
 def mean_stderr(values: Any) -> dict[str, float | int | None]:
     """`{mean, stderr, n, left_out}` of a tensor, array or list of scores, ready for JSON.
 
@@ -244,17 +220,6 @@ def mean_stderr(values: Any) -> dict[str, float | int | None]:
 def _concentration(weights: np.ndarray) -> np.ndarray:
     """1 - entropy of a row over that of the uniform one: (R, V) >= 0 -> (R,), 0 for zeros."""
     return 1 - entropy(weights + np.finfo(float).tiny, base=weights.shape[1], axis=1)
-
-
-def _components(values: np.ndarray) -> np.ndarray:
-    """The connected components of equal values: (C, H, W) -> numbers from 0, (H, W)."""
-    height, width = values.shape[1:]
-    # Pixels are at the even places; between two of them is a bridge where they are equal.
-    grid = np.zeros((2 * height - 1, 2 * width - 1), dtype=bool)
-    grid[::2, ::2] = True
-    grid[1::2, ::2] = (values[:, 1:] == values[:, :-1]).all(0)
-    grid[::2, 1::2] = (values[:, :, 1:] == values[:, :, :-1]).all(0)
-    return ndimage.label(grid)[0][::2, ::2] - 1
 
 
 def _contingency(true_masks: Values, predicted: Values) -> Tensor:

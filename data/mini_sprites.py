@@ -1,7 +1,6 @@
 """Small squares, discs and triangles on black: the quick presets' data.
 
-Ours throughout; no paper specifies it. A laptop can learn it in minutes, and it still has a varying
-number of objects, repeated shapes and repeated colours.
+Ours. A laptop can learn it in minutes; the number of objects varies, shapes and colours repeat.
 
 - The number of objects is uniform in min_objects .. max_objects; shape (0 square, 1 disc,
   2 triangle) and colour (0 to 5: red, green, blue, cyan, magenta, yellow) are uniform, with
@@ -42,8 +41,6 @@ class MiniSprites(Scenes):
 
     Raises ValueError where max_objects might not fit.
     """
-
-    num_channels = 3
 
     def __init__(self, name: str = "mini_sprites", split: str = "train", seed: int = 0,
                  device: str | torch.device = "cpu", size: int = 12, sprite: int = 4,

@@ -46,7 +46,6 @@ class MultiDSprites(Scenes):
     """`binarized`: two or three white sprites on black, instead of two to five coloured ones."""
 
     height = width = SIZE
-    min_objects = 2
 
     def __init__(self, name: str = "multi_dsprites_colored_on_grayscale", split: str = "train",
                  seed: int = 0, device: str | torch.device = "cpu", binarized: bool = False):
@@ -59,23 +58,22 @@ class MultiDSprites(Scenes):
     def scenes(self, index: Tensor) -> Batch:
         u = draws.uniform(self.key, index, (8, self.max_objects))
         u_number, u_ground, u_hue = u[:, 0, :1], u[:, 1, :1], u[:, 7]
-        number = self.min_objects + draws.pick(u_number, self.max_objects - self.min_objects + 1)
+        number = 2 + draws.pick(u_number, self.max_objects - 1)
         exists = torch.arange(self.max_objects, device=self.device) < number  # (B, N)
-        shape, scale, orientation, cos, sin, row, col = self.geometry.pose(u[:, 2:7])
+        factors, sprites = self.geometry.pose(u[:, 2:7])
         ground, color = u_ground[..., None].expand(-1, -1, 3), pure_hue(u_hue)  # (B, 1 or N, 3)
         if self.binarized:
             ground, color = torch.zeros_like(ground[..., :1]), torch.ones_like(color[..., :1])
 
         owner = torch.zeros(len(index), SIZE, SIZE, dtype=torch.uint8, device=self.device)
         for k in range(self.max_objects):  # one by one stays in the cache: twice as fast
-            sprite = (value[:, k] for value in (shape, scale, cos, sin, row, col))
-            owner.masked_fill_(self.geometry.outline(*sprite) & exists[:, k, None, None], k + 1)
+            inside = self.geometry.outline(*(value[:, k] for value in sprites))  # (B, H, W)
+            owner.masked_fill_(inside & exists[:, k, None, None], k + 1)
         palette = torch.cat([ground, color], 1).mT  # (B, C, E)
         pixels = owner.flatten(1)[:, None].long().expand(-1, self.num_channels, -1)  # (B, C, HW)
         image = palette.gather(2, pixels).unflatten(2, (SIZE, SIZE))  # (B, C, H, W)
         numbers = torch.arange(1, self.max_entities, dtype=torch.uint8, device=self.device)
-        factors = dict(shape=shape, color=color, scale=scale, orientation=orientation, row=row,
-                       col=col)  # fmt: skip
+        factors["color"] = color
         return make_batch(image, owner[:, None] == numbers[:, None, None], factors)
 
 
@@ -90,15 +88,16 @@ class Geometry:
         self.centres = torch.arange(size, device=device) + 0.5  # of the pixels
         self.size, self.margin = size, MARGIN * (size / SIZE)
 
-    def pose(self, u: Tensor) -> tuple[Tensor, ...]:
-        """Shape, scale, orientation, its cosine and sine, row, col (B, N) from draws (B, 5, N)."""
+    def pose(self, u: Tensor) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """Factors of sprites and the arguments of `outline`, (B, N) each, from draws (B, 5, N)."""
         u_shape, u_scale, u_angle, u_row, u_col = u.unbind(1)
         shape = draws.pick(u_shape, len(SHAPES))
         scale = u_scale * 0.5 + 0.5
         orientation, cos, sin = self.angles[:, draws.pick(u_angle, ANGLES)]
         row = u_row * (self.size - 2 * self.margin) + self.margin
         col = u_col * (self.size - 2 * self.margin) + self.margin
-        return shape, scale, orientation, cos, sin, row, col
+        factors = dict(shape=shape, scale=scale, orientation=orientation, row=row, col=col)
+        return factors, (shape, scale, cos, sin, row, col)
 
     def outline(
         self, shape: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, row: Tensor, col: Tensor

@@ -101,9 +101,6 @@ def positive(config: Any, *names: str) -> None:
 
 def check(config: RunConfig) -> None:
     """UserError where the options of RunConfig cannot be."""
-    for name, value in asdict(config).items():
-        require(not isinstance(value, float) or math.isfinite(value),
-                f"{option(name)} must be a finite number, not {value}")
     at_least(config, 1, "steps", "batch_size", "log_every")
     at_least(config, 0, "minutes")
     positive(config, "lr")

@@ -54,8 +54,7 @@ class Shapes(Scenes):
         level = u_level * 0.75 + 0.25 if self.levels else torch.ones_like(u_level)
 
         inside = stamp(self.stencils, shape, row, col, SIZE) > 0  # (B, N, H, W)
-        numbers = torch.arange(1, NUM_SHAPES + 1, dtype=torch.uint8, device=self.device)
-        numbers = numbers[:, None, None]
+        numbers = torch.arange(1, self.max_entities, device=self.device)[:, None, None]
         inside = numbers == (inside * numbers).amax(1, keepdim=True)  # the topmost, (B, N, H, W)
         # Each pixel is in one shape at most, so a sum is exact in any order.
         image = (inside * level[..., None, None]).sum(1, keepdim=True)  # (B, 1, H, W)

@@ -5,9 +5,8 @@ blocks of 5 x 5 pixels, each piece in one of six colours. The paper says 17 diff
 counting rotations; the published file has 19, all fixed tetrominoes (issue 10 of the repository
 multi_object_datasets, whose author read all of it), and its shape factor 20 values with that of the
 background. So 19 are drawn here.
-Read off images and records of that file: the pieces and their numbers (4 by elimination, 1 and 8 by
-the order of the others), the shading of a cell, pixel offsets that are on no grid, pieces that lie
-fully inside and may touch.
+Read off images and records of that file: the pieces and their numbers, the shading of a cell, pixel
+offsets that are on no grid, pieces that lie fully inside and may touch.
 
 Assumed: shapes and colours are uniform and independent, repetition allowed; given the shapes,
 positions are uniform over all placements without overlap.
@@ -74,7 +73,6 @@ ATTEMPTS = 256
 class Tetrominoes(Scenes):
     """`tile` is a key of TILES."""
 
-    num_channels = 3
     max_entities = NUM_PIECES + 1
 
     def __init__(self, name: str = "tetrominoes", split: str = "train", seed: int = 0,
@@ -86,7 +84,6 @@ class Tetrominoes(Scenes):
         self.places = (self.size - cell * extent + 1).to(self.device)  # (S, 2) rows, columns
         self.stencils = make_stencils(TILES[tile]).to(self.device)
         self.cells = (torch.tensor(CELLS).short() * cell).to(self.device)  # (S, 4, 2), in pixels
-        self.numbers = torch.tensor(list(PIECES), device=self.device)
         self.colors = torch.tensor(COLORS, dtype=torch.float32, device=self.device)
 
     def scenes(self, index: Tensor) -> Batch:
@@ -99,7 +96,7 @@ class Tetrominoes(Scenes):
         levels = stamp(self.stencils, shape, row, col, self.size)  # (B, N, H, W)
         # Without overlap each sum has one term at most and is exact in any order.
         image = (levels[:, :, None] * color[..., None, None]).sum(1)  # (B, 3, H, W)
-        factors = dict(shape=self.numbers[shape], color_id=color_id, color=color, row=row.float(),
+        factors = dict(shape=shape + 1, color_id=color_id, color=color, row=row.float(),
                        col=col.float())  # fmt: skip
         return make_batch(image, levels > 0, factors)
 

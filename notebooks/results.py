@@ -30,7 +30,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy import ndimage
+from sklearn.cluster import KMeans
 from torch import Tensor
 
 NOTEBOOKS = Path(__file__).resolve().parent
@@ -154,10 +157,43 @@ def keep_dci(name: str) -> None:
     checkpoints.write_json(path, content)
 
 
+def no_learning(image: torch.Tensor, num_slots: int, seed: int) -> dict[str, np.ndarray]:
+    """Three ways to take an image (C, H, W) apart: masks (1, K, H, W), bool.
+
+    one_hue: connected components (4 neighbours) of one hue, a pixel's colours over the largest, or
+    of one brightness where there is one channel, to a twentieth. kmeans: of colour and place (the
+    side counts half as much as black to white), num_slots clusters, the best of four starts.
+    voronoi: the nearest of num_slots random points, which never sees the image.
+    """
+    image = image.double().cpu().numpy()
+    channels, *size = image.shape
+    place = (np.indices(size) + 0.5) / np.reshape(size, (2, 1, 1))  # (2, H, W) in [0, 1]
+    hue = image if channels == 1 else image / image.max(0).clip(1e-9)
+    features = np.concatenate([image, place / 2]).reshape(channels + 2, -1).T  # (H W, C + 2)
+    points = np.random.default_rng(seed).random((num_slots, 2, 1, 1))
+    segments = dict(
+        one_hue=components(np.round(hue * 20)),
+        kmeans=KMeans(num_slots, n_init=4, random_state=seed).fit_predict(features).reshape(size),
+        voronoi=((place - points) ** 2).sum(1).argmin(0),
+    )
+    return {k: s == np.arange(s.max() + 1)[None, :, None, None] for k, s in segments.items()}
+
+
+def components(values: np.ndarray) -> np.ndarray:
+    """The connected components of equal values: (C, H, W) -> numbers from 0, (H, W)."""
+    height, width = values.shape[1:]
+    # Pixels are at the even places; between two of them is a bridge where they are equal.
+    grid = np.zeros((2 * height - 1, 2 * width - 1), dtype=bool)
+    grid[::2, ::2] = True
+    grid[1::2, ::2] = (values[:, 1:] == values[:, :-1]).all(0)
+    grid[::2, 1::2] = (values[:, :, 1:] == values[:, :, :-1]).all(0)
+    return ndimage.label(grid)[0][::2, ::2] - 1
+
+
 def dataset_floors(scenes: data.Scenes) -> dict[str, Any]:
     """What no learning scores on FLOOR_SCENES of these scenes.
 
-    Where each pixel has one owner: ari_fg, ari, miou of `metrics.no_learning`, with as many slots
+    Where each pixel has one owner: ari_fg, ari, miou of `no_learning`, with as many slots
     as entities. Where objects blend: how often the most frequent number of them is right.
     """
     num_slots, floors, first = scenes.max_entities, {}, scenes.batch(0, 1)
@@ -167,7 +203,7 @@ def dataset_floors(scenes: data.Scenes) -> dict[str, Any]:
     elif first.masks is not None:
         for i in range(FLOOR_SCENES):  # one by one, as a photograph has thousands of components
             image, masks, present, *_ = scenes.batch(i, 1)
-            for name, found in metrics.no_learning(image[0], num_slots, i).items():
+            for name, found in no_learning(image[0], num_slots, i).items():
                 floor = floors.setdefault(name, dict(ari_fg=[], ari=[], miou=[]))
                 floor["ari_fg"].append(metrics.ari(masks, found).item())
                 floor["ari"].append(metrics.ari(masks, found, foreground=False).item())

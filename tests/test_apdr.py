@@ -111,9 +111,9 @@ def eager(config: apdr.Config, w: dict, image: Tensor, noise: Tensor, history: l
         for j, (o, b) in enumerate(zip(objects, survive, strict=True)):
             h = gru("prior_cell", o.z, o.h)  # eq. 16
             psi, shift, raw = linear("prior_head", h).split([1, len(zeros), len(zeros)])
-            loc, raw = o.z + shift, raw - torch.tensor([1.0] * 3 + [3.0] * c.latent_size)
+            loc = o.z + shift
             loc[1:3] += o.z[1:3] - o.before[1:3]
-            psi, p = (psi + 4.6).sigmoid(), D.Normal(loc, softplus(raw) + 0.01)  # eq. 14
+            psi, p = (psi + 4.6).sigmoid(), D.Normal(loc, softplus(raw - 1) + 0.01)  # eq. 14
             relation = gru("relation_cell", said, relation)  # eq. 24
             states = torch.cat([o.z, h_time, relation])
             glimpse = look(seen(), p.loc[:3], 2.0)
@@ -123,7 +123,7 @@ def eager(config: apdr.Config, w: dict, image: Tensor, noise: Tensor, history: l
             loc, raw = mlp("encoder", look(seen(), where)).chunk(2)
             gate, raw_now = linear("renew", torch.cat([loc, softplus(raw), states])).chunk(2)
             keep = (gate + 3).sigmoid()
-            what = D.Normal(keep * o.z[3:] + (1 - keep) * loc, softplus(raw_now - 3) + 0.01)
+            what = D.Normal(keep * o.z[3:] + (1 - keep) * loc, softplus(raw_now - 1) + 0.01)
             q = D.Normal(torch.cat([q.loc, what.loc]), torch.cat([q.scale, what.scale]))
             z, value = torch.cat([where, what.loc + what.scale * e[j, 3:]]), torch.tensor([b * 1.0])
             f.log_q = f.log_q + explored(logit + 3).log_prob(value)[0]
@@ -428,9 +428,9 @@ def check_kalman(module: ModuleType) -> None:
     model.head[-1].bias.copy_(torch.tensor([40, 0, 0, 0, *[math.log(math.e - 1)] * 3]))
     model.encoder[-1].bias.copy_(torch.tensor([0.3, -0.2, 0.2, 0.2]))  # q(z_what) at first
     model.search[-1].bias[0] = model.prior_head.bias[0] = 40  # it survives
-    model.prior_head.bias[-2:] = 2.5  # wider steps of z_what, ...
+    model.prior_head.bias[-2:] = 0.5  # wider steps of z_what, ...
     model.prior_head.bias[4:6] = torch.tensor([0.4, -0.3])  # ... which drifts
-    model.renew.bias[2:] = 2.7
+    model.renew.bias[2:] = 0.7
     g = torch.Generator().manual_seed(3)
     x = torch.randn(frames, 3, generator=g)
     step = torch.nn.functional.softplus(torch.tensor(0.5 - 1)) + 0.01
@@ -628,7 +628,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {  # name: (check, text of apdr.py, i
         "eager", "no._replace(said=torch.zeros_like(no.said))",
         "no._replace(said=yes.said * torch.eye(6)[5].neg().add(1))"),
     "identities given anew": (
-        "eager", "rows, identity, h_prior, (psi", "rows, rows.born + 1, h_prior, (psi"),
+        "eager", "return rows, identity, h_prior,", "return rows, rows.born + 1, h_prior,"),
     "identities not counted": ("eager", "born=torch.maximum(no.born, identity)", "born=no.born"),
     "the prior forgets where objects were": ("eager", "loc = before + F.pad", "loc = F.pad"),
     "the search looks no wider": ("eager", "self.window(loc) / 2", "self.window(loc)"),

@@ -490,9 +490,9 @@ def same_partition(found, labels):
 
 def test_connected_components_by_hand():
     image = torch.tensor([[HUES[c] for c in row] for row in ("RrKG", "rKKY", "KKKR")])
-    found = metrics.no_learning(image.movedim(-1, 0), num_slots=2, seed=0)["one_hue"]
+    found = results.no_learning(image.movedim(-1, 0), num_slots=2, seed=0)["one_hue"]
     assert same_partition(found, [[0, 0, 1, 2], [0, 1, 1, 3], [1, 1, 1, 4]])
-    found = metrics.no_learning(image[None, ..., 0], num_slots=2, seed=0)["one_hue"]  # brightness
+    found = results.no_learning(image[None, ..., 0], num_slots=2, seed=0)["one_hue"]  # brightness
     assert same_partition(found, [[0, 1, 2, 2], [3, 2, 2, 4], [2, 2, 2, 5]])
 
 
@@ -500,17 +500,17 @@ def test_kmeans_uses_colour_and_place():
     image = torch.zeros(1, 6, 6)
     halves = [[0, 0, 0, 1, 1, 1]] * 6
     image[:, 2:4, 1:5] = 0.2  # too faint to count against place
-    labels = metrics.no_learning(image, num_slots=2, seed=0)["kmeans"]
+    labels = results.no_learning(image, num_slots=2, seed=0)["kmeans"]
     assert same_partition(labels, halves) or same_partition(labels, np.transpose(halves).tolist())
     image[:, 2:4, 1:5] = 1
-    labels = metrics.no_learning(image, num_slots=2, seed=0)["kmeans"]
+    labels = results.no_learning(image, num_slots=2, seed=0)["kmeans"]
     assert same_partition(labels, image[0].long().tolist())
 
 
 def test_voronoi_never_sees_the_image():
     image = torch.rand(3, 5, 8)
-    found = metrics.no_learning(image, num_slots=4, seed=1)["voronoi"]
-    assert np.array_equal(found, metrics.no_learning(image * 0, num_slots=4, seed=1)["voronoi"])
+    found = results.no_learning(image, num_slots=4, seed=1)["voronoi"]
+    assert np.array_equal(found, results.no_learning(image * 0, num_slots=4, seed=1)["voronoi"])
     points = np.random.default_rng(1).random((4, 2))
     for row, col in np.ndindex(5, 8):
         distance = np.linalg.norm(points - [(row + 0.5) / 5, (col + 0.5) / 8], axis=1)
