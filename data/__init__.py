@@ -63,10 +63,8 @@ class Scenes:
         raise NotImplementedError
 
 
-def make_batch(
-    image: Tensor, inside: Tensor, factors: dict[str, Tensor], exists: Tensor | None = None,
-    coverage: Tensor | None = None,
-) -> Batch:
+def make_batch(image: Tensor, inside: Tensor, factors: dict[str, Tensor],
+               exists: Tensor | None = None, coverage: Tensor | None = None) -> Batch:
     """A batch from what is known of its objects; the background becomes entity 0.
 
     inside (B, N, H, W) bool, exclusive; factors (B, N, ...), whatever they are for absent objects;
@@ -110,10 +108,8 @@ DATASETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (module.class, its 
 }
 
 
-def make(
-    name: str, split: str = "train", seed: int = 0, device: str | torch.device = "cpu",
-    **options: Any,
-) -> Scenes:
+def make(name: str, split: str = "train", seed: int = 0, device: str | torch.device = "cpu",
+         **options: Any) -> Scenes:
     """The scenes of a dataset, or of a file or folder of the user's own (data/files.py); `options`
     go to its class (`folder` of the digits). ValueError for an unknown name or split."""
     if split not in SPLITS:

@@ -1,8 +1,9 @@
 """Scenes from disk: `data.make(PATH)`, and so `--dataset PATH` of every model. PATH is one of
 
 - a TFRecord file of multi_object_datasets, gzip or not, read without TensorFlow: Tetrominoes,
-  Multi-dSprites, CLEVR with masks, of which rows 29:221 and columns 64:256 are used. The numbers of
-  bytes of image and masks tell which it is (FORMATS). Factors keep the file's names and units;
+  Multi-dSprites, Objects Room (its first four entities are the background), CLEVR with masks (rows
+  29:221, columns 64:256). The numbers of bytes of image and masks tell which it is (FORMATS).
+  Factors keep the file's names and units;
 - .npz with `image` and, where they are known, `masks`; .npy, images alone. Images are (N, H, W, C),
   (N, C, H, W) or (N, H, W), uint8 or float in [0, 1]; masks (N, H, W), any integers, the smallest
   is the background; or (N, E, H, W), where each pixel is 1 in one mask and 0 in the others;
@@ -47,6 +48,7 @@ FORMATS = {  # bytes of image and of masks: H, W, C, E; is E the last axis of th
         (64, 64, 1, 4, True),  # Multi-dSprites, binarized
         (64, 64, 3, 6, True),  # colored_on_grayscale
         (64, 64, 3, 5, True),  # colored_on_colored
+        *((64, 64, 3, e, False) for e in (4, 7, 10)),  # Objects Room: empty, usual, six objects
         (240, 320, 3, 11, False),  # CLEVR with masks
     )
 }
@@ -274,7 +276,10 @@ def to_scene(features: Arrays) -> Arrays:
     masks = (masks.reshape(h * w, e).T if last else masks).reshape(e, h, w) > 0
     if h == 240:
         image, masks = image[:, 29:221, 64:256], masks[:, 29:221, 64:256]
-    scene = dict(image=image, labels=owners(masks), max_entities=np.int64(e))
+    labels = owners(masks)
+    if (h, last) == (64, False):
+        labels, e = labels.clip(3) - 3, e - 3
+    scene = dict(image=image, labels=labels, max_entities=np.int64(e))
     for name, values in features.items():
         whole = values.dtype == np.uint8 or name == "shape"  # which is a float in most files
         values = values.reshape(e, -1) if values.size > e else values

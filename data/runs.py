@@ -274,9 +274,8 @@ class Run:
             raise KeyboardInterrupt(f"stopped after step {self.step}; "
                                     f"continue with --resume {shlex.quote(str(self.folder))}")
 
-    def update(
-        self, loss: Callable, *tensors: Tensor, lr: float, clip: float = math.inf
-    ) -> dict[str, Tensor]:
+    def update(self, loss: Callable, *tensors: Tensor, lr: float,
+               clip: float = math.inf) -> dict[str, Tensor]:
         """One training step: forward, backward, mean over processes, clip, Adam.
 
         `loss(*tensors)` gives 0-d tensors, of which `loss` is minimised, and anything else. Returns

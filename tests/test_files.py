@@ -22,6 +22,7 @@ KINDS = {  # H, W, C, E, does the entity's axis of the masks come last?
     "binarized": (64, 64, 1, 4, True),
     "colored_on_grayscale": (64, 64, 3, 6, True),
     "colored_on_colored": (64, 64, 3, 5, True),
+    "objects_room": (64, 64, 3, 7, False),
     "clevr": (240, 320, 3, 11, False),
 }
 FACTORS = {
@@ -65,6 +66,8 @@ def features(kind: str, number: int) -> dict[str, np.ndarray]:
     owner = np.broadcast_to(np.arange(w) * (e - 1) // w, (h, w))
     masks = (owner == np.arange(e)[:, None, None]).astype(np.uint8) * 255
     found = {"image": image, "mask": np.moveaxis(masks, 0, 2) if last else masks}
+    if kind == "objects_room":
+        return found
     names = FACTORS.get(kind, FACTORS["dsprites"])
     found |= {name: rng.random(e) for name in names.split()}
     found["shape"] = np.arange(e) % 4.0
@@ -97,14 +100,15 @@ def test_each_official_file_is_recognised_and_read(tmp_path, kind):
             assert (batch.masks[row].sum(0) == 1).all()
     assert sorted(numbers) == [0, 1, 2, 3]
     batch = scenes[0].batch(0, 2)
-    assert batch.masks.shape[1] == e == scenes[0].max_entities
+    room = 3 * (kind == "objects_room")  # entities that join the background
+    assert batch.masks.shape[1] == e - room == scenes[0].max_entities
     assert batch.present[:, 0].all() and not batch.present[:, -1].any()
     for number, (image, masks) in numbers.items():
         source = features(kind, number)
         source["image"] = source["image"][29:221, 64:256] if kind == "clevr" else source["image"]
         expected = torch.tensor(source["image"]).permute(2, 0, 1) / 255
         torch.testing.assert_close(image, expected, rtol=0, atol=1e-7)
-        owner = np.arange(w) * (e - 1) // w
+        owner = (np.arange(w) * (e - 1) // w).clip(room) - room
         owner = owner[64:256] if kind == "clevr" else owner
         assert (masks[:, 0].long().argmax(0).numpy() == owner).all()
 
