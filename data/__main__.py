@@ -1,5 +1,6 @@
 """A contact sheet of any data set: python -m data [NAME or PATH]. Without one, a list of them."""
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Literal
@@ -35,21 +36,20 @@ def main(
         image, masks = (value.flatten(0, 1)[:count] for value in (image, masks))
     path = Path(out or f"{Path(dataset).name}-{split}.png")
     figures.samples(path, image, f"{dataset}, {split}, seed {seed}", masks)
-    print(f"{path}: scenes 0 to {count - 1} of {dataset}, {split}, seed {seed}")
-    print(describe(scenes) + f"; factors: {', '.join(factors) or 'none'}")
+    print(f"{path}: {describe(scenes)}; factors: {', '.join(factors) or 'none'}")
 
 
 def describe(scenes: data.Scenes) -> str:
-    shape = f"{scenes.num_channels} x {scenes.height} x {scenes.width}"
     objects = f"up to {scenes.max_entities - 1} objects" if scenes.max_entities else "no masks"
-    return f"{shape}, {objects}"
+    return f"{' x '.join(map(str, scenes.shape))}, {objects}"
 
 
 def list_datasets() -> None:
-    for name in data.DATASETS:
-        scenes = data.make(name)
-        summary = sys.modules[type(scenes).__module__].__doc__.split("\n")[0]
-        print(f"{name:36}{describe(scenes):32}{summary}")
+    made = {name: data.make(name) for name in data.DATASETS}
+    for module, names in itertools.groupby(made, lambda name: type(made[name]).__module__):
+        print(sys.modules[module].__doc__.split("\n")[0])
+        for name in names:
+            print(f"  {name:36}{describe(made[name])}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Blended sprites: up to three or eight, on black, whose colours add where they overlap, 64 x 64.
+"""Blended sprites: up to three or eight, whose colours add where they overlap.
 
 Specified by Nash et al. 2017 (section 4, appendix A): 64 x 64 images of dSprites' shapes with
 random colours, orientations and places; sprites are independent, including whether they exist, up

@@ -1,4 +1,4 @@
-"""Moving MNIST: no, one or two handwritten digits that move for some frames, 50 x 50.
+"""Moving MNIST: no, one or two handwritten digits that move, 50 x 50.
 
 After Kosiorek et al. 2018 (SQAIR): MNIST digits on 50 x 50, no, one or two with equal probability,
 whose bounding boxes do not overlap in the first frame; sequences of 10 frames.

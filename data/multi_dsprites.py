@@ -1,4 +1,4 @@
-"""Multi-dSprites: squares, ellipses and hearts that occlude each other, 64 x 64, hard edges.
+"""Multi-dSprites: squares, ellipses and hearts that occlude each other, 64 x 64.
 
 Specified by Greff et al. 2019 (appendix B.2): two to five sprites that vary in shape (square,
 ellipse, heart), colour ("uniform saturated colors"), scale, position and rotation (all three

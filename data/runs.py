@@ -85,18 +85,18 @@ def option(name: str) -> str:
 
 
 def at_least(config: Any, least: float, *names: str) -> None:
-    """UserError that names the first of these fields that is (or holds a value) below `least`."""
+    """UserError that names the first of these fields that is or holds no number from `least` on."""
     for name in names:
         value = getattr(config, name)
-        require(np.size(value) and np.min(value) >= least,
+        require(np.size(value) and np.min(value) >= least and np.isfinite(value).all(),
                 f"{option(name)} must be at least {least}, not {value}")
 
 
 def positive(config: Any, *names: str) -> None:
-    """UserError that names the first of these fields that is not above 0."""
+    """UserError that names the first of these fields that is not a number above 0."""
     for name in names:
         value = getattr(config, name)
-        require(value > 0, f"{option(name)} must be larger than 0, not {value}")
+        require(0 < value < math.inf, f"{option(name)} must be larger than 0, not {value}")
 
 
 def check(config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""Cubes, spheres and cylinders on the ground, ray-cast: a stand-in for CLEVR6 and CLEVR.
+"""Solids: cubes, spheres and cylinders, ray-cast: a stand-in for CLEVR6, CLEVR.
 
 Scores here are not scores on CLEVR. As in its generator (Johnson et al. 2017): three shapes, two
 sizes, two materials, eight colours, x and y in [-3, 3], at least 1/4 between outlines, any turn

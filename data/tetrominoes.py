@@ -1,4 +1,4 @@
-"""Tetrominoes: three coloured pieces of four cells each, without overlap, on black.
+"""Tetrominoes: three coloured pieces of four cells, without overlap, on black.
 
 Specified by Greff et al. 2019 (appendix B.3): 35 x 35 pixels, three random pieces without overlap,
 blocks of 5 x 5 pixels, each piece in one of six colours. The paper says 17 different pieces,

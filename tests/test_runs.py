@@ -648,6 +648,8 @@ IMPOSSIBLE = {
     "--steps 0": "--steps must be at least 1, not 0",
     "--lr 0": "--lr must be larger than 0, not 0",
     "--lr nan": "--lr must be larger than 0, not nan",
+    "--lr inf": "--lr must be larger than 0, not inf",
+    "--minutes inf": "--minutes must be at least 0, not inf",
     "--minutes -1": "--minutes must be at least 0, not -1",
     "--seed 99999999999999999999": "--seed must fit into 64 bits",
     "--device nonsense": "--device nonsense: not available here",
