@@ -359,6 +359,8 @@ def stages_table() -> str:
 def slots_table() -> str:
     """The models of segmentation on the same test scenes."""
     names = {"IODINE": "iodine-quick", "EfficientMORL": "efficient_morl-quick",
+             "EfficientMORL without flat colours": "efficient_morl-quick-no-flat",
+             "EfficientMORL, mean of values": "efficient_morl-quick-no-sum",
              "Slot Attention": "slot_attention-quick", "Slot MLP": "slot_attention-quick-mlp"}
     rows = {label: f"{name}-cpu-?.json:" for label, name in names.items()}
     columns = {f"`{name}`": (f"metrics.{name}.mean", form) for name, form in dict(
