@@ -83,7 +83,7 @@ class Config(runs.RunConfig):
     likelihood: Literal["gaussian", "mixture"] = "gaussian"  # see `nll`
     sigma: float = 0.3  # its standard deviation
     prior: Literal["reversed++", "reversed", "bottom_up"] = "reversed++"  # see `hierarchy_kl`
-    decoder: Literal["iodine", "small", "pixel"] = "small"  # see DECODERS
+    decoder: Literal["iodine", "small", "padded", "pixel"] = "small"  # see DECODERS
     decoder_channels: tuple[int, ...] = (32, 32, 32)  # of the hidden layers
     coordinate_gain: float = 1.0  # the decoder's coordinates run from 0 to this
     flat_half_life: int = 0  # training steps in which `shading` halves; 0: off, means are sigmoids
@@ -174,8 +174,9 @@ class Conv(nn.Conv2d):
         return super().forward(x.contiguous(memory_format=layout))
 
 
-# Kernel size of the hidden layers and of the last, padding, activation; `pixel` is not the paper's.
-DECODERS = {"iodine": (3, 3, 0, F.elu), "small": (5, 3, 1, F.relu), "pixel": (1, 1, 0, F.relu)}
+# Kernel size of the hidden layers and of the last, padding, activation. The last two are ours.
+DECODERS = {"iodine": (3, 3, 0, F.elu), "small": (5, 3, 1, F.relu),
+            "padded": (3, 3, 1, F.relu), "pixel": (1, 1, 0, F.relu)}
 
 
 class BroadcastDecoder(nn.Module):

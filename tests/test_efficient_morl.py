@@ -133,10 +133,10 @@ class Eager:
         """One slot, (C+1, H, W): its latent at every place, plus the embedding of the place."""
         number, gain = len(self.config.decoder_channels), self.config.coordinate_gain
         # Unpadded convolutions of 3 x 3 cut off 2 pixels, those of 5 x 5 padded by 1 as well.
-        margin = dict(iodine=2 * number + 2, small=2 * number, pixel=0)[self.config.decoder]
+        margin = dict(iodine=2 * number + 2, small=2 * number, padded=0, pixel=0)[self.config.decoder]
         x = z[:, None, None] + self.embedding(
             "decoder.embedding", height + margin, width + margin, gain)
-        padding = int(self.config.decoder == "small")
+        padding = int(self.config.decoder in ("small", "padded"))
         activation = F.elu if self.config.decoder == "iodine" else F.relu
         for name in ("first", *(f"hidden.{i}" for i in range(number - 1))):
             x = activation(F.conv2d(x, *self.layer(f"decoder.{name}"), padding=padding))
@@ -328,6 +328,7 @@ CASES: dict[str, dict] = {
 } | {
     "iodine's decoder": dict(decoder="iodine", decoder_channels=(3, 4, 2), num_steps=1),
     "small decoder": dict(decoder="small", num_steps=1),
+    "padded decoder": dict(decoder="padded", num_steps=1),
     "one layer of a decoder": dict(decoder_channels=(3,), coordinate_gain=4.0),
     "flat colours": dict(flat_half_life=10, num_steps=1),
     "sum, and a slot more than in training": dict(normalise="sum", num_steps=1, more=1),
