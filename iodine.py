@@ -128,11 +128,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "shapes_short": QUICK | dict(  # binary shapes, after training on shapes of several greys
         dataset="shapes", train_dataset="shapes_levels", num_slots=5, sigma_steps=(900, 3000),
         color_steps=(1800, 2400), lr_steps=(1500, 4600), steps=4600),
+    "mini_tetrominoes": QUICK | dict(  # cells of two pixels: the decoder must see neighbours
+        dataset="mini_tetrominoes", num_slots=5, decoder_kernel=3, coordinate_gain=1.0,
+        sigma_steps=(2700, 9000), color_steps=(5400, 7200), lr_steps=(4500, 9000), steps=9000),
     "tetrominoes": dict(),  # appendix C.3: the defaults
     "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", num_slots=6, **DSPRITES),
-    # Paper: no architecture for the next two. Here: C.2's, with slots for all objects and one more.
-    "multi_dsprites_binarized": dict(dataset="multi_dsprites_binarized", **DSPRITES),
-    "shapes": dict(dataset="shapes", **DSPRITES),
+    "multi_dsprites_binarized": dict(dataset="multi_dsprites_binarized", **DSPRITES),  # as C.2
 }
 
 
@@ -316,8 +317,7 @@ class RefinementNetwork(nn.Module):
         widths = input_widths(channels)
         # An input that is left out is fed as zeros: the network without its weights.
         keep = [torch.full((w, 1, 1), float(n not in c.drop_inputs)) for n, w in widths.items()]
-        dropped = set(c.drop_inputs) & widths.keys()
-        self.register_buffer("keep", torch.cat(keep) if dropped else None, persistent=False)
+        self.register_buffer("keep", torch.cat(keep) if c.drop_inputs else None, persistent=False)
         self.keep_lam, self.keep_gradient = (n not in c.drop_inputs for n in INPUTS[10:])
         # Shared over steps: gradients of means (C) and logit, log-likelihood, leave-one-out.
         self.norm_weight = nn.Parameter(torch.ones(channels + 3))
