@@ -128,9 +128,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "shapes_short": QUICK | dict(  # binary shapes, after training on shapes of several greys
         dataset="shapes", train_dataset="shapes_levels", num_slots=5, sigma_steps=(900, 3000),
         color_steps=(1800, 2400), lr_steps=(1500, 4600), steps=4600),
-    "mini_tetrominoes": QUICK | dict(  # cells of two pixels: the decoder must see neighbours
-        dataset="mini_tetrominoes", num_slots=5, decoder_kernel=3, coordinate_gain=1.0,
-        sigma_steps=(2700, 9000), color_steps=(5400, 7200), lr_steps=(4500, 9000), steps=9000),
+    "mini_tetrominoes": QUICK | dict(  # small cells: the decoder sees neighbours
+        dataset="mini_tetrominoes", train_dataset="mini_tetrominoes_distinct", num_slots=5,
+        decoder_kernel=3, coordinate_gain=1.0, sigma_steps=(1800, 6000),
+        color_steps=(3600, 4800), lr_steps=(3000, 6000), steps=6000),
     "tetrominoes": dict(),  # appendix C.3: the defaults
     "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", num_slots=6, **DSPRITES),
     "multi_dsprites_binarized": dict(dataset="multi_dsprites_binarized", **DSPRITES),  # as C.2
