@@ -3,10 +3,9 @@
 Specified by Greff et al. 2019 (appendix B.3): 35 x 35 pixels, three random pieces without overlap,
 blocks of 5 x 5 pixels, each piece in one of six colours. The paper says 17 different pieces,
 counting rotations; the published file has 19, all fixed tetrominoes (issue 10 of the repository
-multi_object_datasets, whose author read all of it), and its shape factor 20 values with that of the
-background. So 19 are drawn here.
-Read off images and records of that file: the pieces and their numbers, the shading of a cell, pixel
-offsets that are on no grid, pieces that lie fully inside and may touch.
+multi_object_datasets, whose author read all of it); so 19 are drawn here. Read off its images and
+records: the pieces and their numbers, the shading of a cell, pixel offsets that are on no grid,
+pieces that lie fully inside and may touch.
 
 Assumed: shapes and colours are uniform and independent, repetition allowed; given the shapes,
 positions are uniform over all placements without overlap.
@@ -17,9 +16,8 @@ probability 0.145 (0.10 for the worst three shapes), so all fail in less than a 
 `mini_tetrominoes` is ours: flat cells of 2 x 2 pixels in 14 x 14, all else the same; in
 `mini_tetrominoes_distinct` no two pieces of a scene have one colour.
 
-`present` means exists, and so visible. Factors: shape (int64, the numbers below), color_id (int64;
-0 to 5: red, green, blue, cyan, magenta, yellow), color (B, E, 3), and row, col of the bounding
-box's top left pixel. (The published records call the row `x` and the column `y`.)
+`present` means exists, and so visible. Factors: shape (int64, the numbers below), color_id (int64,
+of mini_sprites.COLORS), color (B, E, 3); row, col (published: x, y) of the box's top left pixel.
 
 Axes: B scenes, E = 4 entities, N = 3 pieces, A attempts, S = 19 shapes, C H W image.
 """
