@@ -582,7 +582,7 @@ def evaluate(model: APDR, scenes: data.Scenes, count: int = 200) -> dict[str, An
         for name in ("", "_alone"):
             found, drawn = (follow(model, scenes, batch.image, index, how, bool(name))
                             for how in ("greedy", "sample"))
-            discovered = found.born.diff(prepend=0 * index[:, None])
+            discovered = found.born if name else found.born.diff(prepend=0 * index[:, None])
             box = model.boxes(found)
             for score, value in dict(
                 count_accuracy=found.objects.count == present.sum(2), discovered=discovered,

@@ -130,7 +130,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }
 PRESETS["quick_same_color"] = PRESETS["quick"] | dict(  # tested where hue says nothing
-    dataset="mini_sprites_16_same_color", train_dataset="mini_sprites_16_shaded")
+    dataset="mini_sprites_16_same_color", train_dataset="mini_sprites_16_shaded",
+    num_steps_final=2)
 CLEVR6 = PRESETS["multi_dsprites"] | dict(num_slots=7, likelihood="mixture", geco=True)  # to time
 
 

@@ -128,11 +128,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "shapes_short": QUICK | dict(  # binary shapes, after training on shapes of several greys
         dataset="shapes", train_dataset="shapes_levels", num_slots=5, sigma_steps=(900, 3000),
         color_steps=(1800, 2400), lr_steps=(1500, 4600), steps=4600),
+    "mini_tetrominoes": QUICK | dict(  # small cells: the decoder sees neighbours
+        dataset="mini_tetrominoes", train_dataset="mini_tetrominoes_distinct", num_slots=5,
+        decoder_kernel=3, coordinate_gain=1.0, sigma_steps=(1800, 6000),
+        color_steps=(3600, 4800), lr_steps=(3000, 6000), steps=6000),
     "tetrominoes": dict(),  # appendix C.3: the defaults
     "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", num_slots=6, **DSPRITES),
-    # Paper: no architecture for the next two. Here: C.2's, with slots for all objects and one more.
-    "multi_dsprites_binarized": dict(dataset="multi_dsprites_binarized", **DSPRITES),
-    "shapes": dict(dataset="shapes", **DSPRITES),
+    "multi_dsprites_binarized": dict(dataset="multi_dsprites_binarized", **DSPRITES),  # as C.2
 }
 
 
@@ -315,8 +317,8 @@ class RefinementNetwork(nn.Module):
         self.register_buffer("coordinates", coordinate_maps(height, width), persistent=False)
         widths = input_widths(channels)
         # An input that is left out is fed as zeros: the network without its weights.
-        keep = torch.cat([torch.full((w, 1, 1), n not in c.drop_inputs) for n, w in widths.items()])
-        self.register_buffer("keep", None if keep.all() else keep, persistent=False)
+        keep = [torch.full((w, 1, 1), float(n not in c.drop_inputs)) for n, w in widths.items()]
+        self.register_buffer("keep", torch.cat(keep) if c.drop_inputs else None, persistent=False)
         self.keep_lam, self.keep_gradient = (n not in c.drop_inputs for n in INPUTS[10:])
         # Shared over steps: gradients of means (C) and logit, log-likelihood, leave-one-out.
         self.norm_weight = nn.Parameter(torch.ones(channels + 3))
@@ -447,8 +449,7 @@ class IODINE(nn.Module):
                     z = loc + scale * noise[:, t]  # eq. 2, (B, K, D)
                     decoded = self.decode(z)
                     kl = reduce(self.kl_terms(loc, scale), "b k d -> b", "sum")
-                last = t == len(frames) - 1
-                if last:
+                if last := t == len(frames) - 1:
                     log_p = eq_1(frame, decoded, sigma)
                 else:
                     packed, log_p, grad_decoded = inputs(frame, decoded, f.norm_weight, f.norm_bias,
@@ -470,9 +471,8 @@ class IODINE(nn.Module):
               num_slots: int = 0) -> Tensor:
         """(B, T, K, D) standard normal for scenes `index`: a function of seed, split and scene."""
         c = self.config
-        key = draws.make_key("iodine noise", scenes.split, c.seed)
         shape = num_steps or max(c.num_steps, c.test_steps), num_slots or c.num_slots, c.latent_size
-        return draws.normal(key, index, shape)
+        return draws.normal(draws.make_key("iodine noise", scenes.split, c.seed), index, shape)
 
     def loss(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Eq. 4, mean of the batch, and of the last decode: nll, kl, elbo (nats), decoded."""

@@ -426,7 +426,7 @@ def test_the_schedules_of_quick(step, sigma, shading, lr):
     assert [x**2 * model.kl_weight(x) for x in sigmas] == pytest.approx([0.01] * 8)
 
 
-@pytest.mark.parametrize("preset", ["tetrominoes", "multi_dsprites", "shapes"])
+@pytest.mark.parametrize("preset", ["tetrominoes", "multi_dsprites", "multi_dsprites_binarized"])
 @pytest.mark.parametrize("step", [0, 1000])
 def test_the_papers_values_switch_all_of_it_off(preset, step):
     config = iodine.make_config(preset)
