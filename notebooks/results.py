@@ -265,6 +265,8 @@ ROWS = [
     ("efficient_morl", "quick", "ari_fg", 0.95, "–"),
     ("efficient_morl", "quick", "miou", 0.9, "–"),
     ("efficient_morl", "quick_same_color", "ari_fg", 0.8, "–"),
+    ("efficient_morl", "mini_tetrominoes", "ari_fg", 0.95, "–"),
+    ("efficient_morl", "mini_tetrominoes", "miou", 0.85, "–"),
     ("efficient_morl", "tetrominoes", "ari_fg", 0.9, "0.982 ± 0.018"),
     ("efficient_morl", "multi_dsprites", "ari_fg", 0.9, "0.912 ± 0.004"),
     ("slot_attention", "quick", "ari_fg", 0.9, "–"),
