@@ -392,7 +392,7 @@ PICTURES = {  # of mini_sprites, by side
     ],
 }
 LEVELS = [191, 255, 255, 255, 223] + [127, 159, 159, 159, 191] * 3 + [95, 63, 63, 63, 127]
-TILES = {"tetrominoes": np.reshape(LEVELS, (5, 5)) / 255, **dict.fromkeys(TETRO[:2], np.ones((2, 2)))}
+TILES = dict.fromkeys(TETRO, np.ones((2, 2))) | {"tetrominoes": np.reshape(LEVELS, (5, 5)) / 255}
 
 
 def cells(picture: str) -> np.ndarray:
