@@ -95,6 +95,11 @@ class Config(runs.RunConfig):
     # inference
     lstm_size: int = 256  # L
     hidden_size: int = 200  # of the layer between input and output of every other network
+    match: int = 0
+    known: float = -1.0
+    renewed: bool = True
+    zero: bool = False
+    others: bool = False
     difference: bool = False  # the networks see image - canvas so far, as in DAIR
     exploration: float = 0.0  # e: each b is drawn with e / 2 + (1 - e) times the network's q ...
     exploration_horizon: int = 1  # ... and e falls linearly to 0 over this many steps
@@ -261,6 +266,10 @@ class APDR(nn.Module):
         states = z_size + 2 * c.lstm_size  # z of the last frame, h^q, h^P
         self.search = mlp(glimpse_values + states, c.hidden_size, 1 + 2 * 3)
         self.renew = nn.Linear(2 * c.latent_size + states, 2 * c.latent_size)  # gate, std
+        if c.zero:
+            for layer, first in ((self.prior_head, 1), (self.search[-1], 1), (self.renew, 0)):
+                layer.weight.data[first:] = 0
+                layer.bias.data[first:] = 0
         self.starts = nn.Parameter(torch.zeros(3, c.lstm_size))  # h^q_0, h^P,0, h_0^prior
         self.register_buffer("where_mean", torch.tensor([c.scale_mean, 0.0, 0.0]), persistent=False)
         self.register_buffer("where_std", torch.tensor([c.scale_std, 1.0, 1.0]), persistent=False)
@@ -377,22 +386,50 @@ class APDR(nn.Module):
         # Eq. 14, 15. At first an object moves as it did, so that two that meet rather cross than
         # bounce, and looks as it did; and psi is .99.
         loc = before + F.pad(before[:, 1:3] - place, (1, c.latent_size)) + shift
-        p = psi[:, 0] + 4.6, normal(loc, F.softplus(raw - 1) + FLOOR)
+        bias = F.pad(torch.full((3,), -1.0), (0, c.latent_size), value=c.known)
+        p = psi[:, 0] + 4.6, normal(loc, F.softplus(raw + bias) + FLOOR)
         rows = rows._replace(relation=self.relation_cell(rows.said, rows.relation))  # eq. 24
         picture = inputs.image[rows.sequence, t] - c.difference * rows.canvas
+        if c.others:
+            for k in range(j + 1, c.max_objects):
+                there, other, h = (v[:, k] for v in rows.before)
+                other = other + F.pad(other[:, 1:3] - h[:, c.lstm_size:], (1, c.latent_size))
+                picture = picture - self.draw(other) * (there > 0)[:, None, None, None]
         states = torch.cat([before, rows.h_time, rows.relation], 1)
-        # Looks where the prior expects it, twice as wide as its window.
-        glimpse = attend(picture, self.window(loc) / 2, c.glimpse_size).flatten(1)
+        center = loc[:, :3]
+        if c.match:
+            center = self.match(picture, p[1])
+        glimpse = attend(picture, self.window(center) / 2, c.glimpse_size).flatten(1)
         logit, shift, raw = self.search(torch.cat([glimpse, states], 1)).split([1, 3, 3], 1)
-        where = normal(loc[:, :3] + shift, F.softplus(raw - 1) + FLOOR)
-        coded, coded_std = self.encode(picture, where, inputs.normal[rows.sequence, t, j])
-        gate, raw = self.renew(torch.cat([coded, coded_std, states], 1)).chunk(2, 1)
-        keep = torch.sigmoid(gate + 3)  # at first it looks as it did
-        what = keep * before[:, 3:] + (1 - keep) * coded
-        q = normal(torch.cat([where.loc, what], 1),
-                   torch.cat([where.scale, F.softplus(raw - 1) + FLOOR], 1))
+        where = normal(center + shift, F.softplus(raw - 1 - int(c.zero)) + FLOOR)
+        if c.renewed:
+            coded, coded_std = self.encode(picture, where, inputs.normal[rows.sequence, t, j])
+            gate, raw = self.renew(torch.cat([coded, coded_std, states], 1)).chunk(2, 1)
+            keep = torch.sigmoid(gate + 3 + int(c.zero))  # at first it looks as it did
+            what = normal(keep * before[:, 3:] + (1 - keep) * coded, F.softplus(raw + c.known) + FLOOR)
+        else:
+            what = normal(p[1].loc[:, 3:], p[1].scale[:, 3:])
+        q = normal(torch.cat([where.loc, what.loc], 1),
+                   torch.cat([where.scale, what.scale], 1))
         h_prior = torch.cat([state, before[:, 1:3]], 1)
         return rows, identity, h_prior, p, (logit[:, 0] + 3, q)
+
+    def match(self, picture: Tensor, p: D.Normal) -> Tensor:
+        c, side = self.config, self.config.glimpse_size
+        template = torch.sigmoid(self.decoder(p.loc[:, 3:]) - 2).view(-1, self.shape[0], side, side)
+        wide = side + 2 * c.match
+        window = self.window(p.loc)
+        patch = attend(picture, window * side / wide, wide)
+        spectrum = torch.fft.rfft2(patch) * torch.fft.rfft2(template, (wide, wide)).conj()
+        m = 2 * c.match + 1
+        score = torch.fft.irfft2(spectrum.sum(1), (wide, wide))[:, :m, :m].flatten(1)  # (R, M*M)
+        # pixels of the image in one of the glimpse
+        area = self.shape[1] * self.shape[2] / (window[:, :1] * side) ** 2
+        d = torch.arange(-c.match, c.match + 1.0, device=score.device) * (2 / side)
+        d = torch.stack(torch.meshgrid(d, d, indexing="ij")).flatten(1).flip(0)  # (2, M*M) column, row
+        prior = (d / p.scale[:, 1:3, None]).square().sum(1) / 2
+        weight = (score * area / c.sigma**2 - prior).softmax(1)
+        return p.loc[:, :3] - F.pad(weight @ d.T, (1, 0))
 
     def discover(self, rows: Rows, inputs: Inputs, t: int, number: int) -> tuple:
         """Eq. 27, 28, of one more new object: the same."""
