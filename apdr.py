@@ -95,11 +95,7 @@ class Config(runs.RunConfig):
     # inference
     lstm_size: int = 256  # L
     hidden_size: int = 200  # of the layer between input and output of every other network
-    match: int = 0
-    known: float = -1.0
-    renewed: bool = True
-    zero: bool = False
-    others: bool = False
+    match: int = 0  # M: known objects are sought at shifts of up to M pixels of a glimpse
     difference: bool = False  # the networks see image - canvas so far, as in DAIR
     exploration: float = 0.0  # e: each b is drawn with e / 2 + (1 - e) times the network's q ...
     exploration_horizon: int = 1  # ... and e falls linearly to 0 over this many steps
@@ -120,13 +116,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         lengths=(1, 3, 9), stage_steps=(1200, 1900), crossing=0.5, max_objects=2, latent_size=20,
         glimpse_size=20, clipped=True, prior_ratio=1e-9, prior_ratio_final=1e-3,
         prior_horizon=1300, lstm_size=64, hidden_size=128, difference=True,
-        exploration=0.3, exploration_horizon=2000, num_samples=2,
+        exploration=0.3, exploration_horizon=2000, num_samples=2, match=5,
     ),
     "moving_mnist": dict(
         steps=60_000, batch_size=16, lr=5e-4, lr_final=0.1, lr_horizon=60_000, clip=1000.0,
         lengths=(1, 2, 3, 5, 10), stage_steps=(4000, 8000, 16000, 30000), prior_ratio=1e-9,
         prior_ratio_final=1e-3, prior_horizon=4000, difference=True, clipped=True, num_samples=2,
-        exploration=0.3, exploration_horizon=20_000,
+        exploration=0.3, exploration_horizon=20_000, match=7,
     ),
 }
 
@@ -265,11 +261,9 @@ class APDR(nn.Module):
         self.relation_cell = nn.GRUCell(z_size + 1, c.lstm_size)  # R^P, eq. 24
         states = z_size + 2 * c.lstm_size  # z of the last frame, h^q, h^P
         self.search = mlp(glimpse_values + states, c.hidden_size, 1 + 2 * 3)
-        self.renew = nn.Linear(2 * c.latent_size + states, 2 * c.latent_size)  # gate, std
-        if c.zero:
-            for layer, first in ((self.prior_head, 1), (self.search[-1], 1), (self.renew, 0)):
-                layer.weight.data[first:] = 0
-                layer.bias.data[first:] = 0
+        for layer in (self.prior_head, self.search[-1]):  # z goes on as it did, at first
+            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.prior_head.bias[-c.latent_size :], -2.0)  # and z_what hardly moves
         self.starts = nn.Parameter(torch.zeros(3, c.lstm_size))  # h^q_0, h^P,0, h_0^prior
         self.register_buffer("where_mean", torch.tensor([c.scale_mean, 0.0, 0.0]), persistent=False)
         self.register_buffer("where_std", torch.tensor([c.scale_std, 1.0, 1.0]), persistent=False)
@@ -386,50 +380,20 @@ class APDR(nn.Module):
         # Eq. 14, 15. At first an object moves as it did, so that two that meet rather cross than
         # bounce, and looks as it did; and psi is .99.
         loc = before + F.pad(before[:, 1:3] - place, (1, c.latent_size)) + shift
-        bias = F.pad(torch.full((3,), -1.0), (0, c.latent_size), value=c.known)
-        p = psi[:, 0] + 4.6, normal(loc, F.softplus(raw + bias) + FLOOR)
+        p = normal(loc, F.softplus(raw - 1) + FLOOR)
         rows = rows._replace(relation=self.relation_cell(rows.said, rows.relation))  # eq. 24
         picture = inputs.image[rows.sequence, t] - c.difference * rows.canvas
-        if c.others:
-            for k in range(j + 1, c.max_objects):
-                there, other, h = (v[:, k] for v in rows.before)
-                other = other + F.pad(other[:, 1:3] - h[:, c.lstm_size:], (1, c.latent_size))
-                picture = picture - self.draw(other) * (there > 0)[:, None, None, None]
         states = torch.cat([before, rows.h_time, rows.relation], 1)
-        center = loc[:, :3]
-        if c.match:
-            center = self.match(picture, p[1])
-        glimpse = attend(picture, self.window(center) / 2, c.glimpse_size).flatten(1)
+        where = self.match(picture, p) if c.match else loc[:, :3]
+        # Looks where the object should be, twice as wide as its window.
+        glimpse = attend(picture, self.window(where) / 2, c.glimpse_size).flatten(1)
         logit, shift, raw = self.search(torch.cat([glimpse, states], 1)).split([1, 3, 3], 1)
-        where = normal(center + shift, F.softplus(raw - 1 - int(c.zero)) + FLOOR)
-        if c.renewed:
-            coded, coded_std = self.encode(picture, where, inputs.normal[rows.sequence, t, j])
-            gate, raw = self.renew(torch.cat([coded, coded_std, states], 1)).chunk(2, 1)
-            keep = torch.sigmoid(gate + 3 + int(c.zero))  # at first it looks as it did
-            what = normal(keep * before[:, 3:] + (1 - keep) * coded, F.softplus(raw + c.known) + FLOOR)
-        else:
-            what = normal(p[1].loc[:, 3:], p[1].scale[:, 3:])
-        q = normal(torch.cat([where.loc, what.loc], 1),
-                   torch.cat([where.scale, what.scale], 1))
+        # Eq. 26. q(z_what) is p(z_what): what an object looks like is read when it is discovered.
+        # Read in every frame, two that meet would rather exchange what they look like than cross.
+        q = normal(torch.cat([where + shift, loc[:, 3:]], 1),
+                   torch.cat([F.softplus(raw - 2) + FLOOR, p.scale[:, 3:]], 1))
         h_prior = torch.cat([state, before[:, 1:3]], 1)
-        return rows, identity, h_prior, p, (logit[:, 0] + 3, q)
-
-    def match(self, picture: Tensor, p: D.Normal) -> Tensor:
-        c, side = self.config, self.config.glimpse_size
-        template = torch.sigmoid(self.decoder(p.loc[:, 3:]) - 2).view(-1, self.shape[0], side, side)
-        wide = side + 2 * c.match
-        window = self.window(p.loc)
-        patch = attend(picture, window * side / wide, wide)
-        spectrum = torch.fft.rfft2(patch) * torch.fft.rfft2(template, (wide, wide)).conj()
-        m = 2 * c.match + 1
-        score = torch.fft.irfft2(spectrum.sum(1), (wide, wide))[:, :m, :m].flatten(1)  # (R, M*M)
-        # pixels of the image in one of the glimpse
-        area = self.shape[1] * self.shape[2] / (window[:, :1] * side) ** 2
-        d = torch.arange(-c.match, c.match + 1.0, device=score.device) * (2 / side)
-        d = torch.stack(torch.meshgrid(d, d, indexing="ij")).flatten(1).flip(0)  # (2, M*M) column, row
-        prior = (d / p.scale[:, 1:3, None]).square().sum(1) / 2
-        weight = (score * area / c.sigma**2 - prior).softmax(1)
-        return p.loc[:, :3] - F.pad(weight @ d.T, (1, 0))
+        return rows, identity, h_prior, (psi[:, 0] + 4.6, p), (logit[:, 0] + 3, q)
 
     def discover(self, rows: Rows, inputs: Inputs, t: int, number: int) -> tuple:
         """Eq. 27, 28, of one more new object: the same."""
@@ -446,20 +410,31 @@ class APDR(nn.Module):
         h = torch.sigmoid(o) * torch.tanh(cell)
         rows = rows._replace(hidden=torch.cat([h, cell], 1))
         logit, loc, raw = self.head(h).split([1, 3, 3], 1)
-        where = normal(loc, F.softplus(raw))
-        loc, std = self.encode(picture, where, z)
-        q = normal(torch.cat([where.loc, loc], 1), torch.cat([where.scale, std], 1))
+        where = loc + F.softplus(raw) * z[:, :3]
+        glimpse = attend(picture, self.window(where), c.glimpse_size)
+        what, raw_what = self.encoder(glimpse.flatten(1)).chunk(2, 1)
+        q = normal(torch.cat([loc, what], 1), F.softplus(torch.cat([raw, raw_what], 1)))
         # Line 13: a new object begins with h_0^prior, and at rest.
-        place = (q.loc + q.scale * z)[:, 1:3]
-        h_prior = torch.cat([self.starts[2].expand(len(z), -1), place], 1)
+        h_prior = torch.cat([self.starts[2].expand(len(z), -1), where[:, 1:3]], 1)
         return rows, rows.born + 1, h_prior, p, (logit[:, 0], q)
 
-    def encode(self, picture: Tensor, where: D.Normal, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """loc, std of AIR's q(z_what): of pictures (R, C, H, W) in windows drawn from `where`."""
-        window = self.window(where.loc + where.scale * noise[:, :3])
-        glimpse = attend(picture, window, self.config.glimpse_size)
-        loc, raw = self.encoder(glimpse.flatten(1)).chunk(2, 1)
-        return loc, F.softplus(raw)
+    def match(self, picture: Tensor, p: D.Normal) -> Tensor:
+        """Mean z_where (R, 3) of known objects in pictures (R, C, H, W), over shifts of what p
+        expects, of up to M pixels of a glimpse, as probable as p(z_where) p(x|z) makes them."""
+        c, side = self.config, self.config.glimpse_size
+        wide, window = side + 2 * c.match, self.window(p.loc)
+        seen = attend(picture, window * side / wide, wide)  # (R, C, P + 2M, P + 2M)
+        seen, known = (v.to(p.loc.dtype) for v in (seen, self.glimpse(p.loc)))
+        # log p(x|z) is the sum of their products at a shift / sigma^2, and what no shift changes.
+        products = torch.fft.rfft2(seen) * torch.fft.rfft2(known, (wide, wide)).conj()
+        products = torch.fft.irfft2(products.sum(1), (wide, wide))
+        products = products[:, : 2 * c.match + 1, : 2 * c.match + 1].flatten(1)  # (R, shifts)
+        area = math.prod(self.shape[1:]) / (window[:, :1] * side) ** 2  # pixels in one of a glimpse
+        shift = torch.arange(-c.match, c.match + 1, device=seen.device).to(seen) * 2 / side
+        shift = torch.cartesian_prod(shift, shift).flip(1)  # (shifts, 2): column, row
+        log_p = -(shift / p.scale[:, None, 1:3]).square().sum(2) / 2
+        share = (products * area / c.sigma**2 + log_p).softmax(1)
+        return p.loc[:, :3] - F.pad(share @ shift, (1, 0))
 
     def window(self, z: Tensor) -> Tensor:
         """scale, column, row of `place`, (..., 3). Notes, eq. 13: p(z_where) = N(0, I). Here:
@@ -474,12 +449,14 @@ class APDR(nn.Module):
         left = (self.shape[2] * (1 - col / scale) - width) / 2
         return torch.stack([top, left, height, width], -1)
 
+    def glimpse(self, z: Tensor) -> Tensor:
+        """What objects (R, Z) look like, (R, C, P, P): eq. 17; at first dark."""
+        shape = self.shape[0], *[self.config.glimpse_size] * 2
+        return torch.sigmoid(self.decoder(z[:, 3:]) - 2).unflatten(1, shape)
+
     def draw(self, z: Tensor) -> Tensor:
-        """Objects (R, Z), each alone on black, (R, C, H, W): eq. 17, 18."""
-        glimpse = torch.sigmoid(self.decoder(z[:, 3:]) - 2)  # objects are dark at first
-        side = self.config.glimpse_size
-        glimpse = glimpse.view(-1, self.shape[0], side, side)
-        return place(glimpse, self.window(z), self.shape[1:])
+        """Objects (R, Z), each alone on black, (R, C, H, W): eq. 18."""
+        return place(self.glimpse(z), self.window(z), self.shape[1:])
 
     def inputs(self, scenes: data.Scenes, image: Tensor, index: Tensor, samples: int) -> Inputs:
         """S histories of each of these sequences (B, T, C, H, W): noise is a function of seed,
