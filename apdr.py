@@ -585,7 +585,8 @@ def follow(
 def evaluate(model: APDR, scenes: data.Scenes, count: int = 200) -> dict[str, Any]:
     """`metrics` over the first `count` sequences, `frames`: means of each frame.
 
-    swaps: changes of identity per 100 objects and frames that have a box. elbo, nll, kl, iw_elbo
+    swaps: changes of identity per 100 objects and frames that have a box; exchanged: objects in 100
+    whose place in the last frame has not the identity of that in the first. elbo, nll, kl, iw_elbo
     and fivo: nats per frame, the last two of PARTICLES samples and one sequence in 25.
     `.._alone`: each frame by itself, which is AIR, with the order of discovery as identity.
     """
@@ -597,19 +598,21 @@ def evaluate(model: APDR, scenes: data.Scenes, count: int = 200) -> dict[str, An
             found, drawn = (follow(model, scenes, batch.image, index, how, bool(name))
                             for how in ("greedy", "sample"))
             discovered = found.born.diff(prepend=0 * index[:, None])
-            box = model.boxes(found)
+            tracks = true, present, model.boxes(found), found.objects.identity
+            ends = [v[:, [0, -1]] for v in tracks]
             for score, value in dict(
                 count_accuracy=found.objects.count == present.sum(2), discovered=discovered,
                 propagated=found.objects.count - discovered, elbo=drawn.log_weight,
-                swaps=100 * metrics.identity_swaps(true, present, box, found.objects.identity),
+                swaps=100 * metrics.identity_swaps(*tracks),
+                exchanged=100 * metrics.identity_swaps(*ends, least_iou=2)[:, 1:],
                 nll=-drawn.log_likelihood, kl=drawn.log_likelihood - drawn.log_weight,
             ).items():
                 values.setdefault(score + name, []).append(value.double().cpu())
     values = {name: torch.cat(parts) for name, parts in values.items()}  # (count, T) or (.., T, E)
     frames = {name: [metrics.mean_stderr(v)["mean"] for v in value.unbind(1)]
               for name, value in values.items()}
-    # Frames of one sequence are alike: one mean a sequence, but where objects are what is counted.
-    values = {k: v if k.startswith("swaps") else v.mean(1) for k, v in values.items()}
+    # Frames of one sequence are alike: one mean a sequence, but where objects are counted.
+    values = {k: v.mean(1) if v.ndim == 2 else v for k, v in values.items()}
     index = torch.arange(math.ceil(count / 25), device=scenes.device)
     inputs = model.inputs(scenes, scenes.scenes(index).image, index, PARTICLES)
     for name, resample in dict(iw_elbo=False, fivo=True).items():
