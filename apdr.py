@@ -27,25 +27,23 @@ last one survive or vanish, and move; new ones appear. Each has a z = (z_where, 
     L = sum_t E_q[log p(x_t|z_t) - log q(z_t, n_t, k_t|..) / p(z_t, n_t, k_t|..)]     eq. 29-34
 
 A row is one history of one sequence; each decision of Algorithm 1 doubles the rows or is drawn.
-`--estimator enumerate` sums over all histories of up to EXACT frames; in longer sequences over
-those of each frame, and the one that is drawn continues. `vimco` draws whole sequences. `fivo` is a
-particle filter with relaxed presences; with drawn ones it is a bound that scores every run. These
-two do not mix: VIMCO compares independent samples, and resampling makes them depend on each other.
+`--estimator enumerate` sums over all histories of up to EXACT frames, in longer sequences over
+those of each frame; `vimco` draws whole sequences; `fivo` is a particle filter with relaxed
+presences. The two do not mix: VIMCO's samples are independent, resampled ones are not.
 
     python apdr.py                                              the quick preset, two CPU cores
     python apdr.py --estimator vimco --num-samples 5
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
-runs/apdr-<preset>-<seed>/. Measured (seed 0): right counts in .976 of the frames, 0.63 changes of
-identity in 100 objects and frames; digits that cross exchange theirs. `quick` differs in:
+runs/apdr-<preset>-<seed>/. Measured: see the README. `quick` differs in:
 
     lr, lr_final, lr_horizon, clip   1e-3, falling to 1e-4 over 2,900 steps; gradients to 1,000
-    batch_size, num_samples          8 sequences of 9 frames, 2 samples
     lengths, stage_steps, crossing   1, 3 and 9 frames, from steps 0, 1,200, 1,900; half cross
-    max_objects, latent_size, glimpse_size, lstm_size, hidden_size      2, 20, 20, 64, 128
-    prior_ratio, prior_ratio_final, prior_horizon    1e-9, rising to 1e-3 over 1,300 steps
-    exploration, exploration_horizon                 0.3, falling to 0 over 2,000 steps
-    difference, clipped              networks see image - canvas; the image's mean is at most 1
+    batch_size, num_samples, max_objects                     8 sequences of 9 frames; 2; 2
+    latent_size, glimpse_size, lstm_size, hidden_size        20, 20, 64, 128
+    prior_ratio, prior_ratio_final, prior_horizon, exploration, exploration_horizon
+                                     1e-9, rising to 1e-3 over 1,300 steps; 0.3, to 0 over 2,000
+    match, difference, clipped       5; networks see image - canvas; the image's mean is at most 1
 """
 
 import functools
@@ -99,8 +97,7 @@ class Config(runs.RunConfig):
     difference: bool = False  # the networks see image - canvas so far, as in DAIR
     exploration: float = 0.0  # e: each b is drawn with e / 2 + (1 - e) times the network's q ...
     exploration_horizon: int = 1  # ... and e falls linearly to 0 over this many steps
-    # gradient of the expectation over histories
-    estimator: Literal["enumerate", "vimco", "fivo"] = "enumerate"
+    estimator: Literal["enumerate", "vimco", "fivo"] = "enumerate"  # of the gradient
     num_samples: int = 5  # S; of enumerate only beyond EXACT frames, where 1 has no baseline
     # optimisation
     batch_size: int = 32
@@ -141,9 +138,7 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 def interpolation(scale: Tensor, shift: Tensor, outputs: int, inputs: int) -> Tensor:
     """(..., outputs, inputs): linear weights; output pixel u reads the input at scale * u + shift.
-
-    Coordinates run from -1 to 1 between the outer edges of the outer pixels; outside is 0.
-    """
+    Coordinates run from -1 to 1 between the outer edges of the outer pixels; outside is 0."""
     offsets = torch.arange(outputs, device=scale.device, dtype=scale.dtype) - (outputs - 1) / 2
     middle = (shift * inputs + inputs - 1) / 2  # input pixel (may be fractional) read at u = 0
     read = middle[..., None] + (scale * inputs / outputs)[..., None] * offsets  # (..., outputs)
@@ -185,8 +180,7 @@ class Inputs(NamedTuple):
 
 
 class Objects(NamedTuple):
-    """The objects of one frame in N slots: first those that are there, survivors before new ones.
-    The other slots are 0."""
+    """The objects of one frame in N slots: survivors, then new ones; the other slots are 0."""
 
     identity: Tensor  # (R, N) int64: 1, 2, .. in the order of discovery; 0: none
     z: Tensor  # (R, N, Z) z_where, standardised by its prior, and z_what
@@ -254,13 +248,11 @@ class APDR(nn.Module):
         self.head = mlp(c.lstm_size, c.hidden_size, 1 + 2 * 3)  # b; loc, std of z_where
         self.encoder = mlp(glimpse_values, c.hidden_size, 2 * c.latent_size)
         self.decoder = mlp(c.latent_size, c.hidden_size, glimpse_values)
-        # Propagation.
         self.prior_cell = nn.GRUCell(z_size, c.lstm_size)  # R_prior, eq. 16
         self.prior_head = nn.Linear(c.lstm_size, 1 + 2 * z_size)  # psi, mu, sigma of eq. 14
         self.time_cell = nn.GRUCell(z_size, c.lstm_size)  # R^q, eq. 23
         self.relation_cell = nn.GRUCell(z_size + 1, c.lstm_size)  # R^P, eq. 24
-        states = z_size + 2 * c.lstm_size  # z of the last frame, h^q, h^P
-        self.search = mlp(glimpse_values + states, c.hidden_size, 1 + 2 * 3)
+        self.search = mlp(glimpse_values + z_size + 2 * c.lstm_size, c.hidden_size, 1 + 2 * 3)
         for layer in (self.prior_head, self.search[-1]):  # z goes on as it did, at first
             nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
         nn.init.constant_(self.prior_head.bias[-c.latent_size :], -2.0)  # and z_what hardly moves
@@ -274,7 +266,6 @@ class APDR(nn.Module):
 
     def set_step(self, step: int) -> None:
         """Sets the buffers log_more and exploration to those of a training step.
-
         p(n) ~ ratio^n, n <= room, eq. 13: after i new objects, one more has odds sum_{n>i} p(n) /
         p(i) = ratio + ratio^2 + .., a term for each that still fits.
         """
@@ -377,17 +368,16 @@ class APDR(nn.Module):
         state, place = h_prior.split([c.lstm_size, 2], 1)
         state = self.prior_cell(before, state)  # eq. 16, 22
         psi, shift, raw = self.prior_head(state).split([1, *[3 + c.latent_size] * 2], 1)
-        # Eq. 14, 15. At first an object moves as it did, so that two that meet rather cross than
-        # bounce, and looks as it did; and psi is .99.
+        # Eq. 14, 15. At first an object moves as it did, looks as it did, and psi is .99.
         loc = before + F.pad(before[:, 1:3] - place, (1, c.latent_size)) + shift
         p = normal(loc, F.softplus(raw - 1) + FLOOR)
         rows = rows._replace(relation=self.relation_cell(rows.said, rows.relation))  # eq. 24
         picture = inputs.image[rows.sequence, t] - c.difference * rows.canvas
-        states = torch.cat([before, rows.h_time, rows.relation], 1)
         where = self.match(picture, p) if c.match else loc[:, :3]
         # Looks where the object should be, twice as wide as its window.
         glimpse = attend(picture, self.window(where) / 2, c.glimpse_size).flatten(1)
-        logit, shift, raw = self.search(torch.cat([glimpse, states], 1)).split([1, 3, 3], 1)
+        states = torch.cat([glimpse, before, rows.h_time, rows.relation], 1)
+        logit, shift, raw = self.search(states).split([1, 3, 3], 1)
         # Eq. 26. q(z_what) is p(z_what): what an object looks like is read when it is discovered.
         # Read in every frame, two that meet would rather exchange what they look like than cross.
         q = normal(torch.cat([where + shift, loc[:, 3:]], 1),
@@ -419,21 +409,20 @@ class APDR(nn.Module):
         return rows, rows.born + 1, h_prior, p, (logit[:, 0], q)
 
     def match(self, picture: Tensor, p: D.Normal) -> Tensor:
-        """Mean z_where (R, 3) of known objects in pictures (R, C, H, W), over shifts of what p
-        expects, of up to M pixels of a glimpse, as probable as p(z_where) p(x|z) makes them."""
-        c, side = self.config, self.config.glimpse_size
-        wide, window = side + 2 * c.match, self.window(p.loc)
-        seen = attend(picture, window * side / wide, wide)  # (R, C, P + 2M, P + 2M)
-        seen, known = (v.to(p.loc.dtype) for v in (seen, self.glimpse(p.loc)))
-        # log p(x|z) is the sum of their products at a shift / sigma^2, and what no shift changes.
-        products = torch.fft.rfft2(seen) * torch.fft.rfft2(known, (wide, wide)).conj()
-        products = torch.fft.irfft2(products.sum(1), (wide, wide))
-        products = products[:, : 2 * c.match + 1, : 2 * c.match + 1].flatten(1)  # (R, shifts)
+        """Mean z_where (R, 3) of objects in pictures (R, C, H, W), over shifts from where p expects
+        them by up to M pixels of a glimpse, weighed by p(z_where) p(x|z)."""
+        c, side, window = self.config, self.config.glimpse_size, self.window(p.loc)
+        wide, shifts = side + 2 * c.match, 2 * c.match + 1
+        seen = attend(picture, window * side / wide, wide).to(p.loc.dtype)  # twice (.., P + 2M)
+        # The part of log p(x|z) that shifts change: products with the picture / sigma^2.
+        products = torch.fft.rfft2(self.glimpse(p.loc).to(seen), (wide, wide)).conj()
+        products = torch.fft.irfft2((products * torch.fft.rfft2(seen)).sum(1), (wide, wide))
+        products = products[:, :shifts, :shifts].flatten(1)  # (R, shifts^2)
         area = math.prod(self.shape[1:]) / (window[:, :1] * side) ** 2  # pixels in one of a glimpse
-        shift = torch.arange(-c.match, c.match + 1, device=seen.device).to(seen) * 2 / side
-        shift = torch.cartesian_prod(shift, shift).flip(1)  # (shifts, 2): column, row
+        shift = (torch.arange(shifts, device=seen.device).to(seen) - c.match) * 2 / side
+        shift = torch.cartesian_prod(shift, shift).flip(1)  # (shifts^2, 2): column, row
         log_p = -(shift / p.scale[:, None, 1:3]).square().sum(2) / 2
-        share = (products * area / c.sigma**2 + log_p).softmax(1)
+        share = (products * area / c.sigma**2 + log_p).softmax(1)  # (R, shifts^2)
         return p.loc[:, :3] - F.pad(share @ shift, (1, 0))
 
     def window(self, z: Tensor) -> Tensor:
@@ -567,10 +556,8 @@ ESTIMATORS = dict(enumerate=enumerate_histories, vimco=vimco, fivo=fivo)
 # -- evaluation and figures ------------------------------------------------------------------------
 
 
-def follow(
-    model: APDR, scenes: data.Scenes, image: Tensor, index: Tensor, how: str = "greedy",
-    alone: bool = False,
-) -> Rows:
+def follow(model: APDR, scenes: data.Scenes, image: Tensor, index: Tensor, how: str = "greedy",
+           alone: bool = False) -> Rows:
     """One history of each sequence (B, T, C, H, W), as `histories` gives it. "greedy": the most
     probable decisions, one after the other, and the means of z. `alone`: each frame by itself."""
     shape = image.shape[:2]
@@ -584,10 +571,9 @@ def follow(
 @torch.no_grad()
 def evaluate(model: APDR, scenes: data.Scenes, count: int = 200) -> dict[str, Any]:
     """`metrics` over the first `count` sequences, `frames`: means of each frame.
-
     swaps: changes of identity per 100 objects and frames that have a box; exchanged: objects in 100
-    whose place in the last frame has not the identity of that in the first. elbo, nll, kl, iw_elbo
-    and fivo: nats per frame, the last two of PARTICLES samples and one sequence in 25.
+    with another identity in the last frame than in the first. elbo, nll, kl, iw_elbo and fivo: nats
+    per frame, the last two of PARTICLES samples and one sequence in 25.
     `.._alone`: each frame by itself, which is AIR, with the order of discovery as identity.
     """
     values: dict[str, list[Tensor]] = {}
@@ -599,12 +585,11 @@ def evaluate(model: APDR, scenes: data.Scenes, count: int = 200) -> dict[str, An
                             for how in ("greedy", "sample"))
             discovered = found.born.diff(prepend=0 * index[:, None])
             tracks = true, present, model.boxes(found), found.objects.identity
-            ends = [v[:, [0, -1]] for v in tracks]
             for score, value in dict(
                 count_accuracy=found.objects.count == present.sum(2), discovered=discovered,
                 propagated=found.objects.count - discovered, elbo=drawn.log_weight,
                 swaps=100 * metrics.identity_swaps(*tracks),
-                exchanged=100 * metrics.identity_swaps(*ends, least_iou=2)[:, 1:],
+                exchanged=100 * metrics.identity_swaps(*(v[:, [0, -1]] for v in tracks), 2)[:, 1:],
                 nll=-drawn.log_likelihood, kl=drawn.log_likelihood - drawn.log_weight,
             ).items():
                 values.setdefault(score + name, []).append(value.double().cpu())
@@ -646,11 +631,11 @@ def draw(model: APDR, scenes: data.Scenes, folder: Path, results: dict[str, Any]
 
 def further_scores(model: APDR, scenes: data.Scenes) -> dict[str, Any]:
     """`evaluate` on digits that cross, enter and leave, and on twice as many frames as trained."""
-    others = {kind: make_scenes(model.config, "test", scenes.device, f"moving_mnist_{kind}")
-              for kind in ("crossing", "enter", "leave")}
-    length = 2 * max(model.config.lengths)
-    others["longer"] = make_scenes(model.config, "test", scenes.device, length=length)
-    return {name: evaluate(model, other) for name, other in others.items()}
+    others = {kind: dict(dataset=f"moving_mnist_{kind}") for kind in ("crossing", "enter", "leave")}
+    others["longer"] = dict(length=2 * max(model.config.lengths))
+    return {name: evaluate(model, make_scenes(model.config, "test", scenes.device, **options))
+            for name, options in others.items()}
+
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -661,7 +646,7 @@ def check(config: Config) -> None:
     runs.check(config)
     runs.at_least(config, 1, "lengths", "max_objects", "latent_size", "lstm_size", "hidden_size",
                   "num_samples", "prior_horizon", "exploration_horizon", "lr_horizon")
-    runs.at_least(config, 0, "exploration", "crossing")
+    runs.at_least(config, 0, "exploration", "crossing", "match")
     runs.at_least(config, 2, "glimpse_size")
     runs.positive(config, "sigma", "scale_mean", "scale_std", "prior_ratio", "prior_ratio_final",
                   "clip", "lr_final")
@@ -681,10 +666,8 @@ def check(config: Config) -> None:
         raise runs.UserError(f"--dataset, --lengths, --crossing: {error}") from None
 
 
-def make_scenes(
-    config: Config, split: str, device: str | torch.device = "cpu", dataset: str = "",
-    **options: Any,
-) -> data.Scenes:
+def make_scenes(config: Config, split: str, device: str | torch.device = "cpu", dataset: str = "",
+                **options: Any) -> data.Scenes:
     """The config's data set (or another one, made of the same digits); 10 frames if no `length`."""
     if split == "train":
         options["length"] = max(config.lengths)
