@@ -373,6 +373,10 @@ class APDR(nn.Module):
         p = normal(loc, F.softplus(raw - 1) + FLOOR)
         rows = rows._replace(relation=self.relation_cell(rows.said, rows.relation))  # eq. 24
         picture = inputs.image[rows.sequence, t] - c.difference * rows.canvas
+        if c.match:  # without the objects that come after it, where they should be
+            for there, other, h in zip(*(v[:, j + 1 :].unbind(1) for v in rows.before), strict=True):
+                other = other + F.pad(other[:, 1:3] - h[:, -2:], (1, c.latent_size))
+                picture = picture - (there > 0)[:, None, None, None] * self.draw(other)
         where = self.match(picture, p) if c.match else loc[:, :3]
         # Looks where the object should be, twice as wide as its window.
         glimpse = attend(picture, self.window(where) / 2, c.glimpse_size).flatten(1)
