@@ -370,13 +370,13 @@ class APDR(nn.Module):
         psi, shift, raw = self.prior_head(state).split([1, *[3 + c.latent_size] * 2], 1)
         # Eq. 14, 15. At first an object moves as it did, looks as it did, and psi is .99.
         loc = before + F.pad(before[:, 1:3] - place, (1, c.latent_size)) + shift
-        p = normal(loc, F.softplus(raw - 1) + FLOOR)
+        p = normal(loc, F.softplus(raw - 2) + FLOOR)
         rows = rows._replace(relation=self.relation_cell(rows.said, rows.relation))  # eq. 24
         picture = inputs.image[rows.sequence, t] - c.difference * rows.canvas
-        if c.match:  # without the objects that come after it, where they should be
-            for there, other, h in zip(*(v[:, j + 1 :].unbind(1) for v in rows.before), strict=True):
-                other = other + F.pad(other[:, 1:3] - h[:, -2:], (1, c.latent_size))
-                picture = picture - (there > 0)[:, None, None, None] * self.draw(other)
+        if c.match:  # and without the objects that come after it, where they should be
+            for there, z, h in zip(*(v[:, j + 1 :].unbind(1) for v in rows.before), strict=True):
+                z = z + F.pad(z[:, 1:3] - h[:, -2:], (1, c.latent_size))
+                picture = picture - (there > 0)[:, None, None, None] * self.draw(z)
         where = self.match(picture, p) if c.match else loc[:, :3]
         # Looks where the object should be, twice as wide as its window.
         glimpse = attend(picture, self.window(where) / 2, c.glimpse_size).flatten(1)
@@ -385,7 +385,7 @@ class APDR(nn.Module):
         # Eq. 26. q(z_what) is p(z_what): what an object looks like is read when it is discovered.
         # Read in every frame, two that meet would rather exchange what they look like than cross.
         q = normal(torch.cat([where + shift, loc[:, 3:]], 1),
-                   torch.cat([F.softplus(raw - 2) + FLOOR, p.scale[:, 3:]], 1))
+                   torch.cat([F.softplus(raw - 3) + FLOOR, p.scale[:, 3:]], 1))
         h_prior = torch.cat([state, before[:, 1:3]], 1)
         return rows, identity, h_prior, (psi[:, 0] + 4.6, p), (logit[:, 0] + 3, q)
 
