@@ -426,7 +426,7 @@ class APDR(nn.Module):
         shift = (torch.arange(shifts, device=seen.device).to(seen) - c.match) * 2 / side
         shift = torch.cartesian_prod(shift, shift).flip(1)  # (shifts^2, 2): column, row
         log_p = -(shift / p.scale[:, None, 1:3]).square().sum(2) / 2
-        share = (products * area / c.sigma**2 + log_p).softmax(1)  # (R, shifts^2)
+        share = (products * area + c.sigma**2 * log_p).softmax(1)  # (R, shifts^2)
         return p.loc[:, :3] - F.pad(share @ shift, (1, 0))
 
     def window(self, z: Tensor) -> Tensor:
