@@ -240,10 +240,9 @@ class APDR(nn.Module):
         self.shape = channels, height, width
         image_values, glimpse_values = math.prod(self.shape), channels * c.glimpse_size**2
         z_size = 3 + c.latent_size
-        # Discovery and decoder: AIR's, with the survivors' state `relation` among the inputs.
         self.see = nn.Linear(image_values, 4 * c.lstm_size)  # the image's part of the LSTM's gates
         self.gates = nn.Linear(c.lstm_size + z_size, 4 * c.lstm_size, bias=False)  # h's and z's
-        self.known = nn.Linear(c.lstm_size, 4 * c.lstm_size, bias=False)  # that of h^P
+        self.known = nn.Linear(c.lstm_size, 4 * c.lstm_size, bias=False)  # of h^P, not in AIR
         self.initial = nn.Parameter(torch.zeros(2 * c.lstm_size + z_size))  # h^D,0, its cell, z
         self.head = mlp(c.lstm_size, c.hidden_size, 1 + 2 * 3)  # b; loc, std of z_where
         self.encoder = mlp(glimpse_values, c.hidden_size, 2 * c.latent_size)
@@ -377,13 +376,12 @@ class APDR(nn.Module):
             for there, z, h in zip(*(v[:, j + 1 :].unbind(1) for v in rows.before), strict=True):
                 z = z + F.pad(z[:, 1:3] - h[:, -2:], (1, c.latent_size))
                 picture = picture - (there > 0)[:, None, None, None] * self.draw(z)
-        where = self.match(picture, p) if c.match else loc[:, :3]
+        where = self.match(picture, loc) if c.match else loc[:, :3]
         # Looks where the object should be, twice as wide as its window.
         glimpse = attend(picture, self.window(where) / 2, c.glimpse_size).flatten(1)
         states = torch.cat([glimpse, before, rows.h_time, rows.relation], 1)
         logit, shift, raw = self.search(states).split([1, 3, 3], 1)
-        # Eq. 26. q(z_what) is p(z_what): what an object looks like is read when it is discovered.
-        # Read in every frame, two that meet would rather exchange what they look like than cross.
+        # Eq. 26. q(z_what) is p(z_what): if it were read again, two that meet would exchange it.
         q = normal(torch.cat([where + shift, loc[:, 3:]], 1),
                    torch.cat([F.softplus(raw - 3) + FLOOR, p.scale[:, 3:]], 1))
         h_prior = torch.cat([state, before[:, 1:3]], 1)
@@ -412,22 +410,20 @@ class APDR(nn.Module):
         h_prior = torch.cat([self.starts[2].expand(len(z), -1), where[:, 1:3]], 1)
         return rows, rows.born + 1, h_prior, p, (logit[:, 0], q)
 
-    def match(self, picture: Tensor, p: D.Normal) -> Tensor:
-        """Mean z_where (R, 3) of objects in pictures (R, C, H, W), over shifts from where p expects
-        them by up to M pixels of a glimpse, weighed by p(z_where) p(x|z)."""
-        c, side, window = self.config, self.config.glimpse_size, self.window(p.loc)
+    def match(self, picture: Tensor, loc: Tensor) -> Tensor:
+        """Mean z_where (R, 3) of objects z = loc (R, Z) in pictures (R, C, H, W), over shifts by up
+        to M pixels of a glimpse, weighed by p(x|z) of sigma 1 (of 0.3 its gradient is wild)."""
+        c, side, window = self.config, self.config.glimpse_size, self.window(loc)
         wide, shifts = side + 2 * c.match, 2 * c.match + 1
-        seen = attend(picture, window * side / wide, wide).to(p.loc.dtype)  # twice (.., P + 2M)
-        # The part of log p(x|z) that shifts change: products with the picture / sigma^2.
-        products = torch.fft.rfft2(self.glimpse(p.loc).to(seen), (wide, wide)).conj()
+        seen = attend(picture, window * side / wide, wide).to(loc.dtype)  # (R, C, P + 2M, P + 2M)
+        # Of the squared error a shift changes only the products of object and picture.
+        products = torch.fft.rfft2(self.glimpse(loc).to(seen), (wide, wide)).conj()
         products = torch.fft.irfft2((products * torch.fft.rfft2(seen)).sum(1), (wide, wide))
         products = products[:, :shifts, :shifts].flatten(1)  # (R, shifts^2)
         area = math.prod(self.shape[1:]) / (window[:, :1] * side) ** 2  # pixels in one of a glimpse
         shift = (torch.arange(shifts, device=seen.device).to(seen) - c.match) * 2 / side
         shift = torch.cartesian_prod(shift, shift).flip(1)  # (shifts^2, 2): column, row
-        log_p = -(shift / p.scale[:, None, 1:3]).square().sum(2) / 2
-        share = (products * area + c.sigma**2 * log_p).softmax(1)  # (R, shifts^2)
-        return p.loc[:, :3] - F.pad(share @ shift, (1, 0))
+        return loc[:, :3] - F.pad((products * area).softmax(1) @ shift, (1, 0))
 
     def window(self, z: Tensor) -> Tensor:
         """scale, column, row of `place`, (..., 3). Notes, eq. 13: p(z_where) = N(0, I). Here:
@@ -695,8 +691,7 @@ def load_model(path: str | Path, device: str = "cpu") -> APDR:
 def train(config: Config) -> dict[str, Any]:
     """Trains one run (or resumes it), evaluates it; returns the content of evaluation.json."""
     check(config)
-    device = runs.set_up(config)
-    scenes = make_scenes(config, "train", device)
+    scenes = make_scenes(config, "train", runs.set_up(config))
     model = build(config, scenes)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     run = runs.start("apdr", config, PRESETS, model, optimizer, title="APDR",
@@ -705,7 +700,7 @@ def train(config: Config) -> dict[str, Any]:
         batch = scenes.scenes(index)
         frames = config.lengths[sum(step >= first for first in config.stage_steps)]
         image = torch.cat(batch.image.split(frames, 1)[: max(config.lengths) // frames])
-        number = index[:1] * max(config.lengths) + torch.arange(len(image), device=device)
+        number = index[:1] * max(config.lengths) + torch.arange(len(image)).to(index)
         model.set_step(step)
         lr = config.lr * config.lr_final ** min(step / config.lr_horizon, 1.0)
         exact = config.estimator == "enumerate" and frames <= EXACT  # of any number of samples
@@ -716,8 +711,9 @@ def train(config: Config) -> dict[str, Any]:
                 found = follow(model, scenes, batch.image, index).objects.count
             true = batch.present[..., 1:].sum(2)
             run.log(parts, count_accuracy=(found == true).double().mean())
-    return run.finish(make_scenes(config, "test", device), evaluate, draw, picture="tracking.png",
-                      show=("count_accuracy", "swaps", "elbo", "iw_elbo", "fivo"))
+    scenes = make_scenes(config, "test", scenes.device)
+    return run.finish(scenes, evaluate, draw, picture="tracking.png",
+                      show=("count_accuracy", "swaps", "exchanged", "elbo", "iw_elbo", "fivo"))
 
 
 if __name__ == "__main__":

@@ -87,20 +87,19 @@ def eager(config: apdr.Config, w: dict, image: Tensor, noise: Tensor, history: l
         glimpse = (mlp("decoder", z[3:]) - 2).sigmoid().view(1, channels, side, side)
         return reference_warp(glimpse, axis_aligned(*(mean + std * z[:3]))[None], size)[0]
 
-    def matched(picture: Tensor, p: D.Normal) -> Tensor:
+    def matched(picture: Tensor, z: Tensor) -> Tensor:
         """Squared errors, one shift of the glimpse after the other."""
         wide = side + 2 * c.match
-        seen = look(picture, p.loc[:3], wide / side, wide).view(channels, wide, wide)
-        known = (mlp("decoder", p.loc[3:]) - 2).sigmoid().view(channels, side, side)
-        pixel = size[0] * size[1] / ((mean + std * p.loc[:3])[0] * side) ** 2
+        seen = look(picture, z[:3], wide / side, wide).view(channels, wide, wide)
+        known = (mlp("decoder", z[3:]) - 2).sigmoid().view(channels, side, side)
+        pixel = size[0] * size[1] / ((mean + std * z[:3])[0] * side) ** 2
         shifts, log_p = [], []
         for row, col in itertools.product(range(wide - side + 1), repeat=2):
             there = torch.zeros_like(seen)
             there[:, row : row + side, col : col + side] = known
             shifts.append(torch.tensor([0, c.match - col, c.match - row]) * 2 / side)
-            log_p.append(-((there - seen) ** 2).sum() * pixel / (2 * c.sigma**2) + D.Normal(
-                torch.zeros(3), p.scale[:3]).log_prob(shifts[-1]).sum())  # fmt: skip
-        return p.loc[:3] + torch.stack(log_p).softmax(0) @ torch.stack(shifts)
+            log_p.append(-((there - seen) ** 2).sum() * pixel / 2)
+        return z[:3] + torch.stack(log_p).softmax(0) @ torch.stack(shifts)
 
     def explored(logit: Tensor) -> D.Bernoulli:
         return D.Bernoulli(c.exploration / 2 + (1 - c.exploration) * logit.sigmoid())
@@ -130,14 +129,19 @@ def eager(config: apdr.Config, w: dict, image: Tensor, noise: Tensor, history: l
             psi, shift, raw = linear("prior_head", h).split([1, len(zeros), len(zeros)])
             loc = o.z + shift
             loc[1:3] += o.z[1:3] - o.before[1:3]
-            psi, p = (psi + 4.6).sigmoid(), D.Normal(loc, softplus(raw - 1) + 0.01)  # eq. 14
+            psi, p = (psi + 4.6).sigmoid(), D.Normal(loc, softplus(raw - 2) + 0.01)  # eq. 14
             relation = gru("relation_cell", said, relation)  # eq. 24
             states = torch.cat([o.z, h_time, relation])
-            where = matched(seen(), p) if c.match else p.loc[:3]
-            glimpse = look(seen(), where, 2.0)
+            picture = seen()
+            for other in objects[j + 1 :] if c.match else ():
+                there = other.z.clone()
+                there[1:3] += other.z[1:3] - other.before[1:3]
+                picture = picture - draw(there)
+            where = matched(picture, p.loc) if c.match else p.loc[:3]
+            glimpse = look(picture, where, 2.0)
             logit, shift, raw = mlp("search", torch.cat([glimpse, states])).split([1, 3, 3])
             q = D.Normal(torch.cat([where + shift, p.loc[3:]]),
-                         torch.cat([softplus(raw - 2) + 0.01, p.scale[3:]]))  # fmt: skip
+                         torch.cat([softplus(raw - 3) + 0.01, p.scale[3:]]))  # fmt: skip
             z, value = q.loc + q.scale * e[j], torch.tensor([b * 1.0])
             f.log_q = f.log_q + explored(logit + 3).log_prob(value)[0]
             f.log_p = f.log_p + D.Bernoulli(psi).log_prob(value)[0]
@@ -444,11 +448,11 @@ def check_kalman(module: ModuleType) -> None:
     model.encoder[-1].bias.copy_(torch.tensor([0.3, -0.2, 0.2, 0.2]))  # q(z_what) at first
     model.search[-1].bias[0] = model.prior_head.bias[0] = 40  # it survives, ...
     model.search[-1].bias[4:] = 1.0  # ... and q(z_where) is p(z_where)
-    model.prior_head.bias[-2:] = 0.5  # wider steps of z_what, ...
+    model.prior_head.bias[-2:] = 1.5  # wider steps of z_what, ...
     model.prior_head.bias[4:6] = torch.tensor([0.4, -0.3])  # ... which drifts
     g = torch.Generator().manual_seed(3)
     x = torch.randn(frames, 3, generator=g)
-    step = torch.nn.functional.softplus(torch.tensor(0.5 - 1)) + 0.01
+    step = torch.nn.functional.softplus(torch.tensor(1.5 - 2)) + 0.01
     mix = model.draw(torch.eye(5)[3:]).view(2, 3)
     time = torch.arange(frames)
     shared = 1 + step**2 * torch.minimum(time[:, None], time)  # covariance of z in time
@@ -604,7 +608,7 @@ for name, check, options in (
     ("long", check_eager, dict(frames=4, max_objects=1)),
     ("options", check_eager, dict(difference=True, clipped=True, exploration=0.3)),
     ("match", check_eager, dict(match=2, max_objects=1)),
-    ("match of two", check_eager, dict(match=1, difference=True)),
+    ("match of two", check_eager, dict(match=1, frames=3, difference=True)),
     ("per frame", check_unbiased, dict(samples=1)),
     ("per frame of two", check_unbiased, dict(samples=2, max_objects=1, exploration=0.2)),
     ("vimco of three", check_vimco, dict(samples=3, max_objects=1, exploration=0.2)),
@@ -651,13 +655,14 @@ MUTANTS: dict[str, tuple[str, str, str]] = {  # name: (check, text of apdr.py, i
     "the search looks no wider": ("eager", "self.window(where) / 2", "self.window(where)"),
     "the search looks where it was": ("eager", "self.window(where) / 2", "self.window(before) / 2"),
     "z_what as it was": ("eager", "[where + shift, loc[:, 3:]]", "[where + shift, before[:, 3:]]"),
-    "match: away from the picture": ("match", "- F.pad(share @ shift", "+ F.pad(share @ shift"),
-    "match: rows for columns": ("match", "cartesian_prod(shift, shift).flip(1)",
-                                "cartesian_prod(shift, shift)"),
-    "match: without the prior": ("match", "/ c.sigma**2 + log_p)", "/ c.sigma**2)"),
-    "match: pixels of the glimpse": ("match", "(products * area /", "(products /"),
-    "match: other objects seen": ("match of two", "self.match(picture, p)",
-                                  "self.match(inputs.image[rows.sequence, t], p)"),
+    "match: away from the picture": ("match", "- F.pad((products", "+ F.pad((products"),
+    "match: rows for columns": (
+        "match", "cartesian_prod(shift, shift).flip(1)", "cartesian_prod(shift, shift)"),
+    "match: pixels of the glimpse": ("match", "(products * area)", "products"),
+    "match: other objects seen": ("match of two", "(there > 0)[:, None", "0 * (there > 0)[:, None"),
+    "match: itself not seen": ("match of two", "v[:, j + 1 :].unbind(1)", "v[:, j:].unbind(1)"),
+    "match: others where they were": (
+        "match of two", "F.pad(z[:, 1:3] - h[:, -2:], (", "0 * F.pad(z[:, 1:3], ("),
     "not clipped": ("options", "rows.canvas.clamp(max=1) if", "rows.canvas if"),
     "exploration doubled": ("options", "self.exploration / 2", "self.exploration"),
     "KL of q and p exchanged": ("eager", "D.kl_divergence(q_z, p_z)", "D.kl_divergence(p_z, q_z)"),
