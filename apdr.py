@@ -93,7 +93,7 @@ class Config(runs.RunConfig):
     # inference
     lstm_size: int = 256  # L
     hidden_size: int = 200  # of the layer between input and output of every other network
-    match: int = 0  # M: known objects are sought at shifts of up to M pixels of a glimpse
+    match: int = 0  # M: known objects are first sought at shifts of up to M pixels of a glimpse
     difference: bool = False  # the networks see image - canvas so far, as in DAIR
     exploration: float = 0.0  # e: each b is drawn with e / 2 + (1 - e) times the network's q ...
     exploration_horizon: int = 1  # ... and e falls linearly to 0 over this many steps
