@@ -35,7 +35,8 @@ presences. The two do not mix: VIMCO's samples are independent, resampled ones a
     python apdr.py --estimator vimco --num-samples 5
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
-runs/apdr-<preset>-<seed>/. Measured: see the README. `quick` differs in:
+runs/apdr-<preset>-<seed>/. Measured (seed 0): right counts in .970 of the frames, no identity is
+exchanged; of 100 pairs that cross 96 keep theirs. `quick` differs in:
 
     lr, lr_final, lr_horizon, clip   1e-3, falling to 1e-4 over 2,900 steps; gradients to 1,000
     lengths, stage_steps, crossing   1, 3 and 9 frames, from steps 0, 1,200, 1,900; half cross
@@ -711,9 +712,9 @@ def train(config: Config) -> dict[str, Any]:
                 found = follow(model, scenes, batch.image, index).objects.count
             true = batch.present[..., 1:].sum(2)
             run.log(parts, count_accuracy=(found == true).double().mean())
+    show = "count_accuracy", "swaps", "exchanged", "elbo", "iw_elbo", "fivo"
     scenes = make_scenes(config, "test", scenes.device)
-    return run.finish(scenes, evaluate, draw, picture="tracking.png",
-                      show=("count_accuracy", "swaps", "exchanged", "elbo", "iw_elbo", "fivo"))
+    return run.finish(scenes, evaluate, draw, show, "tracking.png")
 
 
 if __name__ == "__main__":
