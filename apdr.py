@@ -712,9 +712,8 @@ def train(config: Config) -> dict[str, Any]:
                 found = follow(model, scenes, batch.image, index).objects.count
             true = batch.present[..., 1:].sum(2)
             run.log(parts, count_accuracy=(found == true).double().mean())
-    show = "count_accuracy", "swaps", "exchanged", "elbo", "iw_elbo", "fivo"
-    scenes = make_scenes(config, "test", scenes.device)
-    return run.finish(scenes, evaluate, draw, show, "tracking.png")
+    return run.finish(make_scenes(config, "test", scenes.device), evaluate, draw, (
+        "count_accuracy", "swaps", "exchanged", "elbo", "iw_elbo", "fivo"), "tracking.png")
 
 
 if __name__ == "__main__":
