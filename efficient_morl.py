@@ -130,7 +130,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }
 PRESETS["quick_same_color"] = PRESETS["quick"] | dict(  # tested where hue says nothing
-    dataset="mini_sprites_16_same_color", train_dataset="mini_sprites_16_shaded")
+    dataset="mini_sprites_16_same_color", train_dataset="mini_sprites_16_shaded",
+    num_steps_final=2)
+PRESETS["mini_tetrominoes"] = PRESETS["quick"] | dict(  # small cells: the decoder sees neighbours
+    dataset="mini_tetrominoes", num_slots=5, decoder="padded", coordinate_gain=3.0, lr=1.2e-3,
+    num_steps_final=2, curriculum_step=6000, flat_half_life=3000, lr_half_life=3000, steps=12_000)
 CLEVR6 = PRESETS["multi_dsprites"] | dict(num_slots=7, likelihood="mixture", geco=True)  # to time
 
 

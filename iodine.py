@@ -128,11 +128,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "shapes_short": QUICK | dict(  # binary shapes, after training on shapes of several greys
         dataset="shapes", train_dataset="shapes_levels", num_slots=5, sigma_steps=(900, 3000),
         color_steps=(1800, 2400), lr_steps=(1500, 4600), steps=4600),
+    "mini_tetrominoes": QUICK | dict(  # small cells: the decoder sees neighbours
+        dataset="mini_tetrominoes", train_dataset="mini_tetrominoes_distinct", num_slots=5,
+        decoder_kernel=3, coordinate_gain=1.0, sigma_steps=(1800, 6000),
+        color_steps=(3600, 4800), lr_steps=(3000, 6000), steps=6000),
     "tetrominoes": dict(),  # appendix C.3: the defaults
     "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", num_slots=6, **DSPRITES),
-    # Paper: no architecture for the next two. Here: C.2's, with slots for all objects and one more.
-    "multi_dsprites_binarized": dict(dataset="multi_dsprites_binarized", **DSPRITES),
-    "shapes": dict(dataset="shapes", **DSPRITES),
+    "multi_dsprites_binarized": dict(dataset="multi_dsprites_binarized", **DSPRITES),  # as C.2
 }
 
 
@@ -316,8 +318,7 @@ class RefinementNetwork(nn.Module):
         widths = input_widths(channels)
         # An input that is left out is fed as zeros: the network without its weights.
         keep = [torch.full((w, 1, 1), float(n not in c.drop_inputs)) for n, w in widths.items()]
-        dropped = set(c.drop_inputs) & widths.keys()
-        self.register_buffer("keep", torch.cat(keep) if dropped else None, persistent=False)
+        self.register_buffer("keep", torch.cat(keep) if c.drop_inputs else None, persistent=False)
         self.keep_lam, self.keep_gradient = (n not in c.drop_inputs for n in INPUTS[10:])
         # Shared over steps: gradients of means (C) and logit, log-likelihood, leave-one-out.
         self.norm_weight = nn.Parameter(torch.ones(channels + 3))
@@ -340,8 +341,7 @@ class RefinementNetwork(nn.Module):
             x = self.activation(conv(x))  # (N, R, h, w)
         x = x.mean((-2, -1)) if self.pooling == "mean" else x.amax((-2, -1))  # (N, R)
         x = self.activation(self.mlp(x)).unflatten(0, packed.shape[:2])  # (B, K, M)
-        gradient = self.norm_grad(gradient)
-        x = torch.cat([x, lam * self.keep_lam, gradient * self.keep_gradient], -1)
+        x = torch.cat([x, lam * self.keep_lam, self.norm_grad(gradient) * self.keep_gradient], -1)
         if self.gates is not None:  # LSTM (Hochreiter & Schmidhuber 1997)
             zeros = x.new_zeros(*x.shape[:2], self.head.in_features)  # alg. 1, h^(1) = 0
             hidden, cell = (zeros, zeros) if state is None else state
@@ -430,28 +430,29 @@ class IODINE(nn.Module):
               training: bool = False) -> list[Step]:
         """Algorithm 1, Fig. 3: T decodes (0: the config's); no refinement after the last.
 
-        image (B, C, H, W) in [0, 1]; noise (B, T, K, D) standard normal. With `training` the steps
-        are one graph; else each is cut off and detached, so that memory does not grow with T.
+        image (B, C, H, W) in [0, 1], or a sequence (B, T, C, H, W): decode t predicts its frame t
+        (app. A.1). noise (B, T, K, D) standard normal. With `training` the steps are one graph;
+        else each is cut off and detached, so that memory does not grow with T.
         """
         c, f, steps, state = self.config, self.refinement, [], None
         num_steps = num_steps or (c.num_steps if training else c.test_steps or c.num_steps)
+        frames = [image] * num_steps if image.ndim == 4 else image.unbind(1)  # (B, C, H, W) each
         fused = kernels.backend(image) == "triton"  # then kernels/ replaces these two functions:
         eq_1 = kernels.mixture_log_likelihood if fused else mixture_log_likelihood
         inputs = kernels.refinement_inputs if fused else refinement_inputs
         with torch.set_grad_enabled(training):
             lam = self.initial.expand(len(image), noise.shape[2], -1)  # (B, K, 2D)
-            for t, sigma in enumerate(self.sigmas(num_steps)):
+            for t, (frame, sigma) in enumerate(zip(frames, self.sigmas(len(frames)), strict=True)):
                 with torch.enable_grad():  # always: f_phi is fed with dL/dlambda
                     lam = lam if training else lam.detach().requires_grad_()
                     loc, scale = self.posterior(lam)
                     z = loc + scale * noise[:, t]  # eq. 2, (B, K, D)
                     decoded = self.decode(z)
                     kl = reduce(self.kl_terms(loc, scale), "b k d -> b", "sum")
-                last = t == num_steps - 1
-                if last:
-                    log_p = eq_1(image, decoded, sigma)
+                if last := t == len(frames) - 1:
+                    log_p = eq_1(frame, decoded, sigma)
                 else:
-                    packed, log_p, grad_decoded = inputs(image, decoded, f.norm_weight, f.norm_bias,
+                    packed, log_p, grad_decoded = inputs(frame, decoded, f.norm_weight, f.norm_bias,
                                                          f.coordinates, sigma)
                 nll = -reduce(log_p, "b h w -> b", "sum")  # eq. 1
                 step = Step(decoded, lam, nll, kl)
@@ -470,9 +471,8 @@ class IODINE(nn.Module):
               num_slots: int = 0) -> Tensor:
         """(B, T, K, D) standard normal for scenes `index`: a function of seed, split and scene."""
         c = self.config
-        key = draws.make_key("iodine noise", scenes.split, c.seed)
         shape = num_steps or max(c.num_steps, c.test_steps), num_slots or c.num_slots, c.latent_size
-        return draws.normal(key, index, shape)
+        return draws.normal(draws.make_key("iodine noise", scenes.split, c.seed), index, shape)
 
     def loss(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Eq. 4, mean of the batch, and of the last decode: nll, kl, elbo (nats), decoded."""

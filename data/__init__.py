@@ -86,6 +86,7 @@ DATASETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (module.class, its 
     "mini_sprites_16_shaded": ("mini_sprites.MiniSprites", MINI_16 | dict(shaded=True)),
     "mini_sprites_16_same_color": ("mini_sprites.MiniSprites", MINI_16 | dict(same_color=True)),
     "mini_tetrominoes": ("tetrominoes.Tetrominoes", dict(tile="flat")),
+    "mini_tetrominoes_distinct": ("tetrominoes.Tetrominoes", dict(tile="flat", distinct=True)),
     "tetrominoes": ("tetrominoes.Tetrominoes", dict(tile="shaded")),
     "shapes": ("shapes.Shapes", {}),
     "shapes_levels": ("shapes.Shapes", dict(levels=True)),

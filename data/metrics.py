@@ -106,26 +106,26 @@ def box_iou(true: Values, present: Values, boxes: Values, used: Values) -> Tenso
     return _best_total(_box_table(true, present, boxes, used)) / present.sum(1)
 
 
-def identity_swaps(true: Values, present: Values, boxes: Values, identities: Values) -> Tensor:
+def identity_swaps(true: Values, present: Values, boxes: Values, identities: Values,
+                   least_iou: float = 0.1) -> Tensor:
     """Whether an object's box has another identity than its last box had: (B, T, E) float64, 1 or
     0; NaN where the object has no box.
 
-    A box stays with the object that had its identity before while their IoU is a tenth or more; the
-    others are matched one to one for the largest sum of IoU (CLEAR MOT's way). true (B, T, E, 4),
-    boxes (B, T, K, 4) as in `box_iou`; present (B, T, E) bool; identities (B, T, K), 0: no box.
+    A box stays with the object that had its identity before while their IoU is `least_iou` or more;
+    the others are matched one to one for the largest sum of IoU (CLEAR MOT's way). true (B, T, E,
+    4), boxes (B, T, K, 4) as in `box_iou`; present (B, T, E) bool; identities (B, T, K), 0: no box.
     """
     true, present, boxes, identities = map(_cpu, (true, present, boxes, identities))
     flat = (v.flatten(0, 1) for v in (true, present, boxes, identities > 0))
-    iou = _box_table(*flat).unflatten(0, present.shape[:2]).numpy()  # (B, T, E, K)
-    swaps, last = np.full(present.shape, math.nan), np.zeros((len(iou), iou.shape[2]))
-    for b, t in np.ndindex(iou.shape[:2]):
-        identity = identities[b, t].numpy()
-        same = (identity == last[b, :, None]) & (iou[b, t] >= 0.1)
+    iou = _box_table(*flat).unflatten(0, present.shape[:2])  # (B, T, E, K)
+    swaps, last = torch.full_like(iou[..., 0], math.nan), torch.zeros_like(iou[:, 0, :, 0])
+    for b, t in np.ndindex(present.shape[:2]):
+        same = (identities[b, t] == last[b, :, None]) & (iou[b, t] >= least_iou)
         for e, k in zip(*linear_sum_assignment(iou[b, t] + 2 * same, maximize=True), strict=True):
             if iou[b, t, e, k] > 0:
-                swaps[b, t, e] = last[b, e] not in (0, identity[k])
-                last[b, e] = identity[k]
-    return torch.from_numpy(swaps)
+                swaps[b, t, e] = last[b, e] not in (0, identities[b, t, k])
+                last[b, e] = identities[b, t, k]
+    return swaps
 
 
 def mse(image: Values, reconstruction: Values) -> Tensor:

@@ -2,12 +2,10 @@
 
 Ours. A laptop can learn it in minutes; the number of objects varies, shapes and colours repeat.
 
-- The number of objects is uniform in min_objects .. max_objects; shape (0 square, 1 disc,
-  2 triangle) and colour (0 to 5: red, green, blue, cyan, magenta, yellow) are uniform, with
-  repetition.
-- Objects are placed one after the other, each uniformly over the pixel positions where its
-  bounding box lies inside the image and overlaps no earlier one. Boxes may touch. As positions are
-  chosen among those that are left, no scene can fail.
+- Uniform, with repetition: the number of objects, min_objects .. max_objects; shape (0 square,
+  1 disc, 2 triangle); colour (0 to 5: red, green, blue, cyan, magenta, yellow).
+- Objects are placed one after the other, each uniformly over the pixel positions that are left:
+  its bounding box lies inside the image and overlaps no earlier one. Boxes may touch.
 - `shaded` multiplies an object's colour by a brightness uniform in [0.5, 1] and by a gradient that
   falls from 1 at the box's top left to 0.7 at its bottom right.
 - `exclude` is a (shape, colour) that only the test split shows (Greff et al. 2019, Fig. 7); the
@@ -21,8 +19,7 @@ touches an earlier one, at an edge or a corner, and such components score ARI-FG
 Factors: shape, color_id (int64); color (B, E, 3), as it is multiplied; row, col of the bounding
 box's top left pixel; brightness (1 where not shaded).
 
-Axes: B scenes, E entities, N = E - 1 objects, S stencils, P positions along one side, H W
-image.
+Axes: B scenes, E entities, N = E - 1 objects, S stencils, P positions along a side, H W image.
 """
 
 from collections.abc import Sequence

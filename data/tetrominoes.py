@@ -3,23 +3,21 @@
 Specified by Greff et al. 2019 (appendix B.3): 35 x 35 pixels, three random pieces without overlap,
 blocks of 5 x 5 pixels, each piece in one of six colours. The paper says 17 different pieces,
 counting rotations; the published file has 19, all fixed tetrominoes (issue 10 of the repository
-multi_object_datasets, whose author read all of it), and its shape factor 20 values with that of the
-background. So 19 are drawn here.
-Read off images and records of that file: the pieces and their numbers, the shading of a cell, pixel
-offsets that are on no grid, pieces that lie fully inside and may touch.
+multi_object_datasets, whose author read all of it); so 19 are drawn here. Read off its images and
+records: the pieces and their numbers, the shading of a cell, pixel offsets that are on no grid,
+pieces that lie fully inside and may touch.
 
 Assumed: shapes and colours are uniform and independent, repetition allowed; given the shapes,
 positions are uniform over all placements without overlap.
 
-So positions alone are redrawn: `ATTEMPTS` placements are drawn at once and the first valid one
-wins. A placement is valid with probability 0.145 on average, 0.10 for the worst three shapes (three
-like `.#./###`; measured), so that all 256 fail in less than one such scene in 10**11.
+So positions alone are redrawn: of `ATTEMPTS` placements the first valid one wins. One is valid with
+probability 0.145 (0.10 for the worst three shapes), so all fail in less than a scene in 10**11.
 
-`mini_tetrominoes` is ours: flat cells of 2 x 2 pixels in 14 x 14, all else the same.
+`mini_tetrominoes` is ours: flat cells of 2 x 2 pixels in 14 x 14, all else the same; in
+`mini_tetrominoes_distinct` no two pieces of a scene have one colour.
 
-`present` means exists, and so visible. Factors: shape (int64, the numbers below), color_id (int64;
-0 to 5: red, green, blue, cyan, magenta, yellow), color (B, E, 3), and row, col of the bounding
-box's top left pixel. (The published records call the row `x` and the column `y`.)
+`present` means exists, and so visible. Factors: shape (int64, the numbers below), color_id (int64,
+of mini_sprites.COLORS), color (B, E, 3); row, col (published: x, y) of the box's top left pixel.
 
 Axes: B scenes, E = 4 entities, N = 3 pieces, A attempts, S = 19 shapes, C H W image.
 """
@@ -71,13 +69,14 @@ ATTEMPTS = 256
 
 
 class Tetrominoes(Scenes):
-    """`tile` is a key of TILES."""
+    """`tile` is a key of TILES; `distinct`: the colours of a scene differ."""
 
     max_entities = NUM_PIECES + 1
 
     def __init__(self, name: str = "tetrominoes", split: str = "train", seed: int = 0,
-                 device: str | torch.device = "cpu", tile: str = "shaded"):
+                 device: str | torch.device = "cpu", tile: str = "shaded", distinct: bool = False):
         super().__init__(name, split, seed, device)
+        self.distinct = distinct
         self.cell = cell = len(TILES[tile])  # its side in pixels
         self.height = self.width = self.size = SIDE * cell
         extent = torch.tensor([[max(axis) + 1 for axis in zip(*c, strict=True)] for c in CELLS])
@@ -90,14 +89,17 @@ class Tetrominoes(Scenes):
         u = draws.uniform(self.key, index, (2 + 2 * ATTEMPTS, NUM_PIECES))
         shape = draws.pick(u[:, 0], len(PIECES))  # (B, N), a position in PIECES
         color_id = draws.pick(u[:, 1], len(COLORS))
+        if self.distinct:
+            order = draws.uniform(self.key + 1, index, (len(COLORS),)).argsort(dim=1, stable=True)
+            color_id = order[:, :NUM_PIECES]
         color = self.colors[color_id]  # (B, N, 3)
         row, col = self.place(shape, u[:, 2:])  # (B, N)
 
         levels = stamp(self.stencils, shape, row, col, self.size)  # (B, N, H, W)
         # Without overlap each sum has one term at most and is exact in any order.
         image = (levels[:, :, None] * color[..., None, None]).sum(1)  # (B, 3, H, W)
-        factors = dict(shape=shape + 1, color_id=color_id, color=color, row=row.float(),
-                       col=col.float())  # fmt: skip
+        factors = dict(shape=shape + 1, color_id=color_id, color=color)
+        factors |= dict(row=row.float(), col=col.float())
         return make_batch(image, levels > 0, factors)
 
     def place(self, shape: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

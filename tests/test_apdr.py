@@ -76,14 +76,30 @@ def eager(config: apdr.Config, w: dict, image: Tensor, noise: Tensor, history: l
         reset, keep = (a[0] + b[0]).sigmoid(), (a[1] + b[1]).sigmoid()
         return (1 - keep) * (a[2] + reset * b[2]).tanh() + keep * h
 
-    def look(picture: Tensor, where: Tensor, wider: float = 1.0) -> Tensor:
+    side = c.glimpse_size
+
+    def look(picture: Tensor, where: Tensor, wider: float = 1.0, pixels: int = side) -> Tensor:
         scale, col, row = (mean + std * where) / wider
         theta = axis_aligned(1 / scale, -col / scale, -row / scale)
-        return reference_warp(picture[None], theta[None], [c.glimpse_size] * 2).flatten()
+        return reference_warp(picture[None], theta[None], [pixels] * 2).flatten()
 
     def draw(z: Tensor) -> Tensor:
-        glimpse = (mlp("decoder", z[3:]) - 2).sigmoid().view(1, channels, *[c.glimpse_size] * 2)
+        glimpse = (mlp("decoder", z[3:]) - 2).sigmoid().view(1, channels, side, side)
         return reference_warp(glimpse, axis_aligned(*(mean + std * z[:3]))[None], size)[0]
+
+    def matched(picture: Tensor, z: Tensor) -> Tensor:
+        """Squared errors, one shift of the glimpse after the other."""
+        wide = side + 2 * c.match
+        seen = look(picture, z[:3], wide / side, wide).view(channels, wide, wide)
+        known = (mlp("decoder", z[3:]) - 2).sigmoid().view(channels, side, side)
+        pixel = size[0] * size[1] / ((mean + std * z[:3])[0] * side) ** 2
+        shifts, log_p = [], []
+        for row, col in itertools.product(range(wide - side + 1), repeat=2):
+            there = torch.zeros_like(seen)
+            there[:, row : row + side, col : col + side] = known
+            shifts.append(torch.tensor([0, c.match - col, c.match - row]) * 2 / side)
+            log_p.append(-((there - seen) ** 2).sum() * pixel / 2)
+        return z[:3] + torch.stack(log_p).softmax(0) @ torch.stack(shifts)
 
     def explored(logit: Tensor) -> D.Bernoulli:
         return D.Bernoulli(c.exploration / 2 + (1 - c.exploration) * logit.sigmoid())
@@ -113,19 +129,20 @@ def eager(config: apdr.Config, w: dict, image: Tensor, noise: Tensor, history: l
             psi, shift, raw = linear("prior_head", h).split([1, len(zeros), len(zeros)])
             loc = o.z + shift
             loc[1:3] += o.z[1:3] - o.before[1:3]
-            psi, p = (psi + 4.6).sigmoid(), D.Normal(loc, softplus(raw - 1) + 0.01)  # eq. 14
+            psi, p = (psi + 4.6).sigmoid(), D.Normal(loc, softplus(raw - 2) + 0.01)  # eq. 14
             relation = gru("relation_cell", said, relation)  # eq. 24
             states = torch.cat([o.z, h_time, relation])
-            glimpse = look(seen(), p.loc[:3], 2.0)
+            picture = seen()
+            for other in objects[j + 1 :] if c.match else ():
+                there = other.z.clone()
+                there[1:3] += other.z[1:3] - other.before[1:3]
+                picture = picture - draw(there)
+            where = matched(picture, p.loc) if c.match else p.loc[:3]
+            glimpse = look(picture, where, 2.0)
             logit, shift, raw = mlp("search", torch.cat([glimpse, states])).split([1, 3, 3])
-            q = D.Normal(p.loc[:3] + shift, softplus(raw - 1) + 0.01)
-            where = q.loc + q.scale * e[j, :3]
-            loc, raw = mlp("encoder", look(seen(), where)).chunk(2)
-            gate, raw_now = linear("renew", torch.cat([loc, softplus(raw), states])).chunk(2)
-            keep = (gate + 3).sigmoid()
-            what = D.Normal(keep * o.z[3:] + (1 - keep) * loc, softplus(raw_now - 1) + 0.01)
-            q = D.Normal(torch.cat([q.loc, what.loc]), torch.cat([q.scale, what.scale]))
-            z, value = torch.cat([where, what.loc + what.scale * e[j, 3:]]), torch.tensor([b * 1.0])
+            q = D.Normal(torch.cat([where + shift, p.loc[3:]]),
+                         torch.cat([softplus(raw - 3) + 0.01, p.scale[3:]]))  # fmt: skip
+            z, value = q.loc + q.scale * e[j], torch.tensor([b * 1.0])
             f.log_q = f.log_q + explored(logit + 3).log_prob(value)[0]
             f.log_p = f.log_p + D.Bernoulli(psi).log_prob(value)[0]
             said = torch.cat([z, torch.ones(1)]) if b else torch.zeros(len(said))
@@ -155,6 +172,7 @@ def eager(config: apdr.Config, w: dict, image: Tensor, noise: Tensor, history: l
         shown = f.canvas.clamp(max=1) if c.clipped else f.canvas  # eq. 19
         f.log_likelihood = D.Normal(shown, c.sigma).log_prob(x).sum()  # eq. 20
         f.identity = [o.identity for o in kept] + [0] * (c.max_objects - len(kept))
+        f.z = torch.stack([o.z for o in kept] + [zeros] * (c.max_objects - len(kept)))
         objects = kept
         frames.append(f)
     return frames
@@ -179,7 +197,7 @@ def make_model(config: apdr.Config, module: ModuleType = apdr, shape=SHAPE) -> n
     torch.manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 or name == "starts":
+            if parameter.ndim == 1 or name == "starts" or not parameter.any():
                 parameter += 0.5 * torch.randn_like(parameter)
         model.prior_head.bias[0] -= 4
         model.search[-1].bias[0] -= 2.5
@@ -231,6 +249,7 @@ def check_eager(module: ModuleType, frames: int = 2, **overrides) -> None:
                 value = torch.as_tensor(getattr(f, name)) * torch.ones(())
                 assert_close(f"{name} of {history}", getattr(run, name)[a, t], value)
             assert_close("canvas", run.canvas[a, t], f.canvas)
+            assert_close("z", run.objects.z[a, t], f.z)
             assert run.objects.identity[a, t].tolist() == f.identity, "identity is off"
             log_q = log_q + f.log_q
             # Eq. 34. A frame counts once for all histories that continue it.
@@ -421,23 +440,23 @@ def check_kalman(module: ModuleType) -> None:
         def draw(self, z: Tensor) -> Tensor:
             return (z[:, 3:] @ torch.tensor([[1.0, -0.5, 0.3], [0.2, 0.8, -1.0]])).view(-1, 1, 1, 3)
 
-    config = small(max_objects=1, glimpse_size=2, prior_ratio=1e15, sigma=0.4)
+    config = small(max_objects=1, glimpse_size=2, prior_ratio=1e15, sigma=0.6)
     model, frames = Linear(config, 1, 1, 3), 4
     for p in model.parameters():
         p.zero_()
     model.head[-1].bias.copy_(torch.tensor([40, 0, 0, 0, *[math.log(math.e - 1)] * 3]))
     model.encoder[-1].bias.copy_(torch.tensor([0.3, -0.2, 0.2, 0.2]))  # q(z_what) at first
-    model.search[-1].bias[0] = model.prior_head.bias[0] = 40  # it survives
-    model.prior_head.bias[-2:] = 0.5  # wider steps of z_what, ...
+    model.search[-1].bias[0] = model.prior_head.bias[0] = 40  # it survives, ...
+    model.search[-1].bias[4:] = 1.0  # ... and q(z_where) is p(z_where)
+    model.prior_head.bias[-2:] = 1.5  # wider steps of z_what, ...
     model.prior_head.bias[4:6] = torch.tensor([0.4, -0.3])  # ... which drifts
-    model.renew.bias[2:] = 0.7
     g = torch.Generator().manual_seed(3)
     x = torch.randn(frames, 3, generator=g)
-    step = torch.nn.functional.softplus(torch.tensor(0.5 - 1)) + 0.01
+    step = torch.nn.functional.softplus(torch.tensor(1.5 - 2)) + 0.01
     mix = model.draw(torch.eye(5)[3:]).view(2, 3)
     time = torch.arange(frames)
     shared = 1 + step**2 * torch.minimum(time[:, None], time)  # covariance of z in time
-    covariance = torch.kron(shared, mix.T @ mix) + 0.16 * torch.eye(3 * frames)
+    covariance = torch.kron(shared, mix.T @ mix) + 0.36 * torch.eye(3 * frames)
     mean = (time[:, None] * (torch.tensor([0.4, -0.3]) @ mix)).flatten()
     log_p = D.MultivariateNormal(mean, covariance).log_prob(x.flatten())
 
@@ -544,6 +563,10 @@ def test_evaluation(monkeypatch):
     assert mean["elbo"] == pytest.approx(-mean["nll"] - mean["kl"], rel=1e-5)
     assert mean["fivo"] == pytest.approx(mean["iw_elbo"])  # nothing is random
     assert len(result["frames"]["count_accuracy"]) == 10
+    model.head[-1].bias.data[0] = 50  # finds two in each frame; alone, they are new in each
+    mean = {k: v["mean"] for k, v in apdr.evaluate(model, scenes, 20)["metrics"].items()}
+    assert (mean["discovered_alone"], mean["propagated_alone"]) == (2, 0)
+    assert mean["discovered"] == pytest.approx(0.2)  # known in the nine frames that follow
 
 
 # -- options and training --------------------------------------------------------------------------
@@ -588,6 +611,8 @@ for name, check, options in (
     ("three", check_eager, dict(max_objects=3)),
     ("long", check_eager, dict(frames=4, max_objects=1)),
     ("options", check_eager, dict(difference=True, clipped=True, exploration=0.3)),
+    ("match", check_eager, dict(match=2, max_objects=1)),
+    ("match of two", check_eager, dict(match=1, frames=3, difference=True)),
     ("per frame", check_unbiased, dict(samples=1)),
     ("per frame of two", check_unbiased, dict(samples=2, max_objects=1, exploration=0.2)),
     ("vimco of three", check_vimco, dict(samples=3, max_objects=1, exploration=0.2)),
@@ -616,7 +641,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {  # name: (check, text of apdr.py, i
         "long", "torch.cat([state, before[:, 1:3]], 1)", "torch.cat([h_prior[:, :-2], place], 1)"),
     "the place is not updated": ("long", "[state, before[:, 1:3]]", "[state, place]"),
     "a new object moves": (
-        "eager", "place = (q.loc + q.scale * z)[:, 1:3]", "place = q.loc[:, 1:3]"),
+        "eager", "where[:, 1:3]], 1)\n        return", "loc[:, 1:3]], 1)\n        return"),
     "p(b) of the state before": (
         "eager", "self.prior_head(state)", "self.prior_head(h_prior[:, :-2])"),
     "the last object is not in h^P": (
@@ -631,10 +656,17 @@ MUTANTS: dict[str, tuple[str, str, str]] = {  # name: (check, text of apdr.py, i
         "eager", "return rows, identity, h_prior,", "return rows, rows.born + 1, h_prior,"),
     "identities not counted": ("eager", "born=torch.maximum(no.born, identity)", "born=no.born"),
     "the prior forgets where objects were": ("eager", "loc = before + F.pad", "loc = F.pad"),
-    "the search looks no wider": ("eager", "self.window(loc) / 2", "self.window(loc)"),
-    "the search looks where it was": ("eager", "self.window(loc) / 2", "self.window(before) / 2"),
-    "gates exchanged": (
-        "eager", "keep * before[:, 3:] + (1 - keep)", "(1 - keep) * before[:, 3:] + keep"),
+    "the search looks no wider": ("eager", "self.window(where) / 2", "self.window(where)"),
+    "the search looks where it was": ("eager", "self.window(where) / 2", "self.window(before) / 2"),
+    "z_what as it was": ("eager", "[where + shift, loc[:, 3:]]", "[where + shift, before[:, 3:]]"),
+    "match: away from the picture": ("match", "- F.pad((products", "+ F.pad((products"),
+    "match: rows for columns": (
+        "match", "cartesian_prod(shift, shift).flip(1)", "cartesian_prod(shift, shift)"),
+    "match: pixels of the glimpse": ("match", "(products * area)", "products"),
+    "match: other objects seen": ("match of two", "(there > 0)[:, None", "0 * (there > 0)[:, None"),
+    "match: itself not seen": ("match of two", "v[:, j + 1 :].unbind(1)", "v[:, j:].unbind(1)"),
+    "match: others where they were": (
+        "match of two", "F.pad(z[:, 1:3] - h[:, -2:], (", "0 * F.pad(z[:, 1:3], ("),
     "not clipped": ("options", "rows.canvas.clamp(max=1) if", "rows.canvas if"),
     "exploration doubled": ("options", "self.exploration / 2", "self.exploration"),
     "KL of q and p exchanged": ("eager", "D.kl_divergence(q_z, p_z)", "D.kl_divergence(p_z, q_z)"),

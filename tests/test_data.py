@@ -22,6 +22,7 @@ SIZES = {  # C, H = W, fewest and most objects
     "mini_sprites_16_shaded": (3, 16, 2, 4),
     "mini_sprites_16_same_color": (3, 16, 2, 4),
     "mini_tetrominoes": (3, 14, 3, 3),
+    "mini_tetrominoes_distinct": (3, 14, 3, 3),
     "tetrominoes": (3, 35, 3, 3),
     "shapes": (1, 28, 3, 3),
     "shapes_levels": (1, 28, 3, 3),
@@ -45,6 +46,7 @@ DSPRITES = [n for n in SIZES if n.startswith("multi_dsprites")]
 PINNED = {  # a hash of the first four test images; of solids, whose images differ, of the factors
     "mini_sprites": "fa1513a9", "mini_sprites_16_shaded": "fea81bdd",
     "mini_sprites_16_same_color": "73118a65", "mini_tetrominoes": "c8fdabaf",
+    "mini_tetrominoes_distinct": "2e9cf2a8",
     "tetrominoes": "38e5e92b", "shapes": "d2b471c0", "shapes_levels": "1e36ee7d",
     "multi_dsprites_binarized": "216448c4",
     "multi_dsprites_colored_on_grayscale": "7e1a416f", "sprites_3": "522dcbb8",
@@ -341,6 +343,10 @@ def test_number_shape_and_color_are_uniform(name):
         same = (color_id[:, 0] == color_id[:, 1]).float().mean()
         if name.endswith("same_color"):
             assert torch.equal(color_id, color_id[:, :1] * objects)
+        elif name.endswith("distinct"):  # the second colour is one of five, the third one of four
+            second, third = ((color_id[:, i] - color_id[:, 0]) % 6 - 1 for i in (1, 2))
+            assert min(second.min(), third.min()) >= 0 and (second != third).all()
+            assert is_uniform(4 * second + third - (third > second).long(), 20)
         else:  # repetition: the first two objects agree in colour in one scene of six
             assert abs(same - 1 / 6) < 4 * (5 / 36 / len(color_id)) ** 0.5
             assert is_uniform(color_id[objects], 6)
@@ -386,7 +392,7 @@ PICTURES = {  # of mini_sprites, by side
     ],
 }
 LEVELS = [191, 255, 255, 255, 223] + [127, 159, 159, 159, 191] * 3 + [95, 63, 63, 63, 127]
-TILES = {"tetrominoes": np.reshape(LEVELS, (5, 5)) / 255, "mini_tetrominoes": np.ones((2, 2))}
+TILES = dict.fromkeys(TETRO, np.ones((2, 2))) | {"tetrominoes": np.reshape(LEVELS, (5, 5)) / 255}
 
 
 def cells(picture: str) -> np.ndarray:

@@ -133,7 +133,7 @@ class Eager:
         """One slot, (C+1, H, W): its latent at every place, plus the embedding of the place."""
         number, gain = len(self.config.decoder_channels), self.config.coordinate_gain
         # Unpadded convolutions of 3 x 3 cut off 2 pixels, those of 5 x 5 padded by 1 as well.
-        margin = dict(iodine=2 * number + 2, small=2 * number, padded=0, pixel=0)[self.config.decoder]
+        margin = dict(iodine=2 * number + 2, small=2 * number).get(self.config.decoder, 0)
         x = z[:, None, None] + self.embedding(
             "decoder.embedding", height + margin, width + margin, gain)
         padding = int(self.config.decoder in ("small", "padded"))

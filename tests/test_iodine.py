@@ -174,13 +174,18 @@ class Eager:
         return x @ weight.T + bias, state
 
     def run(self, image: Tensor, noise: Tensor) -> list[SimpleNamespace]:
-        """Algorithm 1. noise (T, B, K, D), one slice a decode; the last decode is not refined."""
+        """Algorithm 1. noise (T, B, K, D), one slice a decode; the last decode is not refined.
+
+        An image (B, C, H, W), or as many frames, (B, T, C, H, W): appendix A.1.
+        """
         batch, slots = noise.shape[1:3]
-        channels, height, width = image.shape[1:]
+        channels, height, width = image.shape[-3:]
+        frames = image
         lam = self.weights["lambda"].expand(batch, slots, -1)
         state = (lam.new_zeros(batch, slots, self.config.lstm_size),) * 2
         prior, steps = D.Normal(torch.zeros((), dtype=lam.dtype), 1), []
         for t, epsilon in enumerate(noise):
+            image = frames[:, t] if frames.ndim == 5 else frames
             q = self.posterior(lam)
             z = q.loc + q.scale * epsilon  # eq. 2
             decoded = self.decode(z, height, width)
@@ -244,11 +249,13 @@ def make_model(
 
 
 def make_inputs(model: nn.Module, channels: int = 3, height: int = 6, width: int = 5, **sizes):
-    """An image (B, C, H, W) and noise (B, T, K, D)."""
+    """An image (B, C, H, W), or with `frames` a sequence (B, T, C, H, W), noise (B, T, K, D)."""
     config, generator = model.config, torch.Generator().manual_seed(1)
     batch, slots = sizes.get("batch", 2), sizes.get("slots", config.num_slots)
     shape = batch, sizes.get("steps", config.num_steps), slots, config.latent_size
-    image = torch.rand(batch, channels, height, width, generator=generator, dtype=torch.float64)
+    frames = shape[1:2] if sizes.get("frames") else ()
+    size = batch, *frames, channels, height, width
+    image = torch.rand(size, generator=generator, dtype=torch.float64)
     return image, torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
@@ -299,10 +306,11 @@ def recorded(model: nn.Module):
         hook.remove()
 
 
-def compare(config: iodine.Config, module: ModuleType = iodine, channels=3, height=6, width=5):
+def compare(config: iodine.Config, module: ModuleType = iodine, channels=3, height=6, width=5,
+            frames=False):
     """AssertionError, which names the first quantity in which the two models differ."""
     model = make_model(config, channels, height, width, module)
-    image, noise = make_inputs(model, channels, height, width)
+    image, noise = make_inputs(model, channels, height, width, frames=frames)
     eager, copies = bind(model)
     expected = eager.run(image, noise.transpose(0, 1))
     with recorded(model) as calls:
@@ -354,6 +362,8 @@ CASES: dict[str, tuple[dict, dict]] = {  # name: (Config, image)
     "K = 5": (LSTM | dict(num_slots=5), dict()),
     "T = 1": (dict(num_steps=1), dict()),
     "T = 5": (dict(num_steps=5, kl_weight=1.0), dict()),
+    "frames": (LSTM | dict(num_steps=4), dict(frames=True)),
+    "frames, quick": (QUICK, dict(frames=True)),
     "deconv, cropped": (dict(decoder="deconv"), dict(height=12, width=10)),
     "deconv, doubled twice": (dict(decoder="deconv", num_slots=2, num_steps=2), dict(height=17)),
 } | {f"without {name}": (dict(drop_inputs=(name, "means")), dict()) for name in iodine.INPUTS}
@@ -416,7 +426,7 @@ def test_the_schedules_of_quick(step, sigma, shading, lr):
     assert [x**2 * model.kl_weight(x) for x in sigmas] == pytest.approx([0.01] * 8)
 
 
-@pytest.mark.parametrize("preset", ["tetrominoes", "multi_dsprites", "shapes"])
+@pytest.mark.parametrize("preset", ["tetrominoes", "multi_dsprites", "multi_dsprites_binarized"])
 @pytest.mark.parametrize("step", [0, 1000])
 def test_the_papers_values_switch_all_of_it_off(preset, step):
     config = iodine.make_config(preset)
@@ -502,6 +512,24 @@ def test_the_gradient_of_lambda_is_the_slope_of_the_bound_with_the_noise_held_fi
         nudges = 1e-5 * torch.eye(lam.numel(), dtype=lam.dtype).view(-1, *lam.shape)
         slopes = [(bound(lam + nudge, t) - bound(lam - nudge, t)) / 2e-5 for nudge in nudges]
         assert_close(f"step {t}", call.gradient, torch.stack(slopes).view(lam.shape), 1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_equal_frames_are_a_still_image_and_a_frame_is_seen_at_its_decode(training):
+    """The same bits; and what decode t predicts knows nothing of frame t and all that follow."""
+    model = make_model(small(**LSTM | dict(num_steps=2)))
+    image, noise = make_inputs(model, steps=5)
+    frames = image[:, None].repeat(1, 5, 1, 1, 1)
+    still = model.infer(image, noise, 5, training)
+    frames_of_it = model.infer(frames, noise, training=training)
+    assert len(still) == len(frames_of_it) == 5
+    for a, b in zip(still, frames_of_it, strict=True):
+        assert all(map(torch.equal, a, b))
+    frames[:, 2] = 1 - image
+    other = model.infer(frames, noise, training=training)
+    for t, (a, b) in enumerate(zip(still, other, strict=True)):
+        assert torch.equal(a.decoded, b.decoded) == (t <= 2)
+        assert torch.equal(a.nll, b.nll) == (t < 2)
 
 
 def test_inference_starts_at_the_prior_of_the_paper():
@@ -696,7 +724,7 @@ MUTANTS: dict[str, tuple[str, str, dict]] = {  # name: (text of iodine.py, its m
     "mask logits count once": ("decoded[:, -1:] * 4", "decoded[:, -1:]", QUICK),
     "flat colours left out": ("if flat is None else flat(", "if True else flat(", QUICK),
     "sigma of the last decode in the inputs": ("f.coordinates, s", "f.coordinates, self.s", QUICK),
-    "sigma of the next decode": ("sigmas(num_steps))", "sigmas(num_steps + 1)[1:])", QUICK),
+    "sigma of the next decode": ("sigmas(len(frames))", "sigmas(len(frames) + 1)[1:]", QUICK),
     "sigma final in the last decode only": ("num_steps - 2, 1)", "num_steps - 1, 1)", QUICK),
     "sigma of the end of training": (
         "(self.sigma / start) ** min", "torch.tensor(self.config.sigma / start) ** min", QUICK),
@@ -753,3 +781,13 @@ def test_mutants_are_caught(name):
     module = mutated(iodine, old, new)
     with pytest.raises(AssertionError, match=r"off by|refinements"):
         compare(small(**MUTATED | overrides), module)
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("else image.unbind(1)", "else [image[:, 0]] * image.shape[1]"),  # the first frame at each step
+    ("inputs(frame,", "inputs(frames[t - 1],"),  # refined by the frame before
+    ("eq_1(frame,", "eq_1(frames[t - 1],"),  # the last decode compared with the frame before
+])  # fmt: skip
+def test_mutants_of_sequences_are_caught(old, new):
+    with pytest.raises(AssertionError, match="off by"):
+        compare(small(**MUTATED), mutated(iodine, old, new), frames=True)

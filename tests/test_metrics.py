@@ -392,6 +392,10 @@ def test_identity_swaps():
     wide[0, 1:3, :, 1], wide[0, 1:3, :, 3] = 5, 30
     ids = torch.tensor([[[2, 1]] * 4])
     assert metrics.identity_swaps(true, present, wide.flip(2), ids).sum() == 0
+    # Of the ends alone, whatever happens between them.
+    ends, ids = (v[:, [0, -1]] for v in (true, torch.tensor([[[1, 2]] * 4])))
+    for box, swaps in ((ends, 0), (ends[:, :1].expand_as(ends), 2)):
+        assert metrics.identity_swaps(ends, present[:, :2], box, ids, 2).sum() == swaps
 
 
 
