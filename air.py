@@ -28,7 +28,7 @@ one by one: is there one more (z_pres), where, and what?
 
 A sampled n has no gradient. But step i is reached only if every earlier z_pres was 1, so its inputs
 are the same for all n >= i: N steps, run once, give the likelihood of every n, and the expectation
-is a sum of N + 1 terms (`--estimator enumerate`). The notes' estimators are here for comparison.
+is a sum of N + 1 terms (`--estimator enumerate`). Estimators that draw n are here for comparison.
 
     python air.py                                            the quick preset, two CPU cores
     python air.py --estimator vimco --minutes 5              any of ESTIMATORS
@@ -49,8 +49,7 @@ layer of the encoder (Pyro: none), 1 added to the LSTM's forget gates (Pyro: 0),
     prior_ratio               0.01       1e-9: one more object costs 21 nats at first
     prior_ratio_final         0.01       1e-3 (the notes, section 2, anneal downwards) ...
     prior_hold, _horizon      none       ... from step 500 over 1,500 steps (prior_horizon)
-    exploration, _horizon     none       0.3, falling to 0 over 3,000 steps (exploration_horizon):
-                                         a step of probability 0 gets no gradient
+    exploration, _horizon     none       0.3, falling to 0 over 3,000 steps (exploration_horizon)
 """
 
 import math
@@ -99,7 +98,7 @@ class Config(runs.RunConfig):
     exploration: float = 0.0  # e: q(z_pres = 1) is e / 2 + (1 - e) times the network's ...
     exploration_horizon: int = 1  # ... and e falls linearly to 0 over this many steps
     # gradient of the expectation over the number of objects
-    estimator: Literal["enumerate", "nvil", "vimco", "concrete", "rebar"] = "enumerate"
+    estimator: Literal["enumerate", "nvil", "vimco", "mvd", "concrete", "rebar"] = "enumerate"
     num_samples: int = 5  # S of vimco
     temperature: float = 1.0  # of concrete and rebar
     baseline_lr: float = 0.1  # of nvil's baseline network
@@ -373,7 +372,8 @@ def sums(values: Tensor) -> Tensor:
 
 # ELBO = E_q(n) f(n) - KL(q(n)||p(n)), f as in `gains`; that KL is a sum of N + 1 terms. An
 # estimator takes (model, image, unrolled, uniform (B*S, N, 2)) and gives a surrogate (B,), whose
-# gradient estimates that of the ELBO (`vimco`: of a tighter bound; `concrete`: with a bias).
+# gradient estimates that of the ELBO (`vimco`: of a tighter bound; `concrete`: with a bias). FIVO
+# (the notes, section 6) is a bound for sequences, and in apdr.py.
 
 
 def gains(u: Unrolled) -> Tensor:
@@ -450,6 +450,18 @@ def vimco(model: AIR, image: Tensor, u: Unrolled, uniform: Tensor) -> Tensor:
     return bound[:, 0] + (signal * log_q).sum(1)
 
 
+def mvd(model: AIR, image: Tensor, u: Unrolled, uniform: Tensor) -> Tensor:
+    """Measure-valued derivatives (Mohamed et al. 2020, section 6): that of E f with respect to
+    q(z_pres_i = 1) is f for z_pres_i = 1, later z_pres drawn, minus f for 0. No baseline."""
+    z_pres = logistic(u.logits, uniform[..., 0]) > 0  # (B, N)
+    p, f = torch.sigmoid(u.logits), gains(u)  # (B, N), (B, N+1)
+    value = f[:, -1]  # (B,) f(n), if n is at least i
+    for i in reversed(range(z_pres.shape[1])):
+        slope = (value - f[:, i]) * (p - p.detach())[:, i]  # 0, with a gradient
+        value = torch.where(z_pres[:, i], value, f[:, i]) + slope
+    return value - count_kl(u, model.log_prior)
+
+
 def relaxed_gain(model: AIR, image: Tensor, u: Unrolled, presence: Tensor) -> Tensor:
     """f (B,), object i weighed by the product of the first i values of presence (B, N)."""
     there = presence.cumprod(1)
@@ -480,15 +492,15 @@ def rebar(model: AIR, image: Tensor, u: Unrolled, uniform: Tensor) -> Tensor:
     again = logistic_given(u.logits, z_pres, uniform[..., 1])  # a second z with the same z_pres
     # The control variate is for the gradient of the logits alone: objects and KL are held fixed.
     fixed = u._replace(**{k: getattr(u, k).detach() for k in ("objects", "kl", "canvases")})
-    relaxed, relaxed_again = (
-        relaxed_gain(model, image, fixed, torch.sigmoid(value / t)) for value in (z, again)
-    )
+    relaxed, relaxed_again = (relaxed_gain(model, image, fixed, torch.sigmoid(value / t))
+                              for value in (z, again))
     f = gains(u).gather(1, z_pres.cumprod(1).sum(1, keepdim=True))[:, 0]
     score = (f - relaxed_again).detach() * log_bernoulli(u.logits, z_pres).sum(1)
     return f + score + relaxed - relaxed_again - count_kl(u, model.log_prior)
 
 
-ESTIMATORS = dict(enumerate=enumeration, nvil=nvil, vimco=vimco, concrete=concrete, rebar=rebar)
+ESTIMATORS = dict(enumerate=enumeration, nvil=nvil, vimco=vimco, mvd=mvd, concrete=concrete,
+                  rebar=rebar)
 
 
 # -- evaluation and figures ------------------------------------------------------------------------
@@ -517,9 +529,8 @@ def evaluate(model: AIR, scenes: data.Scenes, count: int = 2000) -> dict[str, An
         for name, value in dict(
             count_accuracy=(true == predicted).double(), elbo=bound, nll=nll, kl=kl,
             kl_count=count_kl(u, model.log_prior), mse=metrics.mse(batch.image, canvas),
-            box_iou=metrics.box_iou(
-                batch.factors["box"][:, 1:], batch.present[:, 1:], windows, taken
-            ),
+            box_iou=metrics.box_iou(batch.factors["box"][:, 1:], batch.present[:, 1:], windows,
+                                    taken),
         ).items():
             values.setdefault(name, []).append(value.double().cpu())
     for index in torch.arange(math.ceil(count / 10), device=scenes.device).split(8):
@@ -536,8 +547,9 @@ def evaluate(model: AIR, scenes: data.Scenes, count: int = 2000) -> dict[str, An
 
 
 @torch.no_grad()
-def draw_attention(model: AIR, scenes: data.Scenes, path: Path, title: str) -> None:
-    """Eight scenes: the windows of the steps that are taken, and the canvas after each."""
+def draw(model: AIR, scenes: data.Scenes, folder: Path, results: dict[str, Any]) -> None:
+    """Writes attention.png (the windows of the steps that are taken, and the canvas after each),
+    confusion.png, samples.png and training.png."""
     index = torch.arange(8, device=scenes.device)
     batch = scenes.scenes(index)
     u = model.unroll(batch.image, model.noise(scenes, index, 1)[0][:, 0])
@@ -546,20 +558,12 @@ def draw_attention(model: AIR, scenes: data.Scenes, path: Path, title: str) -> N
     steps = torch.arange(model.config.max_objects, device=index.device)
     windows = windows.masked_fill((steps >= predicted[:, None])[..., None], math.nan)
     labels = [f"counts {p}, has {t}" for p, t in torch.stack([predicted, true], 1).tolist()]
-    figures.attention(path, batch.image, windows, u.canvases[:, 1:], title, labels)
-
-
-@torch.no_grad()
-def draw(model: AIR, scenes: data.Scenes, folder: Path, results: dict[str, Any]) -> None:
-    """Writes attention.png, confusion.png, samples.png and training.png."""
-    draw_attention(model, scenes, folder / "attention.png",
-                   "AIR looks at one object after the other, and stops")
+    figures.attention(folder / "attention.png", batch.image, windows, u.canvases[:, 1:],
+                      "AIR looks at one object after the other, and stops", labels)
     accuracy = results["metrics"]["count_accuracy"]["mean"]
     figures.confusion(folder / "confusion.png", results["confusion"],
                       f"Counting unseen digits: {accuracy:.1%} right")
-    key = draws.make_key("air samples", model.config.seed)
-    z = draws.normal(key, torch.arange(16, device=scenes.device),
-                     (model.config.max_objects, 3 + model.config.latent_size))
+    z = model.noise(scenes, torch.arange(16, device=scenes.device), 1)[0][:, 0]  # as p's z
     z_where, z_what = model.where_mean + model.where_std * z[..., :3], z[..., 3:]
     objects = place(model.decode(z_what), z_where, model.shape[1:])  # (16, N, C, H, W)
     figures.samples(folder / "samples.png", objects[:, :2].sum(1), "Two objects from the prior")
@@ -587,8 +591,7 @@ def estimator_variance(model: AIR, scenes: data.Scenes, count: int = 100) -> dic
     image, normal = scenes.scenes(index).image, model.noise(scenes, index, 1)[0]
     results, exact = {}, None
     for name in ESTIMATORS:
-        config = replace(model.config, estimator=name, num_samples=2)
-        other = build(config, scenes)
+        other = build(replace(model.config, estimator=name, num_samples=2), scenes)
         other.load_state_dict(model.state_dict(), strict=False)
         samples, number = (2 if name == "vimco" else 1), (1 if name == "enumerate" else count)
         parameters = [p for n, p in other.named_parameters() if not n.startswith("baseline")]
@@ -597,15 +600,15 @@ def estimator_variance(model: AIR, scenes: data.Scenes, count: int = 100) -> dic
         total, squares = 0.0, 0.0  # of the distances from the exact gradient
         for i in range(0 if other.baseline is None else -count, number):  # i < 0: fits it
             uniform = draws.uniform(draws.make_key("air variance", i), index,
-                                    (samples, config.max_objects, 2))
+                                    (samples, model.config.max_objects, 2))
             loss = other.loss(image, normal.expand(-1, samples, -1, -1), uniform)["loss"]
             if i < 0:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 continue
-            parts = torch.autograd.grad(loss, parameters)
-            gradient = torch.cat([part.flatten() for part in parts]).double()
+            gradients = torch.autograd.grad(loss, parameters)
+            gradient = nn.utils.parameters_to_vector(gradients).double()
             exact = gradient if exact is None else exact  # enumerate is the first
             total = total + gradient - exact
             squares += (gradient - exact).square().sum().item()
@@ -623,11 +626,6 @@ def further_scores(model: AIR, scenes: data.Scenes) -> dict[str, Any]:
 
 
 # -- training --------------------------------------------------------------------------------------
-
-
-def learning_rate(config: Config, step: int) -> float:
-    """Exponential decay to lr * lr_final at lr_horizon, constant after it."""
-    return config.lr * config.lr_final ** min(step / config.lr_horizon, 1.0)
 
 
 def check(config: Config) -> None:
@@ -686,8 +684,9 @@ def train(config: Config) -> dict[str, Any]:
     for step, index in run.steps():
         batch = scenes.scenes(index)
         model.set_step(step)
-        parts = run.update(model.loss, batch.image, *model.noise(scenes, index),
-                           lr=learning_rate(config, step), clip=config.clip)
+        lr = config.lr * config.lr_final ** min(step / config.lr_horizon, 1.0)
+        parts = run.update(model.loss, batch.image, *model.noise(scenes, index), lr=lr,
+                           clip=config.clip)
         if run.due(step):
             predicted = count_log_probs(parts["logits"]).argmax(1)  # (B*S,)
             true = batch.present[:, 1:].sum(1).repeat_interleave(len(predicted) // len(index))

@@ -647,7 +647,7 @@ def test_estimator_variance():
     assert measured.keys() == air.ESTIMATORS.keys()
     assert measured.pop("enumerate") == dict(variance=0, bias=0, chance=0)
     assert all(r["variance"] > 0 and r["bias"] > 0 for r in measured.values())
-    assert all(measured[n]["bias"] < 4 * measured[n]["chance"] for n in ("nvil", "rebar"))
+    assert all(measured[n]["bias"] < 4 * measured[n]["chance"] for n in ("nvil", "mvd", "rebar"))
 
 
 # -- options and training --------------------------------------------------------------------------
@@ -669,8 +669,8 @@ def test_what_cannot_be_is_refused(changes):
 
 @pytest.mark.parametrize("changes", [
     dict(estimator="nvil", normalise=True), dict(estimator="vimco"), dict(estimator="concrete"),
-    dict(estimator="rebar", precision="bfloat16"), dict(difference=True, background=True),
-    dict(dataset="multi_mnist_grid"),
+    dict(estimator="mvd"), dict(estimator="rebar", precision="bfloat16"),
+    dict(difference=True, background=True), dict(dataset="multi_mnist_grid"),
 ], ids=str)  # fmt: skip
 def test_every_option_trains(changes, tmp_path, monkeypatch):
     torch.set_default_dtype(torch.float32)
@@ -700,6 +700,8 @@ for name, check, options in (
     ("nvil", check_unbiased, dict(name="nvil")),
     ("nvil, all options", check_unbiased, dict(
         name="nvil", max_objects=3, exploration=0.3, background=True, difference=True)),
+    ("mvd", check_unbiased, dict(name="mvd", max_objects=3, background=True)),
+    ("mvd, exploration", check_unbiased, dict(name="mvd", exploration=0.3)),
     ("vimco", check_unbiased, dict(name="vimco", samples=2, background=True)),
     ("vimco of three", check_unbiased, dict(name="vimco", samples=3, exploration=0.2)),
     ("nvil, normalised", check_nvil, dict(normalise=True)),
@@ -733,6 +735,9 @@ MUTANTS: dict[str, tuple[str, str, str]] = {  # name: (check, text of air.py, it
     "nvil: running mean of this step too": (
         "nvil", EARLIER, f"    model.baseline.track(error.detach(), asked)\n{EARLIER}"),
     "nvil: no running mean": ("nvil by hand", "(error - mean) * asked", "error * asked"),
+    "mvd: later ones all 1": ("mvd", "(value - f[:, i])", "(f[:, -1] - f[:, i])"),
+    "mvd: against no object": ("mvd", "(value - f[:, i])", "(value - f[:, 0])"),
+    "mvd: by the logit": ("mvd", "(p - p.detach())[:, i]", "(u.logits - u.logits.detach())[:, i]"),
     "rebar: second sample stopped": ("rebar", "- relaxed_again -", "- relaxed_again.detach() -"),
     "rebar: second of another sign": ("rebar", "u.logits, z_pres, un", "u.logits, ~z_pres, un"),
     "rebar: no control variate": ("rebar", "(f - relaxed_again).detach()", "f.detach()"),
