@@ -470,8 +470,8 @@ class APDR(nn.Module):
 # An estimator gives a surrogate, whose gradient estimates that of the bound, and an estimate of the
 # bound, nats per sequence, over O or B.
 # Notes, eq. 30: the logarithm stands in each factor of the product. Here: outside, so that a sum
-# over frames is left, eq. 32, 34. Notes, formula before eq. 34: x_t among the arguments of p, which would count
-# the likelihood twice. Here: KL_t is that of z, n and k alone.
+# over frames is left, eq. 32, 34. Formula before eq. 34: x_t among the arguments of p, which would
+# count the likelihood twice. Here: KL_t is that of z, n and k alone.
 
 
 def enumerate_histories(model: APDR, inputs: Inputs) -> tuple[Tensor, Tensor]:
