@@ -36,7 +36,7 @@ presences. The two do not mix: VIMCO's samples are independent, resampled ones a
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
 runs/apdr-<preset>-<seed>/. Measured (seed 0): right counts in .970 of the frames, no identity is
-exchanged; of 100 pairs that cross 96 keep theirs. `quick` differs in:
+exchanged; of 100 pairs that cross 95 keep theirs. `quick` differs in:
 
     lr, lr_final, lr_horizon, clip   1e-3, falling to 1e-4 over 2,900 steps; gradients to 1,000
     lengths, stage_steps, crossing   1, 3 and 9 frames, from steps 0, 1,200, 1,900; half cross
