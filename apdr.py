@@ -29,7 +29,7 @@ last one survive or vanish, and move; new ones appear. Each has a z = (z_where, 
 A row is one history of one sequence; each decision of Algorithm 1 doubles the rows or is drawn.
 `--estimator enumerate` sums over all histories of up to EXACT frames; in longer sequences over
 those of each frame, of which one is drawn and goes on (score function). `vimco` draws whole
-sequences, `fivo` is a particle filter: they do not mix, as VIMCO's samples are independent.
+sequences, `fivo` is a particle filter; these two do not mix: VIMCO's samples are independent.
 
     python apdr.py                                              the quick preset, two CPU cores
     python apdr.py --estimator vimco --num-samples 5
