@@ -81,10 +81,12 @@ def make_batch(image: Tensor, inside: Tensor, factors: dict[str, Tensor],
 
 
 MINI_16 = dict(size=16, sprite=5, max_objects=4)
+HELD_OUT = MINI_16 | dict(shaded=True, exclude=(1, 1))  # green discs: in the test split alone
 DATASETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (module.class, its options)
     "mini_sprites": ("mini_sprites.MiniSprites", {}),
     "mini_sprites_16_shaded": ("mini_sprites.MiniSprites", MINI_16 | dict(shaded=True)),
     "mini_sprites_16_same_color": ("mini_sprites.MiniSprites", MINI_16 | dict(same_color=True)),
+    "mini_sprites_16_held_out": ("mini_sprites.MiniSprites", HELD_OUT),
     "mini_tetrominoes": ("tetrominoes.Tetrominoes", dict(tile="flat")),
     "mini_tetrominoes_distinct": ("tetrominoes.Tetrominoes", dict(tile="flat", distinct=True)),
     "tetrominoes": ("tetrominoes.Tetrominoes", dict(tile="shaded")),
@@ -95,17 +97,15 @@ DATASETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (module.class, its 
     "sprites_3": ("blended_sprites.BlendedSprites", dict(size=64, max_objects=3)),
     "sprites_8": ("blended_sprites.BlendedSprites", dict(size=64, max_objects=8)),
     "sprites_3_32": ("blended_sprites.BlendedSprites", dict(size=32, max_objects=3)),
-    "solids_32": ("solids.Solids", dict(size=32)),
-    "solids_48": ("solids.Solids", dict(size=48)),
+    **{f"solids_{size}": ("solids.Solids", dict(size=size)) for size in (32, 48)},
     "multi_mnist": ("digits.MultiMNIST", {}),
     "multi_mnist_3": ("digits.MultiMNIST", dict(min_objects=3, max_objects=3)),
     "multi_mnist_gradient": ("digits.MultiMNIST", dict(background="gradient")),
     "multi_mnist_grid": ("digits.MultiMNIST", dict(background="grid")),
     "multi_mnist_noise": ("digits.MultiMNIST", dict(background="noise")),
     "moving_mnist": ("moving_digits.MovingDigits", {}),
-    "moving_mnist_enter": ("moving_digits.MovingDigits", dict(enter=1.0)),
-    "moving_mnist_leave": ("moving_digits.MovingDigits", dict(leave=1.0)),
-    "moving_mnist_crossing": ("moving_digits.MovingDigits", dict(crossing=1.0)),
+    **{f"moving_mnist_{event}": ("moving_digits.MovingDigits", {event: 1.0})
+       for event in ("enter", "leave", "crossing")},
 }
 
 
