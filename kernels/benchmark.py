@@ -2,10 +2,7 @@
 
     python -m kernels.benchmark                             # every operation at five sizes
     python -m kernels.benchmark --sizes tetrominoes clevr6  # at two of them
-    python -m kernels.benchmark --models                    # both tables of models:
-    python -m kernels.benchmark --models step               # a training step of every preset
-    python -m kernels.benchmark --models compare            # models of slots, side by side
-    python -m kernels.benchmark --repeats 1 --batch 1       # a rehearsal
+    python -m kernels.benchmark --models step compare scale # tables of models; no name: all
 
 Correctness comes first: everything is compared, at the very shape, with plain torch in float64
 (error: the largest deviation over the largest value, of every output and gradient; of models, of
@@ -18,25 +15,23 @@ time of all threads, so that other programs do not count. MB: the peak of what a
 Operations: "eager" is tests/baselines.py, as ports of the models write them; "fallback" and
 "triton" are the public operation, "compiled" is the fallback under torch.compile. GB/s counts
 inputs, cotangents, outputs and gradients once each, which is what a perfect kernel moves; "copy" is
-its share of what copying a large tensor reached in this process. Without a GPU the kernels are not
-timed: a table says what the compiler makes of each; in "fused MB", what it moves, each of its
-arguments once ("eager MB" is of the operation, in eager torch); and how many microseconds the card
-needs for that at its nominal bandwidth: a bound. refinement_inputs has two kernels for forward.
+its share of what copying a large tensor reached in this process. Without a GPU a table says instead
+what the compiler makes of each kernel; "fused MB" is what it moves, each of its arguments once, and
+"bound us" the time at the card's nominal bandwidth; "eager MB" is of the operation in eager torch.
 
 Models: ms is a step (loss, gradient, Adam), "fwd ms" the loss alone. `compare` is the timing figure
 of EfficientMORL's paper (Emami et al. 2021): models with the sizes of CLEVR6 in their own papers,
 but Slot Attention, which doubles 8 x 8 pixels there, with the decoder of the others. IODINE decodes
 T = 5 times, EfficientMORL once and once more after each of I = 0 .. 3 refinement steps, Slot
-Attention once after T = 3 iterations. Columns with an x: the first row's number over this row's.
+Attention once after T = 3 iterations. `scale` is appendix A.2 of IODINE's paper: its Tetris model
+with K slots and T decodes. Columns with an x: the first row's number over this row's.
 
-Axes: B batch, K slots, D latent, O channels, H W image.
+Axes: B batch, K slots, T decodes, D latent, O channels, H W image.
 """
 
-import copy
 import csv
 import datetime
 import importlib.metadata
-import importlib.util
 import math
 import os
 import platform
@@ -46,17 +41,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import air
@@ -81,7 +76,7 @@ SIZES = {  # name: B on CUDA, B on a CPU, K, H = W; D, O and kernel of the decod
 }
 CARD, TARGET, NOMINAL = "H100 SXM", 90, 3.35e12  # compute capability; bytes per second
 OP_TOLERANCE = 1e-4
-STEP_TOLERANCE = {"float32": 1e-3, "tf32": 0.03, "bfloat16": 0.3}  # 0.3: nonsense is refused
+STEP_TOLERANCE = 1e-3
 MODELS = {  # what the loss takes after the image: (model, scenes, index of the scenes) -> tensors
     iodine: lambda model, *at: [model.noise(*at)],
     efficient_morl: lambda model, *at: [model.noise(*at, model.config.num_steps)],
@@ -90,23 +85,25 @@ MODELS = {  # what the loss takes after the image: (model, scenes, index of the 
     mvae: lambda model, *at: [model.noise(*at)],
 }
 PIXELS = 64, 96, 128  # a side, of the images in `compare`
+DECODES, SLOTS = (2, 4, 8, 16), (2, 4, 8)  # T and K in `scale`
 OP_COLUMNS = ("implementation", "ms", "p20", "p80", "x eager", "GB/s", "copy", "MB", "error")
 BOUND_COLUMNS = ("kernel", "regs", "spilled", "shared", "fused MB", "eager MB", "bound us")
 MODEL_COLUMNS = ("setting", "fwd ms", "ms", "MB", "x fwd ms", "x ms", "x MB", "error")
 COMPARED = ("fwd ms", "ms", "MB")
-Part = Literal["step", "compare"]
+Part = Literal["step", "compare", "scale"]
+Size = Literal[tuple(SIZES)]
+Preset = Literal[tuple({preset: 0 for module in MODELS for preset in module.PRESETS})]
 
 
 @dataclass
 class Options:
     """Times the operations or, with --models, training steps and models of slots side by side."""
 
-    models: tuple[Part, ...] | None = None  # tables; no name: both
-    sizes: tuple[str, ...] = tuple(SIZES)  # of the operations
-    presets: tuple[str, ...] = ()  # of the models in `step`; none: all
+    models: tuple[Part, ...] | None = None  # tables; no name: all
+    sizes: tuple[Size, ...] = tuple(SIZES)  # of the operations
+    presets: tuple[Preset, ...] = ()  # of the models in `step`; none: all
     batch: int = 0  # B; 0: every size and preset has its own (on a CPU: small ones)
     repeats: int = 0  # timed calls; 0: 30 of an operation, 5 of a model
-    torch_compile: bool = field(default_factory=torch.cuda.is_available)  # time it as well
     device: str = "auto"  # auto (CUDA where there is one), cpu, cuda, cuda:1, ...
     out: str = ""  # folder to write; empty: kernels/results/<device>
 
@@ -192,7 +189,7 @@ def time_op(
     """The row of every implementation."""
     public, eager = getattr(kernels, op), getattr(baselines, op)
     functions = {"eager": eager, "fallback": partial(with_backend, "torch", public)}
-    if options.torch_compile:
+    if device.type == "cuda":
         torch.compiler.reset()  # else it gives up after a few shapes
         functions["compiled"] = partial(with_backend, "torch", torch.compile(public, dynamic=False))
     if kernels.backend(device) == "triton" and op != "broadcast_conv":
@@ -231,14 +228,13 @@ def benchmark_ops(options: Options, device: torch.device, info: dict[str, Any]) 
                 bars[label] = row.get("x eager"), None
     figures.bars(report.chart, bars, report.title,
                  "times as fast as eager, forward and backward", log=True)
-    right = report.write()
-    return (on_gpu or not_measured(options, info)) and right
+    return report.write() & (on_gpu or not_measured(options, info))
 
 
 def not_measured(options: Options, info: dict[str, Any]) -> bool:
     """Prints and writes not_measured.*: the kernels as the compiler sees them, and their bytes."""
     print(f"\nnot measured: the Triton kernels, compiled for sm_{TARGET}; bounds of an {CARD}")
-    if importlib.util.find_spec("triton") is None:
+    if "triton" not in info["versions"]:
         print("the package triton is not installed")
         return True
     info = info | dict(card=CARD, bytes_per_second=NOMINAL)
@@ -266,18 +262,18 @@ def not_measured(options: Options, info: dict[str, Any]) -> bool:
 class Candidate:
     """A model that takes training steps of always the same scenes and noise."""
 
-    def __init__(self, model: nn.Module, inputs: list[Tensor], setting: str = "torch"):
-        self.model, self.inputs = model, inputs
+    def __init__(self, module: ModuleType, config: Any, scenes: data.Scenes, index: Tensor,
+                 setting: str = "auto", dtype: torch.dtype = torch.float32):
+        self.model = module.build(config, scenes).to(dtype)
+        noise = MODELS[module](self.model, scenes, index)
+        self.inputs = move([scenes.scenes(index).image, *noise], dtype)
         self.backend = setting if setting in ("triton", "auto") else "torch"
-        self.half = model.config.precision == "bfloat16" and inputs[0].dtype != torch.float64
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-6, fused=True)
-        for network in model.children() if setting == "compiled" else ():
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-6, fused=True)
+        for network in self.model.children() if setting == "compiled" else ():
             network.compile()
 
     def loss(self) -> Tensor:
-        amp = torch.autocast(self.inputs[0].device.type, torch.bfloat16, enabled=self.half)
-        with kernels.use(self.backend), amp:
-            return self.model.loss(*self.inputs)["loss"]
+        return with_backend(self.backend, self.model.loss, *self.inputs)["loss"]
 
     def backward(self) -> list[Tensor]:
         """Loss (1,) and gradient of all parameters (P,)."""
@@ -293,61 +289,74 @@ class Candidate:
         self.optimizer.zero_grad()  # so that memory is measured from where it starts
 
 
+class Inference(Candidate):
+    """The same in a test, where nothing is kept for a training step's gradient."""
+
+    def backward(self) -> list[Tensor]:
+        return [with_backend(self.backend, self.model.infer, *self.inputs)[-1].decoded]
+
+    loss = step = backward
+
+
 def presets(options: Options, device: torch.device) -> Iterator[tuple[str, dict]]:
     """Of every preset: plain torch, on CUDA also compiled and with Triton kernels."""
-    for module, noise in MODELS.items():
+    for module in MODELS:
         for preset in [name for name in module.PRESETS if name in (options.presets or [name])]:
             config = module.make_config(preset, device=str(device))
             most = config.batch_size if device.type == "cuda" or preset == "quick" else 8
             index = torch.arange(options.batch or most, device=device)
             scenes = data.make(config.dataset, device=device)
-            model = module.build(config, scenes)
-            inputs = [scenes.scenes(index).image, *noise(model, scenes, index)]
             triton = kernels.backend(device) == "triton" and hasattr(module, "kernels")
-            settings = ["torch", *["compiled"] * options.torch_compile, *["triton"] * triton]
+            settings = ["torch", *["compiled"] * (device.type == "cuda"), *["triton"] * triton]
             yield (f"{module.__name__} {preset}, batch {len(index)}",
-                   {name: Candidate(copy.deepcopy(model), inputs, name) for name in settings})
+                   {name: partial(Candidate, module, config, scenes, index, setting=name)
+                    for name in settings})
 
 
 def rivals(options: Options, device: torch.device) -> Iterator[tuple[str, dict]]:
     """Of every size of images: IODINE, EfficientMORL with more and more steps, Slot Attention."""
-    clevr = dict(  # Greff et al., appendix C.1
-        num_slots=7, latent_size=64, decoder_channels=(64,) * 4, decoder_kernel=3,
+    first = iodine.make_config(  # Greff et al., appendix C.1
+        "tetrominoes", num_slots=7, latent_size=64, decoder_channels=(64,) * 4, decoder_kernel=3,
         refinement_channels=(64,) * 4, refinement_kernel=3, refinement_stride=2,
-        mlp_size=256, lstm_size=256, device=str(device),
-    )  # fmt: skip
-    first = iodine.make_config("tetrominoes", **clevr)
-    other = efficient_morl.Config(**efficient_morl.CLEVR6, device=str(device))
+        mlp_size=256, lstm_size=256, device=str(device))  # fmt: skip
     third = slot_attention.Config(num_slots=7, encoder_channels=(64,) * 4, decoder_kernel=3,
                                   decoder_channels=(64,) * 4, device=str(device))
-    made = {f"IODINE, T = {first.num_steps}": (iodine, first, [first.num_steps])}
-    made |= {f"EfficientMORL, I = {i}": (efficient_morl, other, [2 * other.num_layers + i])
-             for i in range(4)}  # fmt: skip
-    made[f"Slot Attention, T = {third.num_iterations}"] = slot_attention, third, []
-    batch = options.batch or (1 if device.type == "cpu" else 4)  # 4: the paper's
+    made = {f"IODINE, T = {first.num_steps}": (iodine, first)}
+    made |= {f"EfficientMORL, I = {i}": (efficient_morl, efficient_morl.Config(
+        **efficient_morl.CLEVR6, num_steps=i, device=str(device))) for i in range(4)}
+    made[f"Slot Attention, T = {third.num_iterations}"] = slot_attention, third
+    index = torch.arange(options.batch or 1 + 3 * (device.type == "cuda"), device=device)
     for side in PIXELS:
-        draw, group = torch.Generator().manual_seed(0), {}
-        scenes = SimpleNamespace(num_channels=3, height=side, width=side, shape=(3, side, side),
-                                 device=device)
-        image = torch.rand(batch, 3, side, side, generator=draw)
-        for name, (module, config, steps) in made.items():  # steps: an axis of the noise
-            noise = torch.randn(batch, *steps, config.num_slots, config.latent_size, generator=draw)
-            inputs = move([image, noise], device)
-            group[name] = Candidate(module.build(config, scenes), inputs, "auto")
-        yield f"{side} pixels, batch {batch}", group
+        scenes = data.make("solids_48", size=side, device=device)
+        yield f"{side} pixels, batch {len(index)}", {
+            name: partial(Candidate, *one, scenes, index) for name, one in made.items()}
+
+
+def grown(options: Options, device: torch.device) -> Iterator[tuple[str, dict]]:
+    """Of every number of decodes: IODINE with more and more slots, in training and in a test."""
+    index = torch.arange(options.batch or 1 + 3 * (device.type == "cuda"), device=device)
+    scenes = data.make("tetrominoes", device=device)
+    for steps in DECODES:
+        group, kinds = {}, dict(training=Candidate, inference=Inference)
+        for slots, kind in product(SLOTS, kinds):
+            config = iodine.make_config("tetrominoes", num_slots=slots, num_steps=steps,
+                                        update_gain=0.1, device=str(device))  # 1 diverges
+            group[f"K = {slots}, {kind}"] = partial(kinds[kind], iodine, config, scenes, index)
+        yield f"T = {steps}, batch {len(index)}", group
 
 
 def benchmark_models(
     part: Part, options: Options, device: torch.device, info: dict[str, Any]
 ) -> bool:
-    """Prints and writes step.* or compare.*; True where everything was right."""
+    """Prints and writes step.*, compare.* or scale.*; True where everything was right."""
     report, groups = Report(part, MODEL_COLUMNS, options.out, info), {}
-    for title, group in dict(step=presets, compare=rivals)[part](options, device):
-        rows, calls = {}, {}
+    candidates, *axis = dict(step=[presets], compare=[rivals, "pixels a side", PIXELS],
+                             scale=[grown, "decodes T", DECODES])[part]
+    for title, makers in candidates(options, device):
+        group, rows, calls = {name: make() for name, make in makers.items()}, {}, {}
         for name, own in group.items():
-            wide = copy.deepcopy(own.model).double(), move(own.inputs, torch.float64)
-            tolerance = STEP_TOLERANCE[own.model.config.precision]
-            rows[name] = check(own.backward, Candidate(*wide).backward(), tolerance)
+            truth = makers[name](setting="torch", dtype=torch.float64).backward()
+            rows[name] = check(own.backward, truth, STEP_TOLERANCE)
             if "wrong" not in rows[name]:
                 calls |= {(name, "loss"): own.loss, (name, "step"): own.step}
         times = interleave(calls, options.repeats or 5, device)
@@ -359,13 +368,13 @@ def benchmark_models(
                 row |= {f"x {k}": first[k] / row[k] for k in COMPARED if k in first}
             report.add(title, dict(group=title, setting=name) | row)
             groups.setdefault(name, []).append(row)
-    if part == "step":
+    if axis:
+        panels = {key: {name: (axis[1], [row.get(key) for row in rows], None)
+                        for name, rows in groups.items()} for key in COMPARED}
+        figures.curves(report.chart, panels, axis[0], report.title)
+    else:
         bars = {f"{r['group']}, {r['setting']}": (r.get("ms"), None) for r in report.rows}
         figures.bars(report.chart, bars, report.title, "milliseconds of a training step", log=True)
-    else:
-        panels = {key: {name: (PIXELS, [row.get(key) for row in rows], None)
-                        for name, rows in groups.items()} for key in COMPARED}
-        figures.curves(report.chart, panels, "pixels a side", report.title)
     return report.write()
 
 
@@ -409,11 +418,6 @@ class Report:
 
 def benchmark(options: Options, arguments: Sequence[str]) -> bool:
     """All that is asked for; True where everything was right."""
-    for size in options.sizes:
-        runs.require(size in SIZES, f"unknown size {size!r}: choose from {', '.join(SIZES)}")
-    known = {preset for module in MODELS for preset in module.PRESETS}
-    for preset in options.presets:
-        runs.require(preset in known, f"unknown preset {preset!r}: choose from {sorted(known)}")
     runs.at_least(options, 0, "batch", "repeats")
     device = runs.set_up(runs.RunConfig(device=options.device))
     versions = dict(python=platform.python_version(), torch=torch.__version__)
@@ -424,9 +428,7 @@ def benchmark(options: Options, arguments: Sequence[str]) -> bool:
                 command=shlex.join(["python", "-m", "kernels.benchmark", *arguments]))
     slug = re.sub(r"[^a-z0-9]+", "-", info["device"].lower()).strip("-")
     options.out = options.out or str(Path(__file__).parent / "results" / slug)
-    print(f"{info['device']}, torch {torch.__version__}")
-    if device.type != "cuda":
-        print("no CUDA device in use: the torch paths are timed, at batch sizes for a CPU")
+    print(f"{info['device']}, torch {torch.__version__}; kernels: {kernels.describe(device)}")
     if options.models is None:
         return benchmark_ops(options, device, info)
     right = [benchmark_models(part, options, device, info)
@@ -435,15 +437,13 @@ def benchmark(options: Options, arguments: Sequence[str]) -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0; 1 where something was wrong; 2 for options that cannot be; 130, Ctrl-C."""
+    """Exit status: 0; 1 where something was wrong; 2 for options that cannot be."""
     try:
         options = tyro.cli(Options, prog="python -m kernels.benchmark", args=arguments)
         return 0 if benchmark(options, arguments) else 1
     except (runs.UserError, OSError) as error:
         print(f"kernels.benchmark: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 if __name__ == "__main__":

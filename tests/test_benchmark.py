@@ -57,7 +57,7 @@ def test_operations_without_a_gpu(tmp_path, capsys):
     assert run(tmp_path / "new", *TINY) == 0
     printed = capsys.readouterr().out
     assert all(len(line) <= 100 for line in printed.splitlines() if "wrote" not in line)
-    assert "no CUDA device in use" in printed and "WRONG" not in printed
+    assert "kernels: torch (the device is cpu)" in printed and "WRONG" not in printed
     assert "\nnot measured: the Triton kernels, compiled for sm_90" in printed
     (row,) = (content := read(tmp_path / "new", "not_measured", picture=False))["rows"]
     assert row["kernel"] == "masks.some" and (row["regs"], row["spilled"]) == (40, 0)
@@ -178,7 +178,7 @@ def test_compare_takes_the_papers_steps_and_does_not_time_what_is_wrong(
     _, group = next(benchmark.rivals(benchmark.Options(batch=2), CPU))
     for name, number in zip(names, (5, 1, 2, 3, 4, 1), strict=True):
         decodes.clear()
-        group[name].loss()
+        group[name]().loss()
         assert len(decodes) == number and decodes[0].shape == (2, 7, 64)
     assert run(tmp_path, "--models", "compare", "--repeats", "1") == 1
     assert capsys.readouterr().out.count("WRONG") == 4
@@ -193,12 +193,34 @@ def test_compare_takes_the_papers_steps_and_does_not_time_what_is_wrong(
             assert row[f"x {key}"] == pytest.approx(rows[0][key] / row[key])
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--sizes", "huge"], "unknown size 'huge': choose from quick, tetrominoes"),
-    (["--batch", "-1"], "--batch must be at least 0"),
-    (["--models", "--presets", "huge"], "unknown preset 'huge': choose from ["),
-])  # fmt: skip
-def test_options_that_cannot_be(tmp_path, capsys, arguments, message):
-    assert run(tmp_path / "out", *arguments) == 2 and not (tmp_path / "out").exists()
+def test_training_keeps_every_slot_of_every_decode_and_inference_one_decode(tmp_path, monkeypatch):
+    """IODINE's appendix A.2: linear in K and in T; in a test T is eliminated."""
+    monkeypatch.setattr(benchmark, "DECODES", (2, 3, 4))
+    monkeypatch.setattr(benchmark, "SLOTS", (2, 4))
+    assert run(tmp_path, "--models", "scale", "--repeats", "1") == 0
+    rows = {(row["group"], row["setting"]): row for row in read(tmp_path, "scale")["rows"]}
+    groups = [f"T = {steps}, batch 1" for steps in benchmark.DECODES]
+    assert list(rows) == [(group, f"K = {slots}, {kind}") for group in groups for slots in (2, 4)
+                          for kind in ("training", "inference")]  # fmt: skip
+    memory = {kind: torch.tensor([[rows[group, f"K = {k}, {kind}"]["MB"] for group in groups]
+                                  for k in (2, 4)]) for kind in ("training", "inference")}
+    per_decode = memory["training"].diff()  # (K, T - 1)
+    assert torch.allclose(per_decode[:, 0], per_decode[:, 1], rtol=0.05)
+    assert torch.allclose(per_decode[1], 2 * per_decode[0], rtol=0.1)
+    decoded = torch.tensor([[2], [4]]) * 4 * 35 * 35 * 4 / 1e6  # what a decode returns, in float32
+    assert torch.allclose(memory["inference"].diff(), decoded, rtol=0.05)
+    assert (memory["training"] > memory["inference"]).all()
+    assert all(row["error"] < 1e-4 and row["fwd ms"] > 0 for row in rows.values())
+
+
+@pytest.mark.parametrize("arguments", [["--sizes", "huge"], ["--models", "--presets", "huge"]])
+def test_names_that_are_unknown(tmp_path, capsys, arguments):
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "out", *arguments)
+    assert "invalid choice 'huge'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_options_that_cannot_be(tmp_path, capsys):
+    assert run(tmp_path / "out", "--batch", "-1") == 2 and not (tmp_path / "out").exists()
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and message in error
+    assert error.count("\n") == 1 and "--batch must be at least 0" in error
