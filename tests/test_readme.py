@@ -138,7 +138,8 @@ def test_requirements_are_what_is_imported():
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.partition(".")[0])
-    local = {path.stem for path in ROOT.glob("*.py")} | {"data", "kernels", "results"}
-    local |= {path.stem for path in (ROOT / "tests").glob("*.py")}
+    local = {"data", "kernels"}
+    for folder in (ROOT, ROOT / "tests", ROOT / "notebooks"):
+        local |= {path.stem for path in folder.glob("*.py")}
     assert imported - set(sys.stdlib_module_names) - local == required
     assert torch.__version__
