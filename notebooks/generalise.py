@@ -2,7 +2,7 @@
 
     python notebooks/generalise.py notebooks/weights/iodine-quick.pt runs/iodine-quick-held-out-1
 
-writes results/iodine-generalisation.json: of each checkpoint, and of what learns nothing,
+adds to results/iodine-generalisation.json, of each checkpoint, and writes of what learns nothing:
 
     unseen, seen   scenes of mini_sprites_16_held_out with and without a green disc. Its training
                    scenes have discs, and green objects, and no green disc.
@@ -15,6 +15,7 @@ writes results/iodine-generalisation.json: of each checkpoint, and of what learn
 Axes: B scenes, E entities, K slots, N objects, D latent.
 """
 
+import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -128,6 +129,7 @@ def scores(model: iodine.IODINE, scenes: data.Scenes, num_slots: int) -> dict[st
 
 def generalise(model: iodine.IODINE, pairs: dict[str, data.Scenes],
                crowds: dict[int, data.Scenes]) -> dict[str, Any]:
+    """What stands in the file under the name of a checkpoint, but the command."""
     slots = model.config.num_slots
     unseen, seen = (find_objects(model, pairs[name]) for name in ("unseen", "seen"))
     return dict(
@@ -143,11 +145,14 @@ def main(paths: list[str]) -> None:
     crowds = {number: crowd(number) for number in NUMBERS}
     kinds = pairs | {f"{number} objects": scenes for number, scenes in crowds.items()}
     floors = {name: results.dataset_floors(scenes)["floors"] for name, scenes in kinds.items()}
-    checkpoints.write_json(results.RESULTS / "iodine-generalisation.json", dict(
-        command=shlex.join(["python", "notebooks/generalise.py", *paths]), scenes=COUNT,
-        floors=floors, object_floors=object_floors(pairs["unseen"]),
-        models={Path(path).stem: generalise(iodine.load_model(path), pairs, crowds)
-                for path in paths}))  # fmt: skip
+    file = results.RESULTS / "iodine-generalisation.json"
+    models = json.loads(file.read_text())["models"] if file.exists() else {}
+    for path in paths:
+        command = shlex.join(["python", "notebooks/generalise.py", path])
+        models[Path(path).stem] = dict(command=command) | generalise(
+            iodine.load_model(path), pairs, crowds)
+    checkpoints.write_json(file, dict(scenes=COUNT, floors=floors, models=models,
+                                      object_floors=object_floors(pairs["unseen"])))
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def test_what_is_committed_is_complete():
     kinds = ["unseen", "seen", *(f"{number} objects" for number in range(2, 8))]
     assert list(content["floors"]) == kinds and content["scenes"] == 320
     for name, found in content["models"].items():
-        assert name in content["command"]
+        assert name in found["command"]
         settings = [(row["objects"], row["num_slots"]) for row in found["numbers"]]
         assert settings == [(n, k) for n in range(2, 8) for k in (found["num_slots"], 10)]
         scores = [found["unseen"], found["seen"], *(row["metrics"] for row in found["numbers"])]
