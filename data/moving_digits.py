@@ -16,8 +16,7 @@ Assumed:
   half a pixel, in frame `length // 2` or the next one (frames count from 0), at a uniform place.
   `enter` and `leave` are shares of the other scenes; the smaller is a part of the larger.
 
-Start, velocities and crossing are redrawn together: `ATTEMPTS` are drawn at once, the first valid
-one wins.
+Start, velocities and crossing are drawn together, `ATTEMPTS` at once; the first valid draw wins.
 
 A batch has a frame axis after B. Entity e is the same digit in all frames: its number is its
 identity. `present` means exists, and so visible unless another digit covers it. `coverage` is a
@@ -56,17 +55,16 @@ class MovingDigits(MultiMNIST):
         # Even the largest two, apart in frame 0, can then meet in frame length // 2 + 1.
         if crossing and 2 * speed * (length // 2 + 1) < LARGEST:
             raise ValueError(f"{length} frames at up to {speed} pixels a frame: too few to cross")
-        self.length, self.speed = length, speed
-        self.crossing, self.enter, self.leave = crossing, enter, leave
+        self.length, self.speed, self.shares = length, speed, shares
 
     def scenes(self, index: Tensor) -> Batch:
         u = draws.uniform(self.key, index, (6 + 5 * ATTEMPTS, self.max_objects))
         u_number, u_digit, u_size, u_first, u_last, u_crossing = u[:, :6].unbind(1)  # (B, N) each
-        crossing = u_crossing[:, :1] < self.crossing  # (B, 1)
+        crossing = u_crossing[:, :1] < self.shares[0]  # (B, 1)
         number = torch.where(crossing, 2, draws.pick(u_number[:, :1], 3))
         exists = torch.arange(self.max_objects, device=self.device) < number  # (B, N)
         digit, size, light, frame = self.choose(exists, u_digit, u_size)
-        enter, leave = ((u_crossing[:, 1:] < s) & ~crossing for s in (self.enter, self.leave))
+        enter, leave = ((u_crossing[:, 1:] < s) & ~crossing for s in self.shares[1:])
         first = draws.pick(u_first, self.length) * enter  # (B, N)
         last = first + draws.pick(u_last, self.length - first)
         last = torch.where(leave, last, self.length - 1)

@@ -129,7 +129,7 @@ def eager(config: apdr.Config, w: dict, image: Tensor, noise: Tensor, history: l
             psi, shift, raw = linear("prior_head", h).split([1, len(zeros), len(zeros)])
             loc = o.z + shift
             loc[1:3] += o.z[1:3] - o.before[1:3]
-            psi, p = (psi + 4.6).sigmoid(), D.Normal(loc, softplus(raw - 2) + 0.01)  # eq. 14
+            psi, p = psi.sigmoid(), D.Normal(loc, softplus(raw) + 0.01)  # eq. 14
             relation = gru("relation_cell", said, relation)  # eq. 24
             states = torch.cat([o.z, h_time, relation])
             picture = seen()
@@ -141,9 +141,9 @@ def eager(config: apdr.Config, w: dict, image: Tensor, noise: Tensor, history: l
             glimpse = look(picture, where, 2.0)
             logit, shift, raw = mlp("search", torch.cat([glimpse, states])).split([1, 3, 3])
             q = D.Normal(torch.cat([where + shift, p.loc[3:]]),
-                         torch.cat([softplus(raw - 3) + 0.01, p.scale[3:]]))  # fmt: skip
+                         torch.cat([softplus(raw) + 0.01, p.scale[3:]]))  # fmt: skip
             z, value = q.loc + q.scale * e[j], torch.tensor([b * 1.0])
-            f.log_q = f.log_q + explored(logit + 3).log_prob(value)[0]
+            f.log_q = f.log_q + explored(logit).log_prob(value)[0]
             f.log_p = f.log_p + D.Bernoulli(psi).log_prob(value)[0]
             said = torch.cat([z, torch.ones(1)]) if b else torch.zeros(len(said))
             if b:  # eq. 26
@@ -447,12 +447,12 @@ def check_kalman(module: ModuleType) -> None:
     model.head[-1].bias.copy_(torch.tensor([40, 0, 0, 0, *[math.log(math.e - 1)] * 3]))
     model.encoder[-1].bias.copy_(torch.tensor([0.3, -0.2, 0.2, 0.2]))  # q(z_what) at first
     model.search[-1].bias[0] = model.prior_head.bias[0] = 40  # it survives, ...
-    model.search[-1].bias[4:] = 1.0  # ... and q(z_where) is p(z_where)
-    model.prior_head.bias[-2:] = 1.5  # wider steps of z_what, ...
+    model.search[-1].bias[4:] = model.prior_head.bias[6:9] = -2.0  # ... q(z_where) is p(z_where)
+    model.prior_head.bias[-2:] = -0.5  # wider steps of z_what, ...
     model.prior_head.bias[4:6] = torch.tensor([0.4, -0.3])  # ... which drifts
     g = torch.Generator().manual_seed(3)
     x = torch.randn(frames, 3, generator=g)
-    step = torch.nn.functional.softplus(torch.tensor(1.5 - 2)) + 0.01
+    step = torch.nn.functional.softplus(torch.tensor(-0.5)) + 0.01
     mix = model.draw(torch.eye(5)[3:]).view(2, 3)
     time = torch.arange(frames)
     shared = 1 + step**2 * torch.minimum(time[:, None], time)  # covariance of z in time
@@ -531,7 +531,7 @@ def test_samples_of_the_prior_are_of_the_prior():
     model = make_model(config)
     with torch.no_grad():
         model.prior_head.weight[0] = 0
-        model.prior_head.bias[0] = math.log(0.7 / 0.3) - 4.6
+        model.prior_head.bias[0] = math.log(0.7 / 0.3)
     run = apdr.histories(model, make_inputs(config, 2, count=4000)._replace(how="prior"))
     count = run.objects.count[:, 0]
     assert_close("p(n)", count.bincount() / 4000, torch.tensor([4, 2, 1]) / 7, 0.05)
@@ -577,7 +577,7 @@ def test_evaluation(monkeypatch):
     dict(estimator="vimco", num_samples=1), dict(estimator="fivo", num_samples=1),
     dict(hidden_size=0), dict(exploration=1.0), dict(sigma=0.0), dict(stage_steps=(5,)),
     dict(stage_steps=(), lengths=(3,)),
-    dict(dataset="moving_mnist_enter", crossing=0.5),
+    dict(leave=1.5), dict(mnist_dir="", lengths=(3,), stage_steps=(), crossing=0.5),
 ], ids=str)  # fmt: skip
 def test_what_cannot_be_is_refused(changes):
     """By an error that names the last option."""
@@ -636,10 +636,10 @@ MUTANTS: dict[str, tuple[str, str, str]] = {  # name: (check, text of apdr.py, i
     "q(n) of N - 1": (
         "eager", "count < self.config.max_objects)", "count < self.config.max_objects - 1)"),
     "h^prior not reset for a new object": (
-        "eager", "self.starts[2].expand(len(z), -1)", "self.starts[0].expand(len(z), -1)"),
+        "eager", "self.starts[2].expand(len(noise), -1)", "self.starts[0].expand(len(noise), -1)"),
     "h^prior not updated": (
-        "long", "torch.cat([state, before[:, 1:3]], 1)", "torch.cat([h_prior[:, :-2], place], 1)"),
-    "the place is not updated": ("long", "[state, before[:, 1:3]]", "[state, place]"),
+        "long", "[state, before[:, 1:3]]", "[h_prior[:, :-2], before[:, 1:3]]"),
+    "the place is not updated": ("long", "[state, before[:, 1:3]]", "[state, earlier]"),
     "a new object moves": (
         "eager", "where[:, 1:3]], 1)\n        return", "loc[:, 1:3]], 1)\n        return"),
     "p(b) of the state before": (
@@ -648,7 +648,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {  # name: (check, text of apdr.py, i
         "eager", "rows._replace(relation=relation, said=", "rows._replace(said="),
     "x among the arguments of p": (
         "eager", "q * (rows.log_likelihood -", "q * (2 * rows.log_likelihood -"),
-    "b and z given z^1:i": ("eager", "torch.cat([h, last], 1)", "torch.cat([h, last + z], 1)"),
+    "b and z given z^1:i": ("eager", "torch.cat([h, last], 1)", "torch.cat([h, last + noise], 1)"),
     "an object that is gone is remembered": (
         "eager", "no._replace(said=torch.zeros_like(no.said))",
         "no._replace(said=yes.said * torch.eye(6)[5].neg().add(1))"),
