@@ -564,7 +564,8 @@ def test_evaluation(monkeypatch):
     assert mean["elbo"] == pytest.approx(-mean["nll"] - mean["kl"], rel=1e-5)
     assert mean["fivo"] == pytest.approx(mean["iw_elbo"])  # nothing is random
     assert len(result["frames"]["count_accuracy"]) == 10
-    model.head[-1].bias.data[0] = model.search[-1].bias.data[0] = 99  # finds two in each frame; alone, they are new in each
+    # Finds two in each frame; alone, they are new in each.
+    model.head[-1].bias.data[0] = model.search[-1].bias.data[0] = 99
     mean = {k: v["mean"] for k, v in apdr.evaluate(model, scenes, 20)["metrics"].items()}
     assert (mean["discovered_alone"], mean["propagated_alone"]) == (2, 0)
     assert mean["discovered"] == pytest.approx(0.2)  # known in the nine frames that follow
