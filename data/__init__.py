@@ -100,12 +100,12 @@ DATASETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (module.class, its 
     **{f"solids_{size}": ("solids.Solids", dict(size=size)) for size in (32, 48)},
     "multi_mnist": ("digits.MultiMNIST", {}),
     "multi_mnist_3": ("digits.MultiMNIST", dict(min_objects=3, max_objects=3)),
-    "multi_mnist_gradient": ("digits.MultiMNIST", dict(background="gradient")),
-    "multi_mnist_grid": ("digits.MultiMNIST", dict(background="grid")),
-    "multi_mnist_noise": ("digits.MultiMNIST", dict(background="noise")),
+    **{f"multi_mnist_{background}": ("digits.MultiMNIST", dict(background=background))
+       for background in ("gradient", "grid", "noise")},
     "moving_mnist": ("moving_digits.MovingDigits", {}),
-    **{f"moving_mnist_{event}": ("moving_digits.MovingDigits", {event: 1.0})
-       for event in ("enter", "leave", "crossing")},
+    "moving_mnist_enter": ("moving_digits.MovingDigits", dict(enter=True)),
+    "moving_mnist_leave": ("moving_digits.MovingDigits", dict(leave=True)),
+    "moving_mnist_crossing": ("moving_digits.MovingDigits", dict(crossing=1.0)),
 }
 
 

@@ -14,7 +14,6 @@ Assumed:
   all from its first one on.
 - `crossing` is the share of scenes in which two digits cross: the centres of their frames agree, to
   half a pixel, in frame `length // 2` or the next one (frames count from 0), at a uniform place.
-  `enter` and `leave` are shares of the other scenes; the smaller is a part of the larger.
 
 Start, velocities and crossing are redrawn together: `ATTEMPTS` are drawn at once, the first valid
 one wins.
@@ -46,16 +45,16 @@ class MovingDigits(MultiMNIST):
 
     def __init__(self, name: str = "moving_mnist", split: str = "train", seed: int = 0,
                  device: str | torch.device = "cpu", length: int = 10, speed: int = 3,
-                 crossing: float = 0.0, enter: float = 0.0, leave: float = 0.0,
+                 crossing: float = 0.0, enter: bool = False, leave: bool = False,
                  folder: str | Path = ""):
         super().__init__(name, split, seed, device, folder=folder)
-        shares = crossing, enter, leave
-        if length < 1 or not 0 <= speed <= 10 or not all(0 <= share <= 1 for share in shares):
-            raise ValueError(f"{length} frames at up to {speed} pixels a frame, shares of {shares} "
-                             "that cross, enter, leave: not 1 or more, 0 to 10, 0 to 1")
+        if length < 1 or not 0 <= speed <= 10 or not 0 <= crossing <= 1:
+            raise ValueError(f"{length} frames at up to {speed} pixels a frame, a share of "
+                             f"{crossing} crossing: not 1 or more, 0 to 10, 0 to 1")  # fmt: skip
         # Even the largest two, apart in frame 0, can then meet in frame length // 2 + 1.
-        if crossing and 2 * speed * (length // 2 + 1) < LARGEST:
-            raise ValueError(f"{length} frames at up to {speed} pixels a frame: too few to cross")
+        if crossing and (2 * speed * (length // 2 + 1) < LARGEST or enter or leave):
+            raise ValueError(f"{length} frames at up to {speed} pixels a frame: too few to cross; "
+                             "and digits that cross neither enter nor leave")  # fmt: skip
         self.length, self.speed = length, speed
         self.crossing, self.enter, self.leave = crossing, enter, leave
 
@@ -66,10 +65,9 @@ class MovingDigits(MultiMNIST):
         number = torch.where(crossing, 2, draws.pick(u_number[:, :1], 3))
         exists = torch.arange(self.max_objects, device=self.device) < number  # (B, N)
         digit, size, light, frame = self.choose(exists, u_digit, u_size)
-        enter, leave = ((u_crossing[:, 1:] < s) & ~crossing for s in (self.enter, self.leave))
-        first = draws.pick(u_first, self.length) * enter  # (B, N)
+        first = draws.pick(u_first, self.length) * self.enter  # (B, N)
         last = first + draws.pick(u_last, self.length - first)
-        last = torch.where(leave, last, self.length - 1)
+        last = last if self.leave else torch.full_like(first, self.length - 1)
         time = torch.arange(self.length, device=self.device)[:, None]  # (T, 1)
         there = exists[:, None] & (time >= first[:, None]) & (time <= last[:, None])  # (B, T, N)
         place = self.move(frame[..., 2:], first, crossing, u[:, 6:])  # (B, T, N, 2)

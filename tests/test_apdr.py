@@ -87,8 +87,8 @@ def eager(config: apdr.Config, w: dict, image: Tensor, noise: Tensor, history: l
         glimpse = (mlp("decoder", z[3:]) - 2).sigmoid().view(1, channels, side, side)
         return reference_warp(glimpse, axis_aligned(*(mean + std * z[:3]))[None], size)[0]
 
-    def matched(picture: Tensor, z: Tensor) -> Tensor:
-        """Squared errors, one shift of the glimpse after the other."""
+    def matched(picture: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared errors with and without the object, one shift of the glimpse after the other."""
         wide = side + 2 * c.match
         seen = look(picture, z[:3], wide / side, wide).view(channels, wide, wide)
         known = (mlp("decoder", z[3:]) - 2).sigmoid().view(channels, side, side)
@@ -98,8 +98,9 @@ def eager(config: apdr.Config, w: dict, image: Tensor, noise: Tensor, history: l
             there = torch.zeros_like(seen)
             there[:, row : row + side, col : col + side] = known
             shifts.append(torch.tensor([0, c.match - col, c.match - row]) * 2 / side)
-            log_p.append(-((there - seen) ** 2).sum() * pixel / 2)
-        return z[:3] + torch.stack(log_p).softmax(0) @ torch.stack(shifts)
+            log_p.append((seen.square().sum() - (there - seen).square().sum()) * pixel / 2)
+        log_p = torch.stack(log_p)
+        return z[:3] + log_p.softmax(0) @ torch.stack(shifts), log_p.exp().mean().log()
 
     def explored(logit: Tensor) -> D.Bernoulli:
         return D.Bernoulli(c.exploration / 2 + (1 - c.exploration) * logit.sigmoid())
@@ -129,7 +130,7 @@ def eager(config: apdr.Config, w: dict, image: Tensor, noise: Tensor, history: l
             psi, shift, raw = linear("prior_head", h).split([1, len(zeros), len(zeros)])
             loc = o.z + shift
             loc[1:3] += o.z[1:3] - o.before[1:3]
-            psi, p = (psi + 4.6).sigmoid(), D.Normal(loc, softplus(raw - 2) + 0.01)  # eq. 14
+            psi, p = psi.sigmoid(), D.Normal(loc, softplus(raw) + 0.01)  # eq. 14
             relation = gru("relation_cell", said, relation)  # eq. 24
             states = torch.cat([o.z, h_time, relation])
             picture = seen()
@@ -137,13 +138,13 @@ def eager(config: apdr.Config, w: dict, image: Tensor, noise: Tensor, history: l
                 there = other.z.clone()
                 there[1:3] += other.z[1:3] - other.before[1:3]
                 picture = picture - draw(there)
-            where = matched(picture, p.loc) if c.match else p.loc[:3]
+            where, fit = matched(picture, p.loc) if c.match else (p.loc[:3], 0.0)
             glimpse = look(picture, where, 2.0)
             logit, shift, raw = mlp("search", torch.cat([glimpse, states])).split([1, 3, 3])
             q = D.Normal(torch.cat([where + shift, p.loc[3:]]),
-                         torch.cat([softplus(raw - 3) + 0.01, p.scale[3:]]))  # fmt: skip
+                         torch.cat([softplus(raw) + 0.01, p.scale[3:]]))  # fmt: skip
             z, value = q.loc + q.scale * e[j], torch.tensor([b * 1.0])
-            f.log_q = f.log_q + explored(logit + 3).log_prob(value)[0]
+            f.log_q = f.log_q + explored(logit + fit).log_prob(value)[0]
             f.log_p = f.log_p + D.Bernoulli(psi).log_prob(value)[0]
             said = torch.cat([z, torch.ones(1)]) if b else torch.zeros(len(said))
             if b:  # eq. 26
@@ -447,12 +448,12 @@ def check_kalman(module: ModuleType) -> None:
     model.head[-1].bias.copy_(torch.tensor([40, 0, 0, 0, *[math.log(math.e - 1)] * 3]))
     model.encoder[-1].bias.copy_(torch.tensor([0.3, -0.2, 0.2, 0.2]))  # q(z_what) at first
     model.search[-1].bias[0] = model.prior_head.bias[0] = 40  # it survives, ...
-    model.search[-1].bias[4:] = 1.0  # ... and q(z_where) is p(z_where)
-    model.prior_head.bias[-2:] = 1.5  # wider steps of z_what, ...
+    model.search[-1].bias[4:] = model.prior_head.bias[6:9] = -2.0  # ... q(z_where) is p(z_where)
+    model.prior_head.bias[-2:] = -0.5  # wider steps of z_what, ...
     model.prior_head.bias[4:6] = torch.tensor([0.4, -0.3])  # ... which drifts
     g = torch.Generator().manual_seed(3)
     x = torch.randn(frames, 3, generator=g)
-    step = torch.nn.functional.softplus(torch.tensor(1.5 - 2)) + 0.01
+    step = torch.nn.functional.softplus(torch.tensor(-0.5)) + 0.01
     mix = model.draw(torch.eye(5)[3:]).view(2, 3)
     time = torch.arange(frames)
     shared = 1 + step**2 * torch.minimum(time[:, None], time)  # covariance of z in time
@@ -531,7 +532,7 @@ def test_samples_of_the_prior_are_of_the_prior():
     model = make_model(config)
     with torch.no_grad():
         model.prior_head.weight[0] = 0
-        model.prior_head.bias[0] = math.log(0.7 / 0.3) - 4.6
+        model.prior_head.bias[0] = math.log(0.7 / 0.3)
     run = apdr.histories(model, make_inputs(config, 2, count=4000)._replace(how="prior"))
     count = run.objects.count[:, 0]
     assert_close("p(n)", count.bincount() / 4000, torch.tensor([4, 2, 1]) / 7, 0.05)
@@ -563,7 +564,8 @@ def test_evaluation(monkeypatch):
     assert mean["elbo"] == pytest.approx(-mean["nll"] - mean["kl"], rel=1e-5)
     assert mean["fivo"] == pytest.approx(mean["iw_elbo"])  # nothing is random
     assert len(result["frames"]["count_accuracy"]) == 10
-    model.head[-1].bias.data[0] = 50  # finds two in each frame; alone, they are new in each
+    # Finds two in each frame; alone, they are new in each.
+    model.head[-1].bias.data[0] = model.search[-1].bias.data[0] = 99
     mean = {k: v["mean"] for k, v in apdr.evaluate(model, scenes, 20)["metrics"].items()}
     assert (mean["discovered_alone"], mean["propagated_alone"]) == (2, 0)
     assert mean["discovered"] == pytest.approx(0.2)  # known in the nine frames that follow
@@ -636,10 +638,10 @@ MUTANTS: dict[str, tuple[str, str, str]] = {  # name: (check, text of apdr.py, i
     "q(n) of N - 1": (
         "eager", "count < self.config.max_objects)", "count < self.config.max_objects - 1)"),
     "h^prior not reset for a new object": (
-        "eager", "self.starts[2].expand(len(z), -1)", "self.starts[0].expand(len(z), -1)"),
+        "eager", "self.starts[2].expand(len(noise), -1)", "self.starts[0].expand(len(noise), -1)"),
     "h^prior not updated": (
-        "long", "torch.cat([state, before[:, 1:3]], 1)", "torch.cat([h_prior[:, :-2], place], 1)"),
-    "the place is not updated": ("long", "[state, before[:, 1:3]]", "[state, place]"),
+        "long", "[state, before[:, 1:3]]", "[h_prior[:, :-2], before[:, 1:3]]"),
+    "the place is not updated": ("long", "[state, before[:, 1:3]]", "[state, earlier]"),
     "a new object moves": (
         "eager", "where[:, 1:3]], 1)\n        return", "loc[:, 1:3]], 1)\n        return"),
     "p(b) of the state before": (
@@ -648,7 +650,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {  # name: (check, text of apdr.py, i
         "eager", "rows._replace(relation=relation, said=", "rows._replace(said="),
     "x among the arguments of p": (
         "eager", "q * (rows.log_likelihood -", "q * (2 * rows.log_likelihood -"),
-    "b and z given z^1:i": ("eager", "torch.cat([h, last], 1)", "torch.cat([h, last + z], 1)"),
+    "b and z given z^1:i": ("eager", "torch.cat([h, last], 1)", "torch.cat([h, last + noise], 1)"),
     "an object that is gone is remembered": (
         "eager", "no._replace(said=torch.zeros_like(no.said))",
         "no._replace(said=yes.said * torch.eye(6)[5].neg().add(1))"),
@@ -659,10 +661,13 @@ MUTANTS: dict[str, tuple[str, str, str]] = {  # name: (check, text of apdr.py, i
     "the search looks no wider": ("eager", "self.window(where) / 2", "self.window(where)"),
     "the search looks where it was": ("eager", "self.window(where) / 2", "self.window(before) / 2"),
     "z_what as it was": ("eager", "[where + shift, loc[:, 3:]]", "[where + shift, before[:, 3:]]"),
-    "match: away from the picture": ("match", "- F.pad((products", "+ F.pad((products"),
+    "match: away from the picture": ("match", "- F.pad(log_ratio", "+ F.pad(log_ratio"),
     "match: rows for columns": (
         "match", "cartesian_prod(shift, shift).flip(1)", "cartesian_prod(shift, shift)"),
-    "match: pixels of the glimpse": ("match", "(products * area)", "products"),
+    "match: does not say who is gone": ("match", "logit[:, 0] + fit", "logit[:, 0]"),
+    "match: sum over shifts": ("match", "- 2 * math.log(shifts)", "- 0 * shifts"),
+    "match: without the object's own light": ("match", "* area / 2", "* area * 0"),
+    "match: pixels of the glimpse": ("match", "products.flatten(1) * area", "products.flatten(1)"),
     "match: other objects seen": ("match of two", "(there > 0)[:, None", "0 * (there > 0)[:, None"),
     "match: itself not seen": ("match of two", "v[:, j + 1 :].unbind(1)", "v[:, j:].unbind(1)"),
     "match: others where they were": (
