@@ -109,17 +109,18 @@ class Config(runs.RunConfig):
 
 
 QUICK: dict[str, Any] = dict(
-    steps=2900, batch_size=8, lr=1e-3, lr_final=0.1, lr_horizon=2900, clip=1000.0,
-    lengths=(1, 3, 9), stage_steps=(1200, 1900), crossing=0.5, max_objects=2, latent_size=20,
-    glimpse_size=20, clipped=True, prior_ratio=1e-9, prior_ratio_final=1e-3, prior_horizon=1300,
-    lstm_size=64, hidden_size=128, match=5, difference=True, exploration=0.3,
-    exploration_horizon=2000, num_samples=2,
+    steps=3300, batch_size=8, lr=1e-3, lr_final=0.1, lr_horizon=3300, clip=1000.0,
+    lengths=(1, 3, 9), stage_steps=(2500, 2800), crossing=0.5, max_objects=2, latent_size=40,
+    glimpse_size=20, clipped=True, prior_ratio=1e-9, prior_ratio_final=1e-3, prior_horizon=2500,
+    lstm_size=64, hidden_size=160, match=5, difference=True, exploration=0.3,
+    exploration_horizon=2500, num_samples=2,
 )
 PRESETS = {
     "quick": QUICK,
     "moving_mnist": QUICK | dict(
-        steps=9000, lr_horizon=9000, lengths=(1, 2, 5, 10), stage_steps=(3000, 4000, 6000),
-        latent_size=30, lstm_size=128, hidden_size=200, exploration_horizon=5000,
+        steps=9000, lr_horizon=9000, lengths=(1, 3, 5, 10), stage_steps=(6000, 7000, 8000),
+        latent_size=50, lstm_size=128, hidden_size=256, prior_horizon=5000,
+        exploration_horizon=5000,
     ),
 }
 
