@@ -108,7 +108,7 @@ def keep(run: Path, scores_only: bool, pictures: Iterable[str]) -> None:
                     | dict(metrics=means))
     runs.require(path.stat().st_size <= LIMIT,
                  f"{path}: {path.stat().st_size:,} bytes, more than {LIMIT:,}")
-    here = {picture.name.removeprefix(f"{name}-") for picture in FIGURES.glob(f"{name}-*.png")}
+    here = {picture.name.removeprefix(f"{name}-") for picture in FIGURES.glob(f"{name}-*")}
     for picture in here.union(pictures) & {path.name for path in (run / "figures").iterdir()}:
         shutil.copyfile(run / "figures" / picture, FIGURES / f"{name}-{picture}")
 
