@@ -373,6 +373,7 @@ def ablations_table() -> str:
              "IODINE, learning rate 3e-4": "iodine-quick-paper-lr",
              "IODINE, mean pooling": "iodine-quick-mean-pooling",
              "IODINE, step weights t/T": "iodine-quick-linear-weights",
+             "IODINE, decoder of 3 x 3": "iodine-quick-3x3",
              "EfficientMORL": "efficient_morl-quick",
              "EfficientMORL, colours never flat": "efficient_morl-quick-no-flat",
              "EfficientMORL, no spare slot": "efficient_morl-quick-no-spare",
