@@ -24,7 +24,7 @@ of EfficientMORL's paper (Emami et al. 2021): models with the sizes of CLEVR6 in
 but Slot Attention, which doubles 8 x 8 pixels there, with the decoder of the others. IODINE decodes
 T = 5 times, EfficientMORL once and once more after each of I = 0 .. 3 refinement steps, Slot
 Attention once after T = 3 iterations. `scale` is appendix A.2 of IODINE's paper: its Tetris model
-with K slots and T decodes. Columns with an x: the first row's number over this row's.
+with K slots and T decodes; both times of inference are of one call. x: first row over this row.
 
 Axes: B batch, K slots, T decodes, D latent, O channels, H W image.
 """
