@@ -75,8 +75,7 @@ SIZES = {  # name: B on CUDA, B on a CPU, K, H = W; D, O and kernel of the decod
     "clevr": (32, 1, 11, 128, 64, 64, 3),
 }
 CARD, TARGET, NOMINAL = "H100 SXM", 90, 3.35e12  # compute capability; bytes per second
-OP_TOLERANCE = 1e-4
-STEP_TOLERANCE = 1e-3
+OP_TOLERANCE, STEP_TOLERANCE = 1e-4, 1e-3
 MODELS = {  # what the loss takes after the image: (model, scenes, index of the scenes) -> tensors
     iodine: lambda model, *at: [model.noise(*at)],
     efficient_morl: lambda model, *at: [model.noise(*at, model.config.num_steps)],
@@ -431,19 +430,20 @@ def benchmark(options: Options, arguments: Sequence[str]) -> bool:
     print(f"{info['device']}, torch {torch.__version__}; kernels: {kernels.describe(device)}")
     if options.models is None:
         return benchmark_ops(options, device, info)
-    right = [benchmark_models(part, options, device, info)
-             for part in options.models or get_args(Part)]
-    return all(right)
+    return not [part for part in options.models or get_args(Part)
+                if not benchmark_models(part, options, device, info)]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0; 1 where something was wrong; 2 for options that cannot be."""
+    """Exit status: 0; 1 where something was wrong; 2 for options that cannot be; 130, Ctrl-C."""
     try:
         options = tyro.cli(Options, prog="python -m kernels.benchmark", args=arguments)
         return 0 if benchmark(options, arguments) else 1
     except (runs.UserError, OSError) as error:
         print(f"kernels.benchmark: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
