@@ -372,7 +372,7 @@ class APDR(nn.Module):
         loc = before + F.pad(before[:, 1:3] - earlier, (1, c.latent_size)) + shift
         p = gaussian(loc, F.softplus(raw) + FLOOR)
         rows = rows._replace(relation=self.relation_cell(rows.said, rows.relation))  # eq. 24
-        picture = inputs.image[rows.sequence, t] - c.difference * rows.canvas
+        picture = inputs.image[rows.sequence, t] - (c.difference or c.match > 0) * rows.canvas
         if c.match:  # Here, not in eq. 24: less the later objects, too, where they are expected
             for there, z, h in zip(*(v[:, j + 1 :].unbind(1) for v in rows.before), strict=True):
                 z = z + F.pad(z[:, 1:3] - h[:, -2:], (1, c.latent_size))

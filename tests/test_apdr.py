@@ -133,7 +133,7 @@ def eager(config: apdr.Config, w: dict, image: Tensor, noise: Tensor, history: l
             psi, p = psi.sigmoid(), D.Normal(loc, softplus(raw) + 0.01)  # eq. 14
             relation = gru("relation_cell", said, relation)  # eq. 24
             states = torch.cat([o.z, h_time, relation])
-            picture = seen()
+            picture = x - f.canvas if c.difference or c.match else x
             for other in objects[j + 1 :] if c.match else ():
                 there = other.z.clone()
                 there[1:3] += other.z[1:3] - other.before[1:3]
