@@ -29,7 +29,7 @@ from torch import Tensor
 
 import data
 import iodine
-from data import checkpoints, metrics
+from data import checkpoints, metrics, runs
 
 COUNT = results.FLOOR_SCENES  # of each kind
 NUMBERS = range(2, 8)  # objects
@@ -141,19 +141,23 @@ def generalise(model: iodine.IODINE, pairs: dict[str, data.Scenes],
 
 
 def main(paths: list[str]) -> None:
+    networks = {path: iodine.load_model(path) for path in paths}
     pairs = dict(unseen=with_pair(True), seen=with_pair(False))
     crowds = {number: crowd(number) for number in NUMBERS}
     kinds = pairs | {f"{number} objects": scenes for number, scenes in crowds.items()}
     floors = {name: results.dataset_floors(scenes)["floors"] for name, scenes in kinds.items()}
     file = results.RESULTS / "iodine-generalisation.json"
     models = json.loads(file.read_text())["models"] if file.exists() else {}
-    for path in paths:
+    for path, model in networks.items():
         command = shlex.join(["python", "notebooks/generalise.py", path])
-        models[Path(path).stem] = dict(command=command) | generalise(
-            iodine.load_model(path), pairs, crowds)
+        models[Path(path).stem] = dict(command=command) | generalise(model, pairs, crowds)
     checkpoints.write_json(file, dict(scenes=COUNT, floors=floors, models=models,
                                       object_floors=object_floors(pairs["unseen"])))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except runs.UserError as error:
+        print(f"generalise.py: {error}", file=sys.stderr)
+        sys.exit(2)

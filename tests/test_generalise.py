@@ -1,6 +1,8 @@
 """Scenes unlike those of training have what they should, and scores are of the right objects."""
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import generalise
@@ -139,3 +141,9 @@ def test_what_is_committed_is_complete():
         assert settings == [(n, k) for n in range(2, 8) for k in (found["num_slots"], 10)]
         scores = [found["unseen"], found["seen"], *(row["metrics"] for row in found["numbers"])]
         assert all(score["ari_fg"]["n"] == 320 for score in scores)
+
+
+def test_a_checkpoint_that_is_none_is_one_line():
+    command = [sys.executable, generalise.__file__, "nowhere"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (2, "generalise.py: nowhere: no such checkpoint\n")
