@@ -89,7 +89,8 @@ DATASETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (module.class, its 
     "mini_sprites_16_held_out": ("mini_sprites.MiniSprites", HELD_OUT),
     "mini_tetrominoes": ("tetrominoes.Tetrominoes", dict(tile="flat")),
     "mini_tetrominoes_distinct": ("tetrominoes.Tetrominoes", dict(tile="flat", distinct=True)),
-    "tetrominoes": ("tetrominoes.Tetrominoes", dict(tile="shaded")),
+    "tetrominoes": ("tetrominoes.Tetrominoes", {}),
+    "tetrominoes_distinct": ("tetrominoes.Tetrominoes", dict(distinct=True)),
     "shapes": ("shapes.Shapes", {}),
     "shapes_levels": ("shapes.Shapes", dict(levels=True)),
     "multi_dsprites_binarized": ("multi_dsprites.MultiDSprites", dict(binarized=True)),
@@ -103,8 +104,7 @@ DATASETS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (module.class, its 
     **{f"multi_mnist_{background}": ("digits.MultiMNIST", dict(background=background))
        for background in ("gradient", "grid", "noise")},
     "moving_mnist": ("moving_digits.MovingDigits", {}),
-    "moving_mnist_enter": ("moving_digits.MovingDigits", dict(enter=True)),
-    "moving_mnist_leave": ("moving_digits.MovingDigits", dict(leave=True)),
+    **{f"moving_mnist_{e}": ("moving_digits.MovingDigits", {e: True}) for e in ("enter", "leave")},
     "moving_mnist_crossing": ("moving_digits.MovingDigits", dict(crossing=1.0)),
 }
 

@@ -25,6 +25,7 @@ SIZES = {  # C, H = W, fewest and most objects
     "mini_tetrominoes": (3, 14, 3, 3),
     "mini_tetrominoes_distinct": (3, 14, 3, 3),
     "tetrominoes": (3, 35, 3, 3),
+    "tetrominoes_distinct": (3, 35, 3, 3),
     "shapes": (1, 28, 3, 3),
     "shapes_levels": (1, 28, 3, 3),
     "multi_dsprites_binarized": (1, 64, 2, 3),
@@ -48,8 +49,8 @@ PINNED = {  # a hash of the first four test images; of solids, whose images diff
     "mini_sprites": "fa1513a9", "mini_sprites_16_shaded": "fea81bdd",
     "mini_sprites_16_same_color": "73118a65", "mini_sprites_16_held_out": "62cf6fc5",
     "mini_tetrominoes": "c8fdabaf", "mini_tetrominoes_distinct": "2e9cf2a8",
-    "tetrominoes": "38e5e92b", "shapes": "d2b471c0", "shapes_levels": "1e36ee7d",
-    "multi_dsprites_binarized": "216448c4",
+    "tetrominoes": "38e5e92b", "tetrominoes_distinct": "bf4f0add", "shapes": "d2b471c0",
+    "shapes_levels": "1e36ee7d", "multi_dsprites_binarized": "216448c4",
     "multi_dsprites_colored_on_grayscale": "7e1a416f", "sprites_3": "522dcbb8",
     "sprites_8": "f6ba784f", "sprites_3_32": "122ad93b", "multi_mnist": "c754f8f9",
     "multi_mnist_3": "d94ed3a7", "multi_mnist_gradient": "99062451", "multi_mnist_grid": "cc96e9da",
@@ -393,7 +394,8 @@ PICTURES = {  # of mini_sprites, by side
     ],
 }
 LEVELS = [191, 255, 255, 255, 223] + [127, 159, 159, 159, 191] * 3 + [95, 63, 63, 63, 127]
-TILES = dict.fromkeys(TETRO, np.ones((2, 2))) | {"tetrominoes": np.reshape(LEVELS, (5, 5)) / 255}
+SHADED = np.reshape(LEVELS, (5, 5)) / 255
+TILES = {name: np.ones((2, 2)) if "mini" in name else SHADED for name in TETRO}
 
 
 def cells(picture: str) -> np.ndarray:

@@ -367,7 +367,7 @@ def test_without_a_name_all_names_are_listed(capsys):
     sheet.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line[0] == " "] == list(data.DATASETS)
-    assert max(map(len, lines)) < 80 and "Shapes: three white triangles" in lines[9]
+    assert max(map(len, lines)) < 80 and "Shapes: three white triangles" in lines[10]
 
 
 def test_an_error_is_one_line_and_status_2():
