@@ -15,7 +15,7 @@
 #     "pillow>=10.0",
 # ]
 # ///
-"""Slot Attention: slots compete for pixels, so that each becomes an object of an autoencoder.
+"""Slot Attention: an autoencoder whose slots compete for pixels, so that each takes an object.
 
 Locatello et al., NeurIPS 2020. Nothing is sampled but the initial slots, and there is no KL;
 EfficientMORL's layer is one iteration made stochastic.
@@ -29,22 +29,22 @@ EfficientMORL's layer is one iteration made stochastic.
 
     python slot_attention.py                                 the quick preset, two CPU cores
     python slot_attention.py --slots mlp                     the baseline Slot MLP: ordered slots
-    python slot_attention.py --preset tetrominoes --minutes 60 --implicit
+    python slot_attention.py --preset tetrominoes --minutes 60       no result here yet
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
 runs/slot_attention-<preset>-<seed>/. Measured (two seeds): ARI-FG 0.937 and 0.954, mIoU 0.944
-and 0.961. Config's defaults are the paper's for Tetrominoes; `quick` trades them for minutes:
+and 0.961. Config's defaults are the released code's, in two ports' sizes for Tetrominoes:
 
     field                              default          quick           why
     dataset, num_slots                 tetrominoes, 4   mini_sprites_16_shaded, 6
     flat_colors                        off              on              masks draw the shapes
     normalise                          mean             sum             spare slots are empty
-    mask_entropy, entropy_steps        0, 1             0.1, 10000      two slots share no object
+    mask_entropy, entropy_steps        0, 1             0.1, 10000      a pixel has one slot
     encoder_channels, encoder_kernel   4 x 32, 5        3 x 32, 3       smaller images
-    decoder_kernel, coordinate_gain    5, 1             1, 15           1x1: less work
-    test_iterations                    3                4               masks get sharper
-    batch_size, clip                   64, none         16, 1           less work; few large steps
-    lr, lr_warmup, lr_half_life, steps 4e-4 1e4 1e5 5e5 2e-3 300 2500 10500
+    decoder_kernel, coordinate_gain    5, 1             1, 15           less work; unit: a pixel
+    test_iterations                    3                4               mIoU rises by 0.01
+    batch_size, clip                   64, none         16, 1           less work; no large step
+    lr, lr_warmup, lr_half_life, steps 4e-4 1e4 1e5 5e5 2e-3 300 2500 10500     minutes
 """
 
 import math
@@ -63,13 +63,13 @@ import data
 import kernels
 from data import draws, figures, metrics, processes, runs
 
-# B batch, K slots, N = B K, T iterations, D size of a slot, P pixels = H W, C H W image,
-# O channels of a convolution, E entities of a scene (0: the background)
+# B batch, K slots, N = B K, T iterations, D size of a slot, O channels of a convolution;
+# C H W image, P = H W its pixels
 
 
 @dataclass
 class Config(runs.RunConfig):
-    """The defaults are the paper's for Tetrominoes; PRESETS override them."""
+    """The defaults are the released code's, in the sizes of two ports; PRESETS override them."""
 
     dataset: str = "tetrominoes"  # one of data.DATASETS
     num_slots: int = 4  # K
@@ -78,7 +78,7 @@ class Config(runs.RunConfig):
     num_iterations: int = 3  # T in training
     test_iterations: int = 3  # T in tests
     normalise: Literal["mean", "sum"] = "mean"  # sum: a slot sees how many pixels it has
-    implicit: bool = False  # the gradient of the last iteration alone: less time and memory
+    implicit: bool = False  # gradient of the last iteration alone, none of the initial slots
     encoder_channels: tuple[int, ...] = (32, 32, 32, 32)  # of the convolutions
     encoder_kernel: int = 5  # pixels
     decoder_channels: tuple[int, ...] = (32, 32, 32)  # of the hidden layers
@@ -86,13 +86,13 @@ class Config(runs.RunConfig):
     coordinate_gain: float = 1.0  # the decoder's coordinates run from 0 to this
     flat_colors: bool = False  # one colour a slot, so that only masks draw shapes; see `decode`
     # optimisation
-    mask_entropy: float = 0.0  # weight in the loss of the masks' entropy, nats per pixel
-    entropy_steps: int = 1  # training steps in which this weight rises from 0, in a line
+    mask_entropy: float = 0.0  # weight of the masks' entropy (nats per pixel) in the loss
+    entropy_steps: int = 1  # training steps over which this weight rises linearly from 0
     batch_size: int = 64  # B, scenes per step
-    lr: float = 4e-4  # before it halves
+    lr: float = 4e-4  # times warm-up and halving: see `learning_rate`
     clip: float = 0.0  # largest norm of the gradient; 0: any
     lr_warmup: int = 10_000  # training steps
-    lr_half_life: int = 100_000  # training steps in which lr halves, warm-up included
+    lr_half_life: int = 100_000  # training steps in which lr halves, from the first on
     steps: int = 500_000  # of training
 
 
@@ -142,7 +142,7 @@ class Embedding(nn.Linear):
 
 
 class Conv(nn.Conv2d):
-    """A convolution in the memory layout that is faster."""
+    """A convolution in the memory layout that is fastest: see `kernels.layout`."""
 
     def forward(self, x: Tensor) -> Tensor:
         layout = kernels.layout(x, self.kernel_size[0])
@@ -173,7 +173,7 @@ class SlotAttention(nn.Module):
         super().__init__()
         size, inputs = config.latent_size, config.encoder_channels[-1]
         self.config = config
-        # Of the initial slots' distribution, the same for all: only noise tells slots apart.
+        # Of the initial slots' distribution, the same for all. A row: Xavier needs a matrix.
         self.loc, self.log_scale = (nn.Parameter(torch.empty(1, size)) for _ in range(2))
         self.norm_inputs, self.norm_slots = LayerNorm(inputs), LayerNorm(size)
         # Paper: silent. Released code, and here: no biases.
@@ -188,9 +188,9 @@ class SlotAttention(nn.Module):
         queries = self.queries(self.norm_slots(slots)) * slots.shape[-1] ** -0.5
         attention = (queries @ keys.mT).softmax(1)  # over slots, (B, K, P)
         weights = attention + 1e-8  # a slot without pixels: no division by 0
-        number = weights.sum(2, keepdim=True)  # of a slot's pixels, (B, K, 1)
-        if self.config.normalise == "sum":  # of a slot's pixels on average: an empty one gets 0
-            number = keys.shape[1] / self.config.num_slots
+        number = weights.sum(2, keepdim=True)  # of each slot's pixels, (B, K, 1)
+        if self.config.normalise == "sum":  # the same for all: a slot without pixels reads 0
+            number = keys.shape[1] / self.config.num_slots  # training's K, whatever K is in tests
         updates = weights / number @ values  # what a slot has found, (B, K, D)
         slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).unflatten(0, slots.shape[:2])
         return slots + self.mlp(slots), attention
@@ -202,7 +202,7 @@ class SlotAttention(nn.Module):
         slots, results = self.loc + self.log_scale.exp() * noise, []
         for t in range(1, num_iterations + 1):
             if self.config.implicit and t == num_iterations:
-                slots = slots.detach()  # the iterations before only search for a fixed point
+                slots = slots.detach()  # Chang et al. 2022: at a fixed point, (I - J)^-1 taken as I
             slots, attention = self.iterate(keys, values, slots)
             results.append((slots, attention))
         return results
@@ -213,16 +213,16 @@ class SlotMLP(nn.Module):
 
     def __init__(self, config: Config, height: int, width: int):
         super().__init__()
-        self.shape, self.slots = (height, width), (config.num_slots, config.latent_size)
-        # Paper: features "resized and flattened". Here: averaged to at most 16 x 16.
+        self.shape, self.sizes = (height, width), (config.num_slots, config.latent_size)
+        # Paper: features "resized and flattened". Here: means, at most 16 x 16; our hidden size.
         self.size = min(height, 16), min(width, 16)
         inputs = config.encoder_channels[-1] * math.prod(self.size)
-        self.mlp = mlp(inputs, 8 * config.latent_size, math.prod(self.slots))
+        self.mlp = mlp(inputs, 8 * config.latent_size, math.prod(self.sizes))
 
     def forward(self, features: Tensor, noise: Tensor, num_iterations: int) -> list[tuple]:
         """As SlotAttention, but the same after every iteration, whatever the noise."""
         x = F.adaptive_avg_pool2d(features.mT.unflatten(2, self.shape), self.size)
-        return [(self.mlp(x.flatten(1)).unflatten(1, self.slots), None)] * num_iterations
+        return [(self.mlp(x.flatten(1)).unflatten(1, self.sizes), None)] * num_iterations
 
 
 class BroadcastDecoder(nn.Module):
@@ -262,7 +262,7 @@ class SlotAutoencoder(nn.Module):
         self.decoder = BroadcastDecoder(config, channels, height, width)
         self.flat = nn.Linear(config.latent_size, channels + 1) if config.flat_colors else None
         self.register_buffer("entropy_weight", torch.tensor(0.0))
-        # Paper: silent. Released code, and here: Keras's initial values. Flat colours start grey.
+        # Paper: silent. Released code, and here: Keras's initial values, but flat colours are grey.
         for name, parameter in self.named_parameters():
             if name.endswith("weight_hh"):
                 nn.init.orthogonal_(parameter)
@@ -283,8 +283,8 @@ class SlotAutoencoder(nn.Module):
     def decode(self, slots: Tensor) -> Tensor:
         """Every slot alone: (B, K, D) -> means and mask logits (B, K, C+1, H, W).
 
-        With flat_colors, a slot has one colour and logit, linear in it, and the decoder adds to the
-        logit alone (times 4: sharper masks). Two colours take two slots, so masks must cut shapes.
+        With flat_colors, a linear map of the slot is its colour and a logit, the same everywhere;
+        the decoder only adds to the logit, times 4, so that masks alone draw shapes.
         """
         decoded = self.decoder(slots.flatten(0, 1)).unflatten(0, slots.shape[:2])
         means, mask_logits = decoded[:, :, :-1], decoded[:, :, -1:]
@@ -346,11 +346,11 @@ def draw(model: SlotAutoencoder, scenes: data.Scenes, folder: Path, results: dic
     parts = zip(*(reconstruct(model.decode(slots)) for slots, _ in trace), strict=True)
     mean, masks, means = map(torch.stack, parts)  # (T, B, ...)
     first, ari = (None, None) if truth is None else (truth[0], metrics.ari(truth, masks[-1]))
-    title = "Slot Attention decomposes unseen scenes, trained without masks"
+    title = "Slots that decompose unseen scenes, trained without masks"
     figures.decomposition(folder / "decomposition.png", image, mean[-1], truth, masks[-1],
                           means[-1], title, ari)
     figures.refinement(folder / "iterations.png", image[0], first, mean[:, 0], masks[:, 0],
-                       means[:, 0], "Slots compete for pixels, iteration by iteration")
+                       means[:, 0], "Slots, iteration by iteration")
     figures.animation(folder / "inference.gif", image, mean, truth, masks, means, title)
 
 
@@ -358,17 +358,17 @@ def draw(model: SlotAutoencoder, scenes: data.Scenes, folder: Path, results: dic
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Paper and released code: a linear warm-up, and halving from the first step on."""
+    """Paper: a warm-up, then halving. Released code, and here: halving from the first step on."""
     warmup = min(1.0, (step + 1) / (config.lr_warmup + 1))
     return config.lr * warmup * 0.5 ** (step / config.lr_half_life)
 
 
 def check(config: Config) -> None:
-    """UserError, in one line, where the options cannot be."""
+    """UserError, in one line, for options that cannot work."""
     runs.check(config)
     runs.at_least(config, 1, "num_slots", "latent_size", "num_iterations", "test_iterations",
-                  "encoder_channels", "encoder_kernel", "decoder_channels", "entropy_steps",
-                  "lr_half_life")
+                  "encoder_channels", "encoder_kernel", "decoder_channels", "decoder_kernel",
+                  "entropy_steps", "lr_half_life")
     runs.at_least(config, 0, "mask_entropy", "lr_warmup", "clip")
     runs.require(config.decoder_kernel % 2, "--decoder-kernel must be odd")
     try:
@@ -407,7 +407,7 @@ def train(config: Config) -> dict[str, Any]:
         parts = run.update(model.loss, batch.image, model.noise(scenes, index),
                            lr=learning_rate(config, step), clip=config.clip or math.inf)
         if run.due(step):
-            _, masks, _ = reconstruct(parts["decoded"].nan_to_num())
+            _, masks, _ = reconstruct(parts["decoded"].nan_to_num())  # `ari` refuses NaN
             known = batch.masks is not None
             scores = dict(ari_fg=metrics.ari(batch.masks, masks).nanmean()) if known else {}
             run.log(parts, **scores)

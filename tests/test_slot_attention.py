@@ -463,8 +463,8 @@ MUTANTS = {  # name: (check, text of slot_attention.py, its mutation)
     "never implicit": ("implicit", "if self.config.implicit and", "if False and"),
     "the first iteration in the graph": ("implicit", "t == num_iterations:", "t == 2:"),
     # Slot MLP, decoder, loss
-    "slots of interleaved values": ("mlp", "unflatten(1, self.slots)",
-                                    "unflatten(1, self.slots[::-1]).mT"),
+    "slots of interleaved values": ("mlp", "unflatten(1, self.sizes)",
+                                    "unflatten(1, self.sizes[::-1]).mT"),
     "decoder without positions": ("eager", "self.first(self.embedding()[None])",
                                   "self.first(0 * self.embedding()[None])"),
     "embedding without its gain": ("1 x 1", "grid = gain * ", "grid = 0.5 * "),
