@@ -346,7 +346,7 @@ def draw(model: SlotAutoencoder, scenes: data.Scenes, folder: Path, results: dic
     parts = zip(*(reconstruct(model.decode(slots)) for slots, _ in trace), strict=True)
     mean, masks, means = map(torch.stack, parts)  # (T, B, ...)
     first, ari = (None, None) if truth is None else (truth[0], metrics.ari(truth, masks[-1]))
-    title = "Slots that decompose unseen scenes, trained without masks"
+    title = "Unseen scenes, taken apart by slots that trained without masks"
     figures.decomposition(folder / "decomposition.png", image, mean[-1], truth, masks[-1],
                           means[-1], title, ari)
     figures.refinement(folder / "iterations.png", image[0], first, mean[:, 0], masks[:, 0],
