@@ -2,7 +2,6 @@
 
     python notebooks/results.py keep runs/iodine-quick-0        evaluation, weights and figures
     python notebooks/results.py keep --scores runs/iodine-quick-[1-9]
-    python notebooks/results.py dci iodine-quick                DCI of kept weights
     python notebooks/results.py floors tetrominoes              what no learning scores there
     python notebooks/results.py table                           README.md, between its markers
 
@@ -142,19 +141,6 @@ def dci(name: str, model: torch.nn.Module, scenes: data.Scenes) -> dict[str, Any
     codes = torch.cat(codes)
     scores = metrics.dci(codes, {factor: torch.cat(numbers) for factor, numbers in factors.items()})
     return scores | dict(pairs=len(codes))
-
-
-def keep_dci(name: str) -> None:
-    """DCI of weights that are kept, into the results of their seed."""
-    weights = WEIGHTS / f"{name}.pt"
-    origin = json.loads(weights.with_suffix(".json").read_text())
-    kind = "cuda" if "NVIDIA" in origin["device"] else "cpu"
-    path = RESULTS / f"{name}-{kind}-{origin['seed']}.json"
-    content = json.loads(path.read_text())
-    model = importlib.import_module(origin["model"]).load_model(weights)
-    scores = dci(origin["model"], model, data.make(model.config.dataset, "test", origin["seed"]))
-    content["further"] = content.get("further", {}) | dict(dci=scores)
-    checkpoints.write_json(path, content)
 
 
 def no_learning(image: torch.Tensor, num_slots: int, seed: int) -> dict[str, np.ndarray]:
@@ -458,8 +444,6 @@ def main() -> None:
     kept.add_argument("runs", nargs="+", type=Path, help="folders that training has written")
     kept.add_argument("--scores", action="store_true", help="the evaluation alone")
     kept.add_argument("--figures", nargs="*", default=[], help="pictures that are new here")
-    scored = commands.add_parser("dci", help="score the slots of kept weights")
-    scored.add_argument("names", nargs="+", help="such as iodine-quick")
     floors = commands.add_parser("floors", help="score data sets without learning")
     floors.add_argument("datasets", nargs="+")
     commands.add_parser("table", help="fill the tables of README.md")
@@ -468,9 +452,6 @@ def main() -> None:
         if arguments.command == "keep":
             for run in arguments.runs:
                 keep(run, arguments.scores, arguments.figures)
-        elif arguments.command == "dci":
-            for name in arguments.names:
-                keep_dci(name)
         elif arguments.command == "floors":
             for name in arguments.datasets:
                 keep_floors(name)

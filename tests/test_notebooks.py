@@ -169,16 +169,6 @@ def test_without_weights_dci_is_kept_and_what_takes_longer_is_not(run, monkeypat
     assert json.loads(path.read_text())["further"] == dict(dci=dict(disentanglement=0.5))
 
 
-def test_dci_of_kept_weights_is_added_to_their_results(run, monkeypatch, capsys):
-    keep(monkeypatch, capsys, run)
-    path = Path("RESULTS/iodine-quick-cpu-0.json")
-    before = json.loads(path.read_text())
-    monkeypatch.setattr(results, "dci", lambda *_: dict(disentanglement=0.6))
-    results.keep_dci("iodine-quick")
-    before["further"]["dci"] = dict(disentanglement=0.6)
-    assert json.loads(path.read_text()) == before
-
-
 def test_float32_where_float16_moves_a_score(run, monkeypatch, capsys):
     monkeypatch.setattr(results, "moved", lambda *_: ["ari_fg"])
     keep(monkeypatch, capsys, run)
