@@ -3,36 +3,23 @@
 Seeds are fixed, so a statistical bound that holds once always holds."""
 
 import functools
-import hashlib
 import itertools
 
 import numpy as np
 import pytest
 import results
+import test_data
 import torch
 from scipy import stats
-from test_data import UNSURE, assert_same, is_uniform
+from test_data import UNSURE, is_uniform
 from test_digits import box_of
 
 import data
 from data.moving_digits import MovingDigits
 
-PINNED = {  # a hash of the first four test sequences
-    "moving_mnist": "7a1e1ce9", "moving_mnist_enter": "9b36b19b",
-    "moving_mnist_leave": "0aeed3aa", "moving_mnist_crossing": "a9c5b0c6",
-}  # fmt: skip
-names = pytest.mark.parametrize("name", PINNED)
+names = pytest.mark.parametrize("name", [n for n in data.DATASETS if n.startswith("moving")])
+sample = functools.partial(test_data.sample, size=1024)
 UNSEEN = -1000  # a place of a digit that is not there
-
-
-@functools.cache
-def sample(name: str, size: int = 1024) -> data.Batch:
-    """The first sequences of a dataset, shared by the tests, which only read them."""
-    scenes = data.make(name)
-    parts = [scenes.batch(start, 256) for start in range(0, size, 256)]
-    factors = {k: torch.cat([p.factors[k] for p in parts]) for k in parts[0].factors}
-    image, masks, present, coverage = (torch.cat([p[i] for p in parts]) for i in (0, 1, 2, 4))
-    return data.Batch(image, masks, present, factors, coverage)
 
 
 @functools.cache
@@ -60,26 +47,6 @@ def test_contract(name):
         assert value.dtype == whole, key
         assert not value[:, :, 0].any() and not value[~present].any(), key
     assert factors.keys() == {"label", "box", "row", "col", "size", "identity"}
-
-
-@names
-def test_a_sequence_is_the_same_everywhere(name):
-    scenes = data.make(name)
-    batch = scenes.batch(0, 32)
-    assert_same(scenes.batch(7, 1), batch, slice(7, 8))
-    order = torch.tensor([31, 7, 0, 7])
-    assert_same(data.make(name).scenes(order), batch, order)
-    far = 2**40
-    assert_same(scenes.batch(far + 3, 2), scenes.batch(far, 6), slice(3, 5))
-    levels = (data.make(name, "test").batch(0, 4).image * 255).round().byte()
-    assert hashlib.blake2b(levels.numpy().tobytes(), digest_size=4).hexdigest() == PINNED[name]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA device")
-@names
-def test_cuda_draws_the_same_sequences(name):
-    assert_same(data.make(name).batch(0, 65), data.make(name, device="cuda").batch(0, 65))
 
 
 @names
