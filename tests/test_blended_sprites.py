@@ -35,40 +35,10 @@ def facts(name: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("name", BLENDED)
-def test_sums_are_clipped_and_only_then(name):
-    batch = sample(name, 256)
-    coverage, color = batch.coverage.double(), batch.factors["color"].double()
+def test_the_background_is_where_no_sprite_is(name):
+    coverage = sample(name, 256).coverage
     assert coverage.unique().tolist() == [0, 1]
     assert torch.equal(coverage[:, 0] == 1, (coverage[:, 1:] == 0).all(1))
-    total = torch.einsum("behw,bec->bchw", coverage, color)  # not clipped
-    several = (coverage[:, 1:].sum(1) > 1)[:, None].expand_as(total)
-    clipped = total > 1.001
-    assert (batch.image[clipped] == 1).all() and not (clipped & ~several).any()
-    assert clipped.any(1).sum() > 0.8 * several[:, 0].sum()  # of two pure hues, most sums
-    # All three primaries: at least two sprites.
-    assert not ((batch.image > 0).all(1) & ~several[:, 0]).any()
-    # Elsewhere they add: brighter than each sprite alone.
-    parts = batch.coverage[:, 1:, None] * batch.factors["color"][:, 1:, :, None, None]
-    mixed = ((parts > 0).sum(1) > 1) & (total < 0.999)
-    assert mixed.any() and (batch.image > parts.amax(1))[mixed].all()
-
-
-@pytest.mark.parametrize("name", BLENDED)
-def test_sprites_are_whole(name):
-    """Nothing is cut off: all of a sprite lies around its centre, and its area is its scale's."""
-    size = SIZES[name][1]
-    batch = sample(name, 256)
-    b, e = batch.present[:, 1:].nonzero().T
-    f = {key: value[b, e + 1] for key, value in batch.factors.items()}
-    coverage = batch.coverage[b, e + 1]
-    centres = torch.arange(size) + 0.5
-    far_rows = (centres - f["row"][:, None]).abs() > size / 4
-    far_cols = (centres - f["col"][:, None]).abs() > size / 4
-    assert not (coverage * (far_rows[:, :, None] | far_cols[:, None])).any()
-    area = coverage.sum((1, 2)) / (475 * (f["scale"] * size / 64) ** 2)
-    for shape in range(3):
-        assert abs(area[f["shape"] == shape].mean() - 1) < 0.03
-    assert (area - 1).abs().max() < 9 / size
 
 
 @pytest.mark.parametrize("name", [n for n in BLENDED if "8" in n])
@@ -139,17 +109,6 @@ def test_half_the_size():
     inner = (pooled == 0) | (pooled == 1)
     same = pooled == half.coverage
     assert same[inner].float().mean() > 0.999 and inner.float().mean() > 0.95
-
-
-@pytest.mark.parametrize("most", [1, 5, 12])
-def test_other_numbers(most):
-    batch = BlendedSprites(size=32, max_objects=most).batch(0, 64)
-    assert batch.present.shape == (64, most + 1)
-    assert batch.present[:, 1:].any(0).all() and not batch.present.all(0)[1:].any()
-    if most == 1:
-        assert torch.equal(batch.coverage == 1, batch.masks)
-        color = batch.factors["color"][..., None, None]
-        assert torch.equal(batch.image, (batch.masks[:, :, None] * color).sum(1))
 
 
 def test_a_fixed_number():
