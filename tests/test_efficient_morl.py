@@ -323,15 +323,15 @@ def check_eager(module: ModuleType = efficient_morl, shape=SHAPE, nll_weight=1.5
 
 
 CASES: dict[str, dict] = {
-    f"{prior}, I = {steps}": dict(prior=prior, num_steps=steps)
-    for prior in ("reversed++", "reversed", "bottom_up") for steps in range(4)
-} | {
+    "eager": {}, "reversed": dict(prior="reversed"), "bottom up": dict(prior="bottom_up"),
+    **{f"{prior}, I = {steps}": dict(prior=prior, num_steps=steps)
+       for prior in ("reversed++", "reversed", "bottom_up") for steps in (0, 1, 3)},
     "iodine's decoder": dict(decoder="iodine", decoder_channels=(3, 4, 2), num_steps=1),
-    "small decoder": dict(decoder="small", num_steps=1),
+    "small": dict(decoder="small", num_steps=1),
     "padded decoder": dict(decoder="padded", num_steps=1),
     "one layer of a decoder": dict(decoder_channels=(3,), coordinate_gain=4.0),
-    "flat colours": dict(flat_half_life=10, num_steps=1),
-    "sum, and a slot more than in training": dict(normalise="sum", num_steps=1, more=1),
+    "flat": dict(flat_half_life=10, num_steps=1),
+    "sum": dict(normalise="sum", num_steps=1, more=1),  # and a slot more than in training
     "mixture": dict(likelihood="mixture"),
     "mixture of grey images": dict(likelihood="mixture", shape=(1, 4, 7)),
     "one GRU": dict(dual_gru=False, num_steps=3),
@@ -340,11 +340,6 @@ CASES: dict[str, dict] = {
     "six slots": dict(num_slots=6),
     "KL of weight 1": dict(kl_weight=1.0, nll_weight=1.0),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_equals_the_eager_model(case):
-    check_eager(**CASES[case])
 
 
 # -- sizes and initial values ----------------------------------------------------------------------
@@ -657,14 +652,8 @@ def test_an_even_encoder_kernel_is_refused():
 # -- mutants ---------------------------------------------------------------------------------------
 
 CHECKS: dict[str, Callable[..., None]] = {
-    "eager": check_eager,
-    "reversed": functools.partial(check_eager, prior="reversed", num_steps=1),
-    "bottom up": functools.partial(check_eager, prior="bottom_up", num_steps=1),
-    "mixture": functools.partial(check_eager, likelihood="mixture", num_steps=1),
-    "small": functools.partial(check_eager, **CASES["small decoder"]),
-    "flat": functools.partial(check_eager, **CASES["flat colours"]),
-    "sum": functools.partial(check_eager, **CASES["sum, and a slot more than in training"]),
-    "one GRU": functools.partial(check_eager, dual_gru=False, num_steps=1),
+    name: functools.partial(check_eager, **case) for name, case in CASES.items()
+} | {
     "geco": check_geco,
     "lagrangian": check_geco_gradient,
     "schedules": check_schedules,
