@@ -21,7 +21,6 @@ from kernel_checks import TRITON
 from mutants import mutated
 from torch import Tensor, nn
 
-import data
 import iodine
 import kernels
 from data import metrics
@@ -618,22 +617,6 @@ def test_under_autocast_the_decoder_ends_in_float32():
 
 
 # -- scores ----------------------------------------------------------------------------------------
-
-
-class WithoutMasks(MiniSprites):
-    """Scenes as pictures from disk have them."""
-
-    def scenes(self, index: Tensor) -> data.Batch:
-        return super().scenes(index)._replace(masks=None, present=None, factors={})
-
-
-def test_images_without_masks_are_scored_and_drawn_without_them(tmp_path):
-    scenes = WithoutMasks(size=8, sprite=3, min_objects=2, max_objects=2)
-    model = iodine.build(small("quick", decoder_kernel=1, num_steps=2), scenes)
-    results = iodine.evaluate(model, scenes, count=8)
-    assert results["metrics"].keys() == {"mse", "elbo", "nll", "kl"}
-    iodine.draw(model, scenes, tmp_path, results)
-    assert len(list(tmp_path.glob("*.png"))) == 2
 
 
 def test_a_scene_whose_inference_diverges_is_left_out_and_counted():

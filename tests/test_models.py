@@ -217,7 +217,7 @@ def test_pictures_without_masks_are_trained_on(name, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "evaluate", functools.partial(module.evaluate, count=4))
     more = ANY_SCENES.get(name, {})
     result = module.train(tiny(name, dataset="pictures@16", out="run", **more))
-    assert result["metrics"].keys() >= {"mse"} and "ari_fg" not in result["metrics"]
+    assert "mse" in result["metrics"] and not {"ari_fg", "ari", "miou"} & result["metrics"].keys()
     assert list(Path("run/figures").glob("*.png"))
 
 
