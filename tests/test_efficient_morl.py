@@ -396,18 +396,6 @@ def test_permuting_the_slots_of_the_noise_permutes_the_outputs(prior):
     assert (a.decoded[:, 0] - a.decoded[:, 1]).abs().max() > 1e-3  # the order could have mattered
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_an_image_has_the_same_result_in_a_batch_of_any_size(training):
-    """Nothing normalises over the batch, and the gradient that is fed back has no 1 / B."""
-    model = make_model(small())
-    image, noise = make_inputs(model.config, batch=5)
-    whole = model.infer(image, noise, training)
-    for part in ([0], [1, 2], [2, 3, 4]):
-        for a, b in zip(whole, model.infer(image[part], noise[part], training), strict=True):
-            for name in a._fields:
-                assert_close(name, getattr(b, name), getattr(a, name)[part])
-
-
 @pytest.mark.parametrize("changes", [{}, dict(prior="reversed"), dict(num_layers=2)])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
 def test_inference_outside_training_gives_the_same_values_and_no_graph(changes, mode):
