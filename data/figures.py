@@ -230,9 +230,8 @@ def curves(path: str | Path, panels: Mapping[str, Mapping[str, tuple[Any, Any, A
 
 
 @drawing
-def confusion(path: str | Path, matrix: Any, title: str, rows: str = "true count",
-              columns: str = "predicted count") -> Path:
-    """A table of how often what is r was taken for v, `matrix` (R, V) of integers, 0 or more.
+def confusion(path: str | Path, matrix: Any, title: str) -> Path:
+    """A table of how often r objects were counted as v, `matrix` (R, V) of integers, 0 or more.
 
     Below each number stands its share of the row, which darkens the cell.
     """
@@ -248,7 +247,7 @@ def confusion(path: str | Path, matrix: Any, title: str, rows: str = "true count
         axes.text(v + 0.5, r + 0.5, text, color=color, ha="center", va="center")
     axes.set_xticks(np.arange(matrix.shape[1]) + 0.5, range(matrix.shape[1]))
     axes.set_yticks(np.arange(matrix.shape[0]) + 0.5, range(matrix.shape[0]))
-    axes.set(xlabel=columns, ylabel=rows, ylim=(matrix.shape[0], 0))
+    axes.set(xlabel="predicted count", ylabel="true count", ylim=(matrix.shape[0], 0))
     axes.xaxis.set(ticks_position="top", label_position="top")
     return _save(axes.figure, title, path)
 

@@ -16,9 +16,9 @@ about the vertical, a camera moved by up to 1/2 along each axis. As in CLEVR6: 3
 
 Masks show what is at the pixel's centre. `present` means visible: a hidden object (at 32 pixels one
 in 900) is absent, its factors zero. Entities are in depth order, the farthest first. Factors:
-shape, size, material, color_id (int64, from 1 in the order below); color (B, E, C), unlit; x, y, z
-of the centre; rotation in degrees; row, col of the centre, where pixel i is [i, i + 1]. Between
-devices factors are equal, images to 1e-4, masks but for one pixel in 10,000.
+shape, size, color_id (int64, from 1 in the order below), material (int64, 1 matte, 2 glossy); color
+(B, E, C), unlit; x, y, z of the centre; rotation in degrees; row, col of the centre, where pixel i
+is [i, i + 1]. Between devices factors are equal, images to 1e-4, masks but for one pixel in 10,000.
 
 A solid is seven numbers: x, y, z of its centre, its radius (0: there is none), cosine and sine of
 its turn about the vertical, its shape. Its height is twice its radius; a cube's side is the radius
@@ -40,7 +40,6 @@ from data import Batch, Scenes, draws, make_batch
 SHAPES = ("cube", "sphere", "cylinder")
 CUBE = math.sqrt(0.5)  # half the side at radius 1
 RADII = {"small": 0.35, "large": 0.7}
-MATERIALS = ("matte", "glossy")
 COLORS = {  # of 255
     "grey": (87, 87, 87), "red": (173, 35, 35), "blue": (42, 75, 215), "green": (29, 105, 20),
     "brown": (129, 74, 25), "purple": (129, 38, 192), "cyan": (41, 208, 208),

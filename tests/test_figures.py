@@ -62,7 +62,7 @@ CALLS = {
     "attention": ("attention", *GLANCES, LONG, ["counts 2, has 3 of the $ that there are"]),
     "tracking": ("tracking", torch.rand(2, 3, 1, 40, 40), BOXES.nan_to_num(3).expand(2, 3, 3, 4),
                  torch.tensor([[0, 1, 2]]).expand(2, 3, 3), LONG, torch.rand(2, 3, 1, 40, 40)),
-    "confusion": ("confusion", np.arange(60).reshape(5, 12) ** 7, LONG, "$r", LONG),
+    "confusion": ("confusion", np.arange(60).reshape(5, 12) ** 7, LONG),
     "bars": ("bars", VALUES, LONG, LONG),
     "logarithmic bars": ("bars", VALUES, "Log", "variance $ / x", True),
     "negative bars": ("bars", {"a": (-120.5, 2), "b": (torch.tensor(-99.0), None)}, LONG, "elbo"),

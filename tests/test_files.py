@@ -339,11 +339,6 @@ def test_what_cannot_be_read_is_one_clear_line(tmp_path, kind):
     assert not list(tmp_path.glob("*.scenes.*"))  # nothing half-made stays
 
 
-def test_an_unknown_name_is_no_path():
-    with pytest.raises(ValueError, match=r"unknown dataset 'tetromino'.* mini_sprites"):
-        data.make("tetromino")
-
-
 # -- python -m data --------------------------------------------------------------------------------
 
 
