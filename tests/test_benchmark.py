@@ -213,13 +213,6 @@ def test_training_keeps_every_slot_of_every_decode_and_inference_one_decode(tmp_
     assert all(row["error"] < 1e-4 and row["fwd ms"] > 0 for row in rows.values())
 
 
-@pytest.mark.parametrize("arguments", [["--sizes", "huge"], ["--models", "--presets", "huge"]])
-def test_names_that_are_unknown(tmp_path, capsys, arguments):
-    with pytest.raises(SystemExit, match="2"):
-        run(tmp_path / "out", *arguments)
-    assert "invalid choice 'huge'" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
 def test_options_that_cannot_be(tmp_path, capsys):
     assert run(tmp_path / "out", "--batch", "-1") == 2 and not (tmp_path / "out").exists()
     error = capsys.readouterr().err
