@@ -1,10 +1,14 @@
-"""What the tests of the models share: arithmetic in float64, and when two tensors agree."""
+"""What the tests of the models share: arithmetic in float64, when two tensors agree, commands."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from data import runs
 
 
 @contextlib.contextmanager
@@ -26,3 +30,16 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float =
     error = (actual - expected).abs().max().item()
     limit = tolerance * expected.abs().max().item() + 1e-12
     assert error <= limit, f"{name} is off by {error:.3g}, more than {limit:.3g}"
+
+
+def command_line(
+    monkeypatch, capsys, model: ModuleType, *arguments: object
+) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of `python MODEL.py ARGUMENTS`."""
+    name, status = model.__name__, 0
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    try:
+        runs.main(name, model.Config, model.PRESETS, model.train)
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import re
-import sys
 import tomllib
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import test_files
 import torch
+from checks import command_line
 from PIL import Image
 
 import air
@@ -62,17 +62,6 @@ def quick_evaluation(monkeypatch):
 def tiny(name: str, **changes) -> runs.RunConfig:
     small = dict(steps=2, batch_size=4, log_every=1, device="cpu")
     return MODELS[name].make_config(**small | TINY[name] | changes)
-
-
-def command_line(monkeypatch, capsys, name: str, *arguments: object) -> tuple[int, str]:
-    """Exit status and standard error of `python NAME.py ARGUMENTS`."""
-    module = MODELS[name]
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-    try:
-        runs.main(name, module.Config, module.PRESETS, module.train)
-    except SystemExit as stop:
-        return stop.code, capsys.readouterr().err
-    return 0, capsys.readouterr().err
 
 
 # -- presets and options ---------------------------------------------------------------------------
@@ -134,7 +123,7 @@ def test_no_function_is_longer_than_sixty_lines(name):
     "--resume nowhere", "--eval-only", "--device nonsense",
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line(monkeypatch, capsys, name, line):
-    status, error = command_line(monkeypatch, capsys, name, *line.split())
+    status, _, error = command_line(monkeypatch, capsys, MODELS[name], *line.split())
     assert status == 2 and len(error.splitlines()) == 1 and error.startswith(f"{name}.py: ")
     assert not list(Path().iterdir())
 
@@ -143,7 +132,7 @@ def test_what_cannot_be_is_refused_in_one_line(monkeypatch, capsys, name, line):
 @models
 def test_triton_where_it_cannot_run_is_refused_in_one_line(monkeypatch, capsys, name):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    status, error = command_line(monkeypatch, capsys, name, "--kernels", "triton")
+    status, _, error = command_line(monkeypatch, capsys, MODELS[name], "--kernels", "triton")
     assert status == 2 and len(error.splitlines()) == 1
     assert "--kernels" in error or "triton" in error
 
@@ -229,10 +218,11 @@ def test_committed_weights_open_with_every_option(monkeypatch, capsys, quick_eva
     name = path.stem.partition("-")[0]
     if name in ("mvae", "air", "apdr"):
         options = options.replace(" --kernels torch", "")
-    status, error = command_line(monkeypatch, capsys, name, "--resume", path, *options.split())
+    resume = functools.partial(command_line, monkeypatch, capsys, MODELS[name], "--resume", path)
+    status, _, error = resume(*options.split())
     assert status == 0, error
     assert Path("runs").is_dir() and not list(path.parent.glob("*.json.tmp"))
-    status, error = command_line(monkeypatch, capsys, name, "--resume", path, "--steps", 10**6)
+    status, _, error = resume("--steps", 10**6)
     assert status == 2 and "weights alone" in error
     assert path.stat().st_size <= 2 * 2**20
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import results
+from checks import command_line
 
 import kernels
 from data import runs
@@ -46,14 +47,9 @@ def test_every_training_command_runs(copies, monkeypatch, capsys, command):
     monkeypatch.setattr(module, "evaluate", lambda *_: dict(metrics={}))
     monkeypatch.setattr(module, "draw", lambda *_: None)
     more = [] if "--resume" in arguments else ["--batch-size", "2"]
-    line = [f"{name}.py", *shlex.split(arguments), "--steps", "2", "--device", "cpu", *more]
-    monkeypatch.setattr(sys, "argv", line)
-    try:
-        runs.main(name, module.Config, module.PRESETS, module.train)
-    except SystemExit as stop:
-        assert stop.code == 0 and "--help" in arguments, capsys.readouterr().err
-    else:
-        assert "look at  " in capsys.readouterr().out
+    line = [*shlex.split(arguments), "--steps", "2", "--device", "cpu", *more]
+    status, out, error = command_line(monkeypatch, capsys, module, *line)
+    assert status == 0 and ("look at  " in out or "--help" in arguments), error
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m data")])

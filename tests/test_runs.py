@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 import toy
+from checks import command_line
 
 from data import checkpoints, processes, runs
 
@@ -49,17 +50,6 @@ def parse(*arguments: object) -> toy.Config:
 
 def resumed(path: Path, *arguments: object) -> toy.Config:
     return parse("--resume", path, *arguments)
-
-
-def command_line(monkeypatch, capsys, *arguments: object, train=toy.train) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of `python toy.py ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["toy.py", *map(str, arguments)])
-    status = 0
-    try:
-        runs.main("toy", toy.Config, toy.PRESETS, train)
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
 
 
 def strict(text: str):
@@ -360,7 +350,7 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys, name):
     Path("run", name).symlink_to("/dev/full")
     if name == "metrics.jsonl":  # the run makes its own at the start: full from then on
         monkeypatch.setattr(runs, "read_log", lambda *_, **__: [])
-    status, _, error = command_line(monkeypatch, capsys, "--out", "run")
+    status, _, error = command_line(monkeypatch, capsys, toy, "--out", "run")
     assert status == 2 and "no space left" in error.lower() and len(error.splitlines()) == 1
     assert name == "metrics.jsonl" or not Path("run", name).is_symlink()
 
@@ -663,7 +653,7 @@ IMPOSSIBLE = {
 
 @pytest.mark.parametrize("line", IMPOSSIBLE)
 def test_what_cannot_be_is_refused_in_one_line(monkeypatch, capsys, line):
-    status, out, error = command_line(monkeypatch, capsys, *line.split())
+    status, out, error = command_line(monkeypatch, capsys, toy, *line.split())
     assert status == 2 and out == "" and IMPOSSIBLE[line] in error
     assert len(error.splitlines()) == 1 and error.startswith("toy.py: ")
     assert not list(Path().iterdir())
@@ -692,9 +682,9 @@ def test_a_run_begins_with_the_weights_of_another(trained, tmp_path, monkeypatch
     assert all(torch.allclose(before[name], after[name]) for name in before if name != "free")
     toy.train(resumed(Path("a"), "--steps", 3))
     assert checkpoint(Path("a"))["step"] == 3
-    status, _, error = command_line(monkeypatch, capsys, "--init", "nowhere")
+    status, _, error = command_line(monkeypatch, capsys, toy, "--init", "nowhere")
     assert status == 2 and error == "toy.py: nowhere: no such checkpoint\n"
-    status, _, error = command_line(monkeypatch, capsys, "--init", trained, "--sizes", 3, 5)
+    status, _, error = command_line(monkeypatch, capsys, toy, "--init", trained, "--sizes", 3, 5)
     assert status == 2 and "its tensors do not fit this model" in error
     assert sorted(path.name for path in Path().iterdir()) == ["a"]
 
@@ -712,7 +702,7 @@ def test_bounds_of_numbers():
 
 
 def test_help_explains_every_field_and_every_preset(monkeypatch, capsys):
-    status, out, _ = command_line(monkeypatch, capsys, "--preset", "long", "--help")
+    status, out, _ = command_line(monkeypatch, capsys, toy, "--preset", "long", "--help")
     assert status == 0 and "no result in this repository yet" in " ".join(out.split())
     assert "default: 100" in out
     for field in runs.dataclasses.fields(toy.Config):
@@ -723,8 +713,9 @@ def test_errors_that_are_ours_are_not_hidden(monkeypatch, capsys):
     def train(config):
         raise RuntimeError("a bug")
 
+    monkeypatch.setattr(toy, "train", train)
     with pytest.raises(RuntimeError, match="a bug"):
-        command_line(monkeypatch, capsys, train=train)
+        command_line(monkeypatch, capsys, toy)
 
 
 def test_number_formats_follow_precision():
