@@ -415,16 +415,6 @@ def test_inference_outside_training_gives_the_same_values_and_no_graph(changes, 
     assert not any(state.requires_grad for *_, state in calls[1:])
 
 
-def test_noise_is_a_function_of_the_scene():
-    scenes = data.make("mini_sprites")
-    model, other = (efficient_morl.build(tiny(seed=seed), scenes) for seed in (0, 1))
-    index = torch.tensor([5, 2**40, 7])
-    noise = model.noise(scenes, index, 2)
-    assert noise.shape == (3, 2 * 3 + 2, 3, 3) and len(set(noise.flatten().tolist())) == 216
-    assert torch.equal(noise[2:], model.noise(scenes, index[2:], 2))
-    assert not torch.equal(noise, other.noise(scenes, index, 2))
-
-
 def test_under_autocast_the_bound_is_that_of_float32():
     """bfloat16 has 8 bits: colours and posteriors rounded to it would cost nats."""
     scenes = data.make("mini_sprites")

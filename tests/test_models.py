@@ -24,6 +24,7 @@ import kernels
 import mvae
 import slot_attention
 from data import runs
+from kernels import benchmark
 
 ROOT = Path(__file__).parent.parent
 MODELS = {module.__name__: module
@@ -135,6 +136,18 @@ def test_triton_where_it_cannot_run_is_refused_in_one_line(monkeypatch, capsys, 
     status, _, error = command_line(monkeypatch, capsys, MODELS[name], "--kernels", "triton")
     assert status == 2 and len(error.splitlines()) == 1
     assert "--kernels" in error or "triton" in error
+
+
+@pytest.mark.parametrize("name", [module.__name__ for module in benchmark.MODELS])
+def test_noise_is_a_function_of_the_scene_and_the_seed(name):
+    module, noise = MODELS[name], benchmark.MODELS[MODELS[name]]
+    scenes = data.make(tiny(name).dataset)
+    model, other = (module.build(tiny(name, seed=seed), scenes) for seed in (0, 1))
+    index = torch.tensor([5, 2**40, 7])
+    draws = (noise(m, scenes, i) for m, i in ((model, index), (model, index[2:]), (other, index)))
+    for whole, last, others in zip(*draws, strict=True):
+        assert len(whole.unique()) == whole.numel()
+        assert torch.equal(whole[2:], last) and not torch.equal(whole, others)
 
 
 # -- training --------------------------------------------------------------------------------------

@@ -320,16 +320,6 @@ def check_implicit(module: ModuleType = slot_attention) -> None:
     assert not actual[names.index("slots.loc")].any(), "gradient of the start is off: there is one"
 
 
-def test_the_noise_is_a_function_of_the_scene():
-    scenes = data.make("mini_sprites")
-    model, other = (slot_attention.build(tiny(seed=seed), scenes) for seed in (0, 1))
-    index = torch.tensor([5, 2**40, 7])
-    noise = model.noise(scenes, index)
-    assert noise.shape == (3, 3, 4) and len(set(noise.flatten().tolist())) == 36
-    assert torch.equal(noise[2:], model.noise(scenes, index[2:]))
-    assert not torch.equal(noise, other.noise(scenes, index))
-
-
 def test_under_autocast_slots_and_colours_are_of_float32():
     scenes = data.make("mini_sprites")
     model = slot_attention.build(tiny(), scenes)
