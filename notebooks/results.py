@@ -282,7 +282,7 @@ def results_table() -> str:
     rows = []
     for model, preset, metric, goal, published in ROWS:
         config = importlib.import_module(model).make_config(preset)
-        pattern = f"{model}-{preset}-c*-[0-9].json"
+        pattern = f"{model}-{preset}-c[pu]*-[0-9].json"
         scores, minutes = (values(pattern, path) for path in (f"metrics.{metric}.mean", "minutes"))
         good = f"{sum(score > goal for score in scores)}/{len(scores)} above {goal}"
         rows.append([f"`{model}.py`", f"`{preset}`", f"`{config.dataset}`", f"`{metric}`",
@@ -297,7 +297,7 @@ def records_table() -> str:
     rows = []
     for model, preset, metric, target, _ in ROWS:
         config = importlib.import_module(model).make_config(preset)
-        pattern = f"{model}-{preset}-c*-[0-9].json"
+        pattern = f"{model}-{preset}-c[pu]*-[0-9].json"
         scores = values(pattern, f"metrics.{metric}.mean")
         if scores and statistics.median(scores) > target:
             commits = {commit[:7] for commit in values(pattern, "commit")}
