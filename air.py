@@ -37,8 +37,8 @@ is a sum of N + 1 terms (`--estimator enumerate`). Estimators that draw n are he
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
 runs/air-<preset>-<seed>/.
 
-Measured by `quick`, ten seeds, median (range): 99.3 % (99.1 to 99.6) of scenes of unseen digits
-counted right, after 6.0 minutes (5.0 to 14.2) on one or two cores of an AMD EPYC.
+Measured by `quick`, ten seeds, median (range): 99.4 % (99.2 to 99.6) of scenes of unseen digits
+counted right, after 6.4 minutes (5.3 to 14.2) on one or two cores of an AMD EPYC.
 
 The defaults of Config are Pyro's published run except for: estimator (Pyro: nvil), second hidden
 layer of the encoder (Pyro: none), 1 added to the LSTM's forget gates (Pyro: 0), mean of q(z_where)
@@ -47,7 +47,7 @@ layer of the encoder (Pyro: none), 1 added to the LSTM's forget gates (Pyro: 0),
     field                     default    quick
     lr, lr_final, lr_horizon  1e-4       1e-3, falling to 3e-4 over 3,500 steps
     prior_ratio               0.01       1e-9: one more object costs 21 nats at first
-    prior_ratio_final         0.01       1e-3 (the notes, section 2, anneal downwards) ...
+    prior_ratio_final         0.01       1e-3 (the notes, section 2: downwards, as good) ...
     prior_hold, _horizon      none       ... from step 500 over 1,500 steps (prior_horizon)
     exploration, _horizon     none       0.3, falling to 0 over 3,000 steps (exploration_horizon)
 """
