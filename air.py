@@ -31,14 +31,14 @@ are the same for all n >= i: N steps, run once, give the likelihood of every n, 
 is a sum of N + 1 terms (`--estimator enumerate`). Estimators that draw n are here for comparison.
 
     python air.py                                            the quick preset, two CPU cores
-    python air.py --estimator vimco --minutes 5              any of ESTIMATORS
+    python air.py --estimator vimco                          any of ESTIMATORS; 20 minutes
     python air.py --dataset multi_mnist_grid --background    eq. 11, 12
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
 runs/air-<preset>-<seed>/.
 
 Measured by `quick`, ten seeds, median (range): 99.4 % (99.2 to 99.6) of scenes of unseen digits
-counted right, after 6.4 minutes (5.3 to 14.2) on one or two cores of an AMD EPYC.
+counted right, after 6.4 minutes (5.3 to 14.2) on one thread of an AMD EPYC.
 
 The defaults of Config are Pyro's published run except for: estimator (Pyro: nvil), second hidden
 layer of the encoder (Pyro: none), 1 added to the LSTM's forget gates (Pyro: 0), mean of q(z_where)
@@ -47,7 +47,7 @@ layer of the encoder (Pyro: none), 1 added to the LSTM's forget gates (Pyro: 0),
     field                     default    quick
     lr, lr_final, lr_horizon  1e-4       1e-3, falling to 3e-4 over 3,500 steps
     prior_ratio               0.01       1e-9: one more object costs 21 nats at first
-    prior_ratio_final         0.01       1e-3 (the notes, section 2: downwards, as good) ...
+    prior_ratio_final         0.01       1e-3 (notes, section 2: it falls; as good, seed 0) ...
     prior_hold, _horizon      none       ... from step 500 over 1,500 steps (prior_horizon)
     exploration, _horizon     none       0.3, falling to 0 over 3,000 steps (exploration_horizon)
 """
@@ -82,13 +82,13 @@ class Config(runs.RunConfig):
     sigma: float = 0.3  # standard deviation of a pixel
     scale_mean: float = 3.0  # of p(z_where); a window's side is the image's side / scale
     scale_std: float = 0.2  # of p(z_where); column and row have mean 0, standard deviation 1
-    # Notes, section 2: the ratio falls to 1e-5 .. 1e-10 in training. Here: it may also rise.
+    # Notes, section 2: the ratio falls to 1e-5 .. 1e-10 in training. Here: any way; in `quick` up.
     prior_ratio: float = 0.01  # p(n) / p(n - 1), n in 1 .. N, at the first training step
     prior_ratio_final: float = 0.01  # it moves there, on a logarithmic scale, ...
     prior_hold: int = 0  # ... from this training step
     prior_horizon: int = 1  # ... over this many training steps
     decoder_bias: float = -2.0  # added before the decoder's sigmoid: objects are dark at first
-    background: bool = False  # eq. 11, 12: an image decoded from the last state, under the objects
+    background: bool = False  # eq. 11, 12: an image decoded from the last state, added to objects
     # inference
     lstm_size: int = 256
     head_sizes: tuple[int, ...] = (200,)  # hidden layers, state to z_pres and z_where
@@ -144,7 +144,7 @@ def interpolation(scale: Tensor, shift: Tensor, outputs: int, inputs: int) -> Te
     (align_corners=False). Outside, the input is 0. scale, shift: (...).
 
     A spatial transformer that only scales and shifts is two of these, A_rows image A_colsᵀ: the
-    same as grid_sample, but with matrix products, deterministic, and twice differentiable.
+    same as grid_sample, but with matrix products: deterministic, and with double backward.
     """
     offsets = torch.arange(outputs, device=scale.device, dtype=scale.dtype) - (outputs - 1) / 2
     middle = (shift * inputs + inputs - 1) / 2  # input pixel (may be fractional) read at u = 0
@@ -200,7 +200,7 @@ class Unrolled(NamedTuple):
     """N steps of inference, as if every z_pres were 1."""
 
     logits: Tensor  # (B, N) of q(z_pres_i = 1 | z_pres_1 .. i-1 = 1)
-    kl: Tensor  # (B, N) KL(q(z_i|..) || p(z_i)), nats
+    kl: Tensor  # (B, N) KL(q(z_i|..) || p(z_i)), nats; in closed form, given the samples z before
     log_ratio: Tensor  # (B, N) log p(z_i) - log q(z_i|..) at the sample z_i, nats
     z_where: Tensor  # (B, N, 3) scale, column, row of `place`
     z_what: Tensor  # (B, N, D)
@@ -222,7 +222,7 @@ class AIR(nn.Module):
         self.head = mlp((c.lstm_size, *c.head_sizes, 1 + 2 * 3))  # z_pres; loc, std of z_where
         self.encoder = mlp((glimpse_values, *c.encoder_sizes, 2 * c.latent_size))
         self.decoder = mlp((c.latent_size, *c.decoder_sizes, glimpse_values))
-        # Eight hidden units: a wider background network draws the digits too.
+        # Eight hidden units: with 32 or more it draws the digits, too (on a gradient).
         self.background = mlp((c.lstm_size, 8, image_values)) if c.background else None
         self.baseline = Baseline(c, image_values + z_size) if c.estimator == "nvil" else None
         self.register_buffer("where_mean", torch.tensor([c.scale_mean, 0.0, 0.0]), persistent=False)
@@ -272,7 +272,7 @@ class AIR(nn.Module):
             kl = kl + gaussian_kl(loc, std)
             log_ratio = log_ratio + gaussian_log_ratio(z_what, loc, std)
             drawn = place(self.decode(z_what), z_where, size)
-            canvas = canvas + drawn  # never with the background
+            canvas = canvas + drawn  # for `difference`; a background needs the last h
             steps.append((logit[:, 0], kl, log_ratio, z_where, z_what, drawn))
         logits, kl, log_ratio, z_where, z_what, objects = (
             torch.stack(values, 1) for values in zip(*steps, strict=True)
@@ -434,12 +434,12 @@ def nvil(model: AIR, image: Tensor, u: Unrolled, uniform: Tensor) -> Tensor:
 
 
 def vimco(model: AIR, image: Tensor, u: Unrolled, uniform: Tensor) -> Tensor:
-    """Mnih & Rezende 2016: the bound log mean_s w_s; a sample's baseline replaces its own w_s."""
+    """Mnih & Rezende 2016: log mean_s w_s; its baseline: w_s is the others' geometric mean."""
     z_pres = logistic(u.logits, uniform[..., 0]) > 0
     n = z_pres.cumprod(1).sum(1, keepdim=True)  # (B*S, 1)
     log_q = count_log_probs(u.logits).gather(1, n)
     log_w = u.log_likelihood.gather(1, n) + sums(u.log_ratio).gather(1, n)
-    log_w = log_w + model.log_prior[n] - log_q  # the log of eq. 7, (B*S, 1)
+    log_w = log_w + model.log_prior[n] - log_q  # the log in eq. 7, (B*S, 1)
     samples = model.config.num_samples
     log_w, log_q = (rearrange(v, "(b s) 1 -> b s", s=samples) for v in (log_w, log_q))
     bound = log_w.logsumexp(1, keepdim=True) - math.log(samples)  # (B, 1)
@@ -455,7 +455,7 @@ def mvd(model: AIR, image: Tensor, u: Unrolled, uniform: Tensor) -> Tensor:
     q(z_pres_i = 1) is f for z_pres_i = 1, later z_pres drawn, minus f for 0. No baseline."""
     z_pres = logistic(u.logits, uniform[..., 0]) > 0  # (B, N)
     p, f = torch.sigmoid(u.logits), gains(u)  # (B, N), (B, N+1)
-    value = f[:, -1]  # (B,) f(n), if n is at least i
+    value = f[:, -1]  # (B,) f(n) if z_pres_1 .. i are 1; here i = N
     for i in reversed(range(z_pres.shape[1])):
         slope = (value - f[:, i]) * (p - p.detach())[:, i]  # 0, with a gradient
         value = torch.where(z_pres[:, i], value, f[:, i]) + slope
