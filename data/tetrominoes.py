@@ -13,8 +13,8 @@ positions are uniform over all placements without overlap.
 So positions alone are redrawn: of `ATTEMPTS` placements the first valid one wins. One is valid with
 probability 0.145 (0.10 for the worst three shapes), so all fail in less than a scene in 10**11.
 
-`mini_tetrominoes` is ours: flat cells of 2 x 2 pixels in 14 x 14, all else the same; so is
-`tetrominoes_distinct`, `mini` or not: no two pieces of a scene have one colour.
+`mini_tetrominoes` is ours: flat cells of 2 x 2 pixels in 14 x 14, all else the same. In the scenes
+of `tetrominoes_distinct` and `mini_tetrominoes_distinct`, ours too, no two pieces have one colour.
 
 `present` means exists, and so visible. Factors: shape (int64, the numbers below), color_id (int64,
 of mini_sprites.COLORS), color (B, E, 3); row, col (published: x, y) of the box's top left pixel.
