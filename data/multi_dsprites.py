@@ -4,15 +4,16 @@ Specified by Greff et al. 2019 (appendix B.2): two to five sprites that vary in 
 ellipse, heart), colour ("uniform saturated colors"), scale, position and rotation (all three
 continuous), on a background that is grey and varies in brightness; binarized: two or three white
 sprites on black. By the published data set (multi_object_datasets): "HSV-random" sprites on grey;
-at most 4 and 6 entities. (Its third version, coloured sprites on colours, is left out.) By
-dSprites: scales 0.5 to 1, binary sprites.
+at most 4 and 6 entities. By dSprites: scales 0.5 to 1, binary sprites. Ours: `_levels`, binarized,
+but each sprite has a brightness of its own, so that the edges between sprites show.
 
 Assumed:
 - Number, shape, scale, orientation in [0, 2 pi) and centre are uniform and independent. Centres
   lie in [16, 48], so that each sprite is inside the image whatever its scale and orientation.
 - At scale 1 the square's side is 22 pixels, the ellipse's semi-axes are 15 and 10, the heart is
   26 wide; each covers about 475 pixels, so that size tells nothing of shape.
-- On grey: hue uniform, saturation and value 1. The background's brightness is uniform.
+- On grey: hue uniform, saturation and value 1. Brightness uniform: of the ground in [0, 1], of a
+  sprite of `_levels` in [0.25, 1].
 - Orientation has 4096 steps (0.02 px at a sprite's rim), its sine and cosine come from a table.
 - A pixel is a sprite's where its centre lies inside the outline, without anti-aliasing.
 
@@ -43,15 +44,15 @@ HEART_RISE = 0.118  # from the middle of the heart's bounding box down to the cu
 
 
 class MultiDSprites(Scenes):
-    """`binarized`: two or three white sprites on black, instead of two to five coloured ones."""
+    """`colors`: two to five sprites of a "hue" on grey; two or three "white", "grey" on black."""
 
     height = width = SIZE
 
     def __init__(self, name: str = "multi_dsprites_colored_on_grayscale", split: str = "train",
-                 seed: int = 0, device: str | torch.device = "cpu", binarized: bool = False):
+                 seed: int = 0, device: str | torch.device = "cpu", colors: str = "hue"):
         super().__init__(name, split, seed, device)
-        self.binarized = binarized
-        self.num_channels, self.max_objects = (1, 3) if binarized else (3, 5)
+        self.colors = colors
+        self.num_channels, self.max_objects = (3, 5) if colors == "hue" else (1, 3)
         self.max_entities = self.max_objects + 1
         self.geometry = Geometry(SIZE, self.device)
 
@@ -62,8 +63,9 @@ class MultiDSprites(Scenes):
         exists = torch.arange(self.max_objects, device=self.device) < number  # (B, N)
         factors, sprites = self.geometry.pose(u[:, 2:7])
         ground, color = u_ground[..., None].expand(-1, -1, 3), pure_hue(u_hue)  # (B, 1 or N, 3)
-        if self.binarized:
-            ground, color = torch.zeros_like(ground[..., :1]), torch.ones_like(color[..., :1])
+        if self.colors != "hue":
+            level = torch.ones_like(u_hue) if self.colors == "white" else u_hue * 0.75 + 0.25
+            ground, color = torch.zeros_like(ground[..., :1]), level[..., None]
 
         owner = torch.zeros(len(index), SIZE, SIZE, dtype=torch.uint8, device=self.device)
         for k in range(self.max_objects):  # one by one stays in the cache: twice as fast
@@ -99,9 +101,8 @@ class Geometry:
         factors = dict(shape=shape, scale=scale, orientation=orientation, row=row, col=col)
         return factors, (shape, scale, cos, sin, row, col)
 
-    def outline(
-        self, shape: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, row: Tensor, col: Tensor
-    ) -> Tensor:
+    def outline(self, shape: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, row: Tensor,
+                col: Tensor) -> Tensor:
         """Which pixels' centres are inside each sprite, (...) each -> bool (..., H, W)."""
         scale = self.units[shape] * scale
         cos, sin = cos / scale, sin / scale

@@ -29,6 +29,7 @@ SIZES = {  # C, H = W, fewest and most objects
     "shapes": (1, 28, 3, 3),
     "shapes_levels": (1, 28, 3, 3),
     "multi_dsprites_binarized": (1, 64, 2, 3),
+    "multi_dsprites_levels": (1, 64, 2, 3),
     "multi_dsprites_colored_on_grayscale": (3, 64, 2, 5),
     "sprites_3": (3, 64, 0, 3),
     "sprites_8": (3, 64, 0, 8),
@@ -50,7 +51,8 @@ PINNED = {  # a hash of the first four test images; of solids, whose images diff
     "mini_sprites_16_same_color": "73118a65", "mini_sprites_16_held_out": "62cf6fc5",
     "mini_tetrominoes": "c8fdabaf", "mini_tetrominoes_distinct": "2e9cf2a8",
     "tetrominoes": "38e5e92b", "tetrominoes_distinct": "bf4f0add", "shapes": "d2b471c0",
-    "shapes_levels": "1e36ee7d", "multi_dsprites_binarized": "216448c4",
+    "shapes_levels": "1e36ee7d", "multi_dsprites_levels": "ebf276de",
+    "multi_dsprites_binarized": "216448c4",
     "multi_dsprites_colored_on_grayscale": "7e1a416f", "sprites_3": "522dcbb8",
     "sprites_8": "f6ba784f", "sprites_3_32": "122ad93b", "multi_mnist": "c754f8f9",
     "multi_mnist_3": "d94ed3a7", "multi_mnist_gradient": "99062451", "multi_mnist_grid": "cc96e9da",
@@ -594,6 +596,10 @@ def test_dsprites_statistics(name):
     ground = (batch.image * batch.masks[:, :1]).flatten(2).amax(2)  # (n, C)
     if name.endswith("binarized"):
         assert batch.image.unique().tolist() == [0, 1] and not ground.any()
+    elif name.endswith("levels"):
+        own = batch.factors["color"][..., 0, None, None] * batch.masks
+        assert torch.equal(own.sum(1, keepdim=True), batch.image)
+        assert stats.kstest(color[:, 0].numpy(), stats.uniform(0.25, 0.75).cdf).pvalue > UNSURE
     else:
         assert (ground == ground[:, :1]).all()
         assert stats.kstest(ground[:, 0].numpy(), "uniform").pvalue > UNSURE
