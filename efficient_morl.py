@@ -87,6 +87,8 @@ class Config(runs.RunConfig):
     decoder_channels: tuple[int, ...] = (32, 32, 32)  # of the hidden layers
     coordinate_gain: float = 1.0  # the decoder's coordinates run from 0 to this
     flat_half_life: int = 0  # training steps in which `shading` halves; 0: off, means are sigmoids
+    pool: int = 1  # the encoder sees images pooled by this, and at first the decoder draws them
+    pool_steps: int = 0  # training steps with pooled images, before those with whole ones
     # inference
     num_layers: int = 3  # L
     normalise: Literal["mean", "sum"] = "mean"  # of pixels' values; sum: also tells their number
@@ -166,8 +168,9 @@ class Embedding(nn.Linear):
         grid = gain * torch.stack([1 - x, x, y, 1 - y], -1)  # (H, W, 4)
         self.register_buffer("grid", grid, persistent=False)
 
-    def forward(self) -> Tensor:  # (size, H, W)
-        return super().forward(self.grid).movedim(-1, 0)
+    def forward(self, pool: int = 1) -> Tensor:  # (size, H / pool, W / pool)
+        grid = reduce(self.grid, "(h i) (w j) c -> h w c", "mean", i=pool, j=pool)
+        return super().forward(grid).movedim(-1, 0)
 
 
 class Conv(nn.Conv2d):
@@ -197,10 +200,10 @@ class BroadcastDecoder(nn.Module):
         self.hidden = nn.ModuleList(Conv(i, o, kernel, padding=padding) for i, o in pairwise(sizes))
         self.last = Conv(sizes[-1], channels + 1, last_kernel, padding=padding)
 
-    def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
+    def forward(self, z: Tensor, pool: int = 1) -> Tensor:  # (N, D) -> (N, C+1, H/pool, W/pool)
         # The first layer sees z plus the embedding at every pixel; that image is never built.
         taps, p, size = self.first.weight, self.first.padding[0], self.first.kernel_size[0]
-        response = self.first(self.embedding()[None])  # the same for every z
+        response = self.first(self.embedding(pool)[None])  # the same for every z
         response = response.contiguous(memory_format=kernels.layout(response, size))[0]  # (O, H, W)
         # z is the same at every pixel, so the middle taps, which never meet the padding, act as one
         # tap, their sum; the kernel shrinks to 2 p + 1, which keeps the size with padding p.
@@ -214,20 +217,21 @@ class BroadcastDecoder(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image (B, C, H, W) in [0, 1] -> keys and values of its pixels, each (B, P, D)."""
+    """Image (B, C, H, W) in [0, 1], or pooled -> keys, values (B, P, D) of the pooled one's P."""
 
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
         k, size = config.encoder_kernel, config.encoder_channels[-1]
+        self.shape = height // config.pool, width // config.pool
         sizes = pairwise((channels, *config.encoder_channels))
         self.convs = nn.ModuleList(Conv(i, o, k, padding=k // 2) for i, o in sizes)
-        self.embedding = Embedding(size, height, width)
+        self.embedding = Embedding(size, *self.shape)
         self.mlp = nn.Sequential(nn.LayerNorm(size), mlp(size, size, size, nn.ReLU))
         self.keys = nn.Linear(size, config.latent_size, bias=False)
         self.values = nn.Linear(size, config.latent_size, bias=False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        x = 2 * image - 1
+        x = 2 * F.adaptive_avg_pool2d(image, self.shape) - 1
         for conv in self.convs:
             x = F.relu(conv(x), inplace=True)
         x = self.mlp(rearrange(x + self.embedding(), "b c h w -> b (h w) c"))
@@ -352,7 +356,7 @@ class EfficientMORL(nn.Module):
 
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
-        self.config, latent = config, config.latent_size
+        self.config, self.height, latent = config, height, config.latent_size
         self.decoder = BroadcastDecoder(config, channels, height, width)
         self.encoder = Encoder(config, channels, height, width)
         self.layer = SlotAttention(config)
@@ -385,7 +389,7 @@ class EfficientMORL(nn.Module):
 
     def encode(self, image: Tensor, noise: Tensor) -> tuple[list[Tensor], ...]:
         """The first stage, layers 1 .. L: lambda^l (B, K, 2D) of q(z^l | z^(l-1), x), its sample
-        z^l (B, K, D), and attention (B, K, H, W), which sums to 1 over slots. See `noise`."""
+        z^l (B, K, D), and attention (B, K, H / pool, W / pool), which sums to 1 over slots."""
         num_layers = self.config.num_layers
         first, *others = noise[:, num_layers - 1 : 2 * num_layers].unbind(1)  # (B, K, D) each
         keys, values = self.encoder(image)
@@ -397,16 +401,17 @@ class EfficientMORL(nn.Module):
             z = sample(lam, epsilon)
             posteriors.append(lam)
             samples.append(z)
-            attention.append(shares.unflatten(-1, image.shape[-2:]))  # (B, K, H, W)
+            attention.append(shares.unflatten(-1, self.encoder.shape))
         return posteriors, samples, attention
 
-    def decode(self, z: Tensor) -> Tensor:
-        """p(x|z), every slot alone: z (B, K, D) -> means and mask logits (B, K, C+1, H, W).
+    def decode(self, z: Tensor, pool: int = 1) -> Tensor:
+        """p(x|z), every slot alone: z (B, K, D) -> means and mask logits (B, K, C+1, H, W), or
+        those of an image that is pooled by `pool`.
 
         With flat_half_life, a slot's colour is linear in z, and the decoder changes it by at most
         `shading`. As that falls, black and an object's colour no longer fit into one slot.
         """
-        decoded = self.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])  # (B, K, C+1, H, W)
+        decoded = self.decoder(z.flatten(0, 1), pool).unflatten(0, z.shape[:2])
         means, mask_logits = decoded[:, :, :-1], decoded[:, :, -1:]
         if self.flat is None:
             return torch.cat([means.sigmoid(), mask_logits], 2)
@@ -459,12 +464,13 @@ class EfficientMORL(nn.Module):
         does not grow with I; the values are the same.
         """
         num_layers, state = self.config.num_layers, None  # of f's GRU
+        pool = self.height // image.shape[-2]
         for_priors, for_steps = noise[:, : num_layers - 1], noise[:, 2 * num_layers - 1 :]
         with torch.set_grad_enabled(training):
             posteriors, samples, _ = self.encode(image, noise)
             *lower, lam = posteriors  # lambda^(0) = lambda^L
             pairs = zip(lower, samples[:-1], strict=True) if all_layers else ()
-            steps = [Step(self.decode(z), below, None, None) for below, z in pairs]
+            steps = [Step(self.decode(z, pool), below, None, None) for below, z in pairs]
             for i, epsilon in enumerate(for_steps.unbind(1)):  # step 0 has the noise of layer L
                 with torch.enable_grad():
                     if not training:
@@ -473,7 +479,7 @@ class EfficientMORL(nn.Module):
                         kl, prior = self.hierarchy_kl([*lower, lam], samples, for_priors)
                     else:  # (e)
                         kl = reduce(kl_divergence(normal(lam), prior), "b k d -> b", "sum")
-                    decoded = self.decode(sample(lam, epsilon))
+                    decoded = self.decode(sample(lam, epsilon), pool)
                     nll = self.nll(image, decoded)
                     loss = self.objective(nll, kl).sum()  # not the mean: batch size has no effect
                 step = Step(decoded, lam, nll, kl)
@@ -570,19 +576,24 @@ def learning_rate(config: Config, step: int) -> float:
 def check(config: Config) -> None:
     """UserError, in one line, where the options cannot be."""
     runs.check(config)
-    runs.at_least(config, 1, "num_slots", "latent_size", "num_layers", "lr_half_life",
+    runs.at_least(config, 1, "num_slots", "latent_size", "num_layers", "lr_half_life", "pool",
                   "encoder_channels", "encoder_kernel", "decoder_channels", "hidden_size")
-    runs.at_least(config, 0, "num_steps", "num_steps_final", "flat_half_life", "lr_warmup")
+    runs.at_least(config, 0, "num_steps", "num_steps_final", "flat_half_life", "lr_warmup",
+                  "pool_steps")
     runs.positive(config, "sigma", "clip", "kl_weight")
     runs.require(config.encoder_kernel % 2, "--encoder-kernel must be odd")
     try:
         shape = data.images(config.dataset).shape
         other = data.images(config.train_dataset or config.dataset).shape
         runs.require(other == shape, f"--train-dataset: images of {other}, not {shape}")
+        runs.require(not any(size % config.pool for size in shape[1:]),
+                     f"--pool {config.pool} does not divide images of {shape}")
         kernels.use(config.kernels)
         kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:
         raise runs.UserError(error) from None
+    runs.require(not (config.pool_steps and (config.geco or config.decoder in ("iodine", "small"))),
+                 "--pool-steps needs --no-geco, and --decoder pixel or padded")
     lowest = math.log(config.sigma * math.sqrt(2 * math.pi))  # of a perfect reconstruction
     runs.require(not config.geco or config.geco_target >= lowest,
                  f"--geco-target {config.geco_target}: no model has an NLL below {lowest:.3f}")
@@ -615,7 +626,8 @@ def train(config: Config) -> dict[str, Any]:
         later = step - config.curriculum_step  # steps since it, negative before
         num_steps = config.num_steps if later < 0 else config.num_steps_final
         model.shading.fill_(0.5 ** (max(0, later) / (config.flat_half_life or math.inf)))
-        parts = run.update(model.loss, batch.image, model.noise(scenes, index, num_steps),
+        small = F.avg_pool2d(batch.image, config.pool if step < config.pool_steps else 1)
+        parts = run.update(model.loss, small, model.noise(scenes, index, num_steps),
                            lr=learning_rate(config, step), clip=config.clip)
         if parts["grad_norm"].isfinite():
             model.geco.update(parts["nll"], step + 1)
@@ -623,6 +635,7 @@ def train(config: Config) -> dict[str, Any]:
             scores = dict(nll_weight=model.geco.multiplier, num_steps=num_steps)
             if batch.masks is not None:
                 _, masks, _ = reconstruct(parts["decoded"].nan_to_num())
+                masks = F.interpolate(masks, batch.image.shape[-2:])
                 scores["ari_fg"] = metrics.ari(batch.masks, masks).nanmean()
             run.log(parts, **scores)
     test = data.make(config.dataset, "test", config.seed, device)

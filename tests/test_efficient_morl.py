@@ -59,10 +59,13 @@ def standardised(x: Tensor) -> Tensor:
 
 
 class Eager:
-    """Both stages of inference, for one image; the weights have efficient_morl.py's names."""
+    """Both stages of inference, for one image; the weights have efficient_morl.py's names. The
+    images are whole ones, or `pooled`."""
 
-    def __init__(self, config: efficient_morl.Config, weights: dict[str, Tensor], nll_weight=1.0):
+    def __init__(self, config: efficient_morl.Config, weights: dict[str, Tensor], nll_weight=1.0,
+                 pooled: bool = False):
         self.config, self.weights, self.nll_weight = config, weights, nll_weight
+        self.outside, self.inside = (config.pool, 1) if pooled else (1, config.pool)
 
     def layer(self, name: str) -> tuple[Tensor, Tensor | None]:
         return self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
@@ -86,20 +89,23 @@ class Eager:
         keep = (update + old_update).sigmoid()
         return keep * state + (1 - keep) * (new + (reset + old_reset).sigmoid() * old).tanh()
 
-    def embedding(self, name: str, height: int, width: int, gain: float = 1.0) -> Tensor:
-        """(size, H, W): of [1 - x, x, y, 1 - y]."""
+    def embedding(self, name: str, height: int, width: int, gain: float = 1.0,
+                  pool: int = 1) -> Tensor:
+        """(size, H, W): of [1 - x, x, y, 1 - y], on average over the pool x pool places of each."""
         places = []
-        for row, col in itertools.product(range(height), range(width)):
-            x, y = (i / max(n - 1, 1) for i, n in ((col, width), (row, height)))
+        for row, col in itertools.product(range(height * pool), range(width * pool)):
+            x, y = (i / max(n * pool - 1, 1) for i, n in ((col, width), (row, height)))
             places.append([1 - x, x, y, 1 - y])
-        return self.linear(name, gain * torch.tensor(places)).T.unflatten(1, (height, width))
+        places = torch.tensor(places).unflatten(0, (height, pool, width, pool)).mean((1, 3))
+        return self.linear(name, gain * places).movedim(-1, 0)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (P, D)."""
-        x = 2 * image - 1
+        p = self.inside
+        x = 2 * sum(image[:, i::p, j::p] for i in range(p) for j in range(p)) / p**2 - 1
         for i in range(len(self.config.encoder_channels)):
             x = F.conv2d(x, *self.layer(f"encoder.convs.{i}"), padding="same").clamp(min=0)
-        x = (x + self.embedding("encoder.embedding", *image.shape[1:])).flatten(1).T
+        x = (x + self.embedding("encoder.embedding", *x.shape[1:])).flatten(1).T
         x = self.mlp("encoder.mlp.1", F.relu, self.norm("encoder.mlp.0", x))
         return self.linear("encoder.keys", x), self.linear("encoder.values", x)
 
@@ -135,7 +141,7 @@ class Eager:
         # Unpadded convolutions of 3 x 3 cut off 2 pixels, those of 5 x 5 padded by 1 as well.
         margin = dict(iodine=2 * number + 2, small=2 * number).get(self.config.decoder, 0)
         x = z[:, None, None] + self.embedding(
-            "decoder.embedding", height + margin, width + margin, gain)
+            "decoder.embedding", height + margin, width + margin, gain, self.outside)
         padding = int(self.config.decoder in ("small", "padded"))
         activation = F.elu if self.config.decoder == "iodine" else F.relu
         for name in ("first", *(f"hidden.{i}" for i in range(number - 1))):
@@ -190,7 +196,7 @@ class Eager:
             z = list(map(draw, lam, epsilon))
             posteriors.append(lam)
             samples.append(z)
-            attention.append(shares.unflatten(1, image.shape[1:]))
+            attention.append(shares.unflatten(1, (image.shape[1] // self.inside, -1)))
 
         kl, prior = self.hierarchy_kl(posteriors, samples, fresh)
         states, steps = [torch.zeros_like(z_k) for z_k in z], []
@@ -274,15 +280,16 @@ def without_gradient(config) -> tuple[str, ...]:
 
 @double_precision()
 def check_eager(module: ModuleType = efficient_morl, shape=SHAPE, nll_weight=1.5, more=0,
-                **overrides):
+                pooled=False, **overrides):
     """AssertionError, which names the first quantity in which the two models differ."""
     config = small(**overrides)
     model = make_model(config, shape, module)
     model.geco.multiplier.fill_(nll_weight)
     model.shading.fill_(0.2)
     image, noise = make_inputs(config, shape, more=more)
+    image = F.avg_pool2d(image, config.pool) if pooled else image
     copies = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    eager = Eager(config, copies, nll_weight)
+    eager = Eager(config, copies, nll_weight, pooled)
     expected = [eager.run(*inputs) for inputs in zip(image, noise, strict=True)]
 
     found = model.encode(image, noise)
@@ -332,6 +339,8 @@ CASES: dict[str, dict] = {
     "one layer of a decoder": dict(decoder_channels=(3,), coordinate_gain=4.0),
     "flat": dict(flat_half_life=10, num_steps=1),
     "sum": dict(normalise="sum", num_steps=1, more=1),  # and a slot more than in training
+    "pool": dict(pool=2, shape=(3, 6, 4), num_steps=1),
+    "pooled": dict(pool=2, shape=(3, 6, 4), num_steps=1, pooled=True, decoder="padded"),
     "mixture": dict(likelihood="mixture"),
     "mixture of grey images": dict(likelihood="mixture", shape=(1, 4, 7)),
     "one GRU": dict(dual_gru=False, num_steps=3),
@@ -541,12 +550,18 @@ def check_schedules(module: ModuleType = efficient_morl) -> None:
 
 
 def check_curriculum(module: ModuleType = efficient_morl) -> None:
-    """A run of four steps: refinement begins after one, and then shading halves twice."""
+    """A run of four steps: refinement begins after one, and then shading halves twice. The decoder
+    draws three pooled images, then a whole one."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "evaluate", functools.partial(module.evaluate, count=4))
         config = tiny(folder, steps=4, num_steps=2, num_steps_final=1, curriculum_step=1,
-                      flat_half_life=1)  # fmt: skip
+                      flat_half_life=1, pool=2, pool_steps=3)  # fmt: skip
+        drawn, reconstruct = [], module.reconstruct
+        patch.setattr(module, "reconstruct", lambda decoded: (
+            drawn.append(decoded.shape[-1]), reconstruct(decoded))[1])
         module.train(config)
+        sizes = drawn[:13]  # 4 + 3 + 3 decodes of the first steps, 3 of the last
+        assert sizes == [6] * 10 + [12] * 3, f"sizes are off: {sizes}"
         records = runs.read_log(Path(folder))
         steps, shading = [r["num_steps"] for r in records], module.load_model(folder).shading
     assert steps == [2, 1, 1, 1], f"curriculum is off: {steps}"
@@ -600,8 +615,8 @@ def test_a_scene_that_diverges_has_no_score(monkeypatch):
     model = efficient_morl.build(tiny(), scenes)
     decode = model.decode
 
-    def broken(z):
-        decoded = decode(z).clone()
+    def broken(z, pool):
+        decoded = decode(z, pool).clone()
         decoded[1] = math.nan
         return decoded
 
@@ -639,7 +654,7 @@ CHECKS: dict[str, Callable[..., None]] = {
 }
 MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     # Encoder and attention
-    "image in [0, 1]": ("eager", "x = 2 * image - 1", "x = image"),
+    "image in [0, 1]": ("eager", "self.shape) - 1", "self.shape)"),
     "embedding missing": ("eager", "rearrange(x + self.embedding()", "rearrange(x"),
     "columns mirrored": ("eager", "[1 - x, x, y, 1 - y]", "[x, 1 - x, y, 1 - y]"),
     "softmax over pixels": ("eager", "softmax(1)  # over slots", "softmax(2)  # over slots"),
@@ -682,8 +697,8 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "state not carried": ("eager", "update, state = full", "update, _ = full"),
     "lambda replaced": ("eager", "lam = lam + update", "lam = update"),
     "lambda stopped": ("eager", "lam = lam + update", "lam = lam.detach() + update"),
-    "the same noise in every step": ("eager", "self.decode(sample(lam, epsilon))",
-                                     "self.decode(sample(lam, for_steps[:, 0]))"),
+    "the same noise in every step": ("eager", "self.decode(sample(lam, epsilon), pool)",
+                                     "self.decode(sample(lam, for_steps[:, 0]), pool)"),
     # Likelihood, decoder, loss
     "a mixture for each colour": ("mixture", ":-1], sigma).sum(2)", ":-1], sigma).mean(2)"),
     "masks not normalised": ("mixture", "decoded[:, :, -1].log_softmax(1)", "decoded[:, :, -1]"),
@@ -694,6 +709,9 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
                               "+ full_precision(self.flat, z).sigmoid()"),
     "inner taps averaged": ("small", "inner.sum(dim, keepdim=True)",
                             "inner.mean(dim, keepdim=True)"),
+    "coordinates of every other pixel": (
+        "pooled", 'reduce(self.grid, "(h i) (w j) c -> h w c", "mean", i=pool, j=pool)',
+        "self.grid[::pool, ::pool]"),
     "embedding without its gain": ("small", "grid = gain * ", "grid = 0.5 * "),
     "no discount": ("eager", "(len(steps) - i) / len(steps)", "1.0"),
     "the released code's discount": ("eager", "(len(steps) - i)", "(len(steps) - i + 2)"),
@@ -713,6 +731,7 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "halving overlaps the warm-up": ("schedules", "max(0, step - config.lr_warmup)", "step"),
     "shading falls twice as fast": ("curriculum", "(0.5 ** (max(", "(0.25 ** (max("),
     "shading falls from the start": ("curriculum", "max(0, later)", "step"),
+    "pooled a step too long": ("curriculum", "step < config.pool", "step <= config.pool"),
     "no warm-up": ("schedules", "config.lr * warmup", "config.lr"),
 }  # fmt: skip
 mutated = functools.partial(mutants.mutated, efficient_morl)
