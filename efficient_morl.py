@@ -419,7 +419,7 @@ class EfficientMORL(nn.Module):
         return torch.cat([means, mask_logits], 2) + full_precision(self.flat, z)[..., None, None]
 
     def nll(self, image: Tensor, decoded: Tensor) -> Tensor:
-        """-log p(x|z), nats per image, (B,).
+        """-log p(x|z), nats per image, (B,). A pixel of a pooled image counts as all that it is of.
 
         gaussian: N(x; sum_k m_k mu_k, sigma^2) of every value. mixture: sum_k m_k N(x; mu_k,
         sigma^2) of every pixel, as in IODINE (eq. 1). Released code: of every colour of a pixel.
@@ -432,7 +432,8 @@ class EfficientMORL(nn.Module):
         else:
             densities = log_normal(image[:, None], decoded[:, :, :-1], sigma).sum(2)  # (B, K, H, W)
             log_likelihood = (decoded[:, :, -1].log_softmax(1) + densities).logsumexp(1)
-        return -reduce(log_likelihood, "b h w -> b", "sum")
+        pool = self.height // image.shape[-2]
+        return -(pool**2) * reduce(log_likelihood, "b h w -> b", "sum")
 
     def hierarchy_kl(self, posteriors: list[Tensor], samples: list[Tensor],
                      noise: Tensor) -> tuple[Tensor, Normal]:

@@ -155,13 +155,14 @@ class Eager:
     def nll(self, image: Tensor, decoded: Tensor) -> Tensor:
         """image (C, H, W), decoded (K, C+1, H, W)."""
         means, logits = decoded[:, :-1], decoded[:, -1]  # (K, C, H, W), (K, H, W)
-        sigma = self.config.sigma
+        sigma, area = self.config.sigma, self.outside**2  # area: pixels that a pixel stands for
         if self.config.likelihood == "gaussian":
             mean = (logits.softmax(0)[:, None] * means).sum(0)
-            return -D.Normal(mean, sigma).log_prob(image).sum()
+            return -area * D.Normal(mean, sigma).log_prob(image).sum()
         slots = D.Categorical(logits=logits.permute(1, 2, 0))
         components = D.Independent(D.Normal(means.permute(2, 3, 0, 1), sigma), 1)
-        return -D.MixtureSameFamily(slots, components).log_prob(image.permute(1, 2, 0)).sum()
+        density = D.MixtureSameFamily(slots, components).log_prob(image.permute(1, 2, 0))
+        return -area * density.sum()
 
     def hierarchy_kl(self, posteriors, samples, noise: Tensor) -> tuple[Tensor, list | None]:
         """KL of all layers, and the prior of the refined slots; lists by layer of lists by slot."""
@@ -702,6 +703,7 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     # Likelihood, decoder, loss
     "a mixture for each colour": ("mixture", ":-1], sigma).sum(2)", ":-1], sigma).mean(2)"),
     "masks not normalised": ("mixture", "decoded[:, :, -1].log_softmax(1)", "decoded[:, :, -1]"),
+    "pooled pixels count once": ("pooled", "-(pool**2) *", "-"),
     "nll a mean": ("eager", '"b h w -> b", "sum"', '"b h w -> b", "mean"'),
     "colours not squashed": ("eager", "means.sigmoid()", "means"),
     "flat colours not bounded": ("flat", "(means / (4 * self.shading)).tanh()", "means / 4"),
