@@ -94,6 +94,7 @@ class Config(runs.RunConfig):
     normalise: Literal["mean", "sum"] = "mean"  # of pixels' values; sum: also tells their number
     encoder_channels: tuple[int, ...] = (64, 64, 64, 64)  # of the convolutions
     encoder_kernel: int = 5  # pixels, odd
+    mlp_size: int = 0  # hidden units of a layer's MLPs; 0: 2 D
     dual_gru: bool = True  # else the ablation: one GRU for means and scales
     hidden_size: int = 128  # units of the refinement's and the prior's hidden layer
     num_steps: int = 3  # I, steps of refinement, in training before curriculum_step
@@ -256,13 +257,14 @@ class SlotAttention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         size, self.config = config.latent_size, config
+        hidden = config.mlp_size or 2 * size
         self.norm = nn.LayerNorm(size)
         self.queries = nn.Linear(size, size, bias=False)
         # The ablation, as in the released code: gates of one GRU mix means and raw scales.
         self.input = nn.Identity() if config.dual_gru else nn.Linear(size, 2 * size)
         self.gru = DualGRU(size) if config.dual_gru else nn.GRUCell(2 * size, 2 * size)
         self.loc, self.raw = (nn.Sequential(
-            nn.LayerNorm(size), mlp(size, 2 * size, size, nn.ReLU)) for _ in range(2))
+            nn.LayerNorm(size), mlp(size, hidden, size, nn.ReLU)) for _ in range(2))
 
     def forward(self, keys: Tensor, values: Tensor, z: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
         """z (B, K, D), lambda (B, K, 2D) of the layer below -> lambda, attention (B, K, P)."""
@@ -580,7 +582,7 @@ def check(config: Config) -> None:
     runs.at_least(config, 1, "num_slots", "latent_size", "num_layers", "lr_half_life", "pool",
                   "encoder_channels", "encoder_kernel", "decoder_channels", "hidden_size")
     runs.at_least(config, 0, "num_steps", "num_steps_final", "flat_half_life", "lr_warmup",
-                  "pool_steps")
+                  "pool_steps", "mlp_size")
     runs.positive(config, "sigma", "clip", "kl_weight")
     runs.require(config.encoder_kernel % 2, "--encoder-kernel must be odd")
     try:
