@@ -203,15 +203,12 @@ class BroadcastDecoder(nn.Module):
 
     def forward(self, z: Tensor, pool: int = 1) -> Tensor:  # (N, D) -> (N, C+1, H/pool, W/pool)
         # The first layer sees z plus the embedding at every pixel; that image is never built.
-        taps, p, size = self.first.weight, self.first.padding[0], self.first.kernel_size[0]
-        response = self.first(self.embedding(pool)[None])  # the same for every z
-        response = response.contiguous(memory_format=kernels.layout(response, size))[0]  # (O, H, W)
-        # z is the same at every pixel, so the middle taps, which never meet the padding, act as one
-        # tap, their sum; the kernel shrinks to 2 p + 1, which keeps the size with padding p.
-        for dim in (2, 3):
-            first, inner, last = taps.split([p, size - 2 * p, p], dim)
-            taps = torch.cat([first, inner.sum(dim, keepdim=True), last], dim)
-        x = self.activation(kernels.broadcast_conv(z, taps, response), inplace=True)
+        first = self.first
+        response = first(self.embedding(pool)[None])  # the same for every z
+        layout = kernels.layout(response, first.kernel_size[0])
+        response = response.contiguous(memory_format=layout)[0]  # (O, H, W)
+        x = kernels.broadcast_conv(z, first.weight, response, first.padding[0])
+        x = self.activation(x, inplace=True)
         for conv in self.hidden:
             x = self.activation(conv(x), inplace=True)
         return full_precision(self.last, x)

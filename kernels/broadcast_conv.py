@@ -26,15 +26,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def broadcast_conv(z: Tensor, weight: Tensor, response: Tensor) -> Tensor:
-    """F.conv2d(z at every pixel, weight, padding="same") + response, without that image.
+def broadcast_conv(z: Tensor, weight: Tensor, response: Tensor,
+                   padding: int | None = None) -> Tensor:
+    """F.conv2d(z at every pixel, weight, padding=padding) + response, without that image.
 
     z (N, D), weight (O, D, k, k) with odd k, response (O, H, W): all that does not depend on z, the
-    bias included; H and W at least k - 1. Returns (N, O, H, W), channels-last where response is.
-    Up to rounding, of which it has less, equal to the convolution. Differentiable in all three.
-    Raises ValueError for shapes that do not fit.
+    bias included; H and W at least k - 1; padding from 0 to k // 2, which it is by default: then
+    z is at H x W pixels. Returns (N, O, H, W), channels-last where response is. Up to rounding, of
+    which it has less, equal to the convolution. Differentiable in all three. Raises ValueError for
+    shapes that do not fit.
     """
     _check(z, weight, response)
+    if padding is not None and padding < weight.shape[-1] // 2:
+        sizes = padding, weight.shape[-1] - 2 * padding, padding
+        for dim in (2, 3):  # taps that never meet the padding act as one, their sum
+            first, inner, last = weight.split(sizes, dim)
+            weight = torch.cat([first, inner.sum(dim, keepdim=True), last], dim)
     size, (height, width) = weight.shape[-1], response.shape[1:]
     cases = z @ border_cases(weight).flatten(1)  # (N, k·k·O)
     cases = cases.unflatten(1, (size, size, -1))  # (N, k, k, O)

@@ -71,6 +71,15 @@ def test_every_size(kernel, height, width, layout):
     check([z, weight, LAYOUTS[layout](response)])
 
 
+@pytest.mark.parametrize(("kernel", "padding"), [(3, 0), (5, 0), (5, 1)])
+def test_less_padding_than_keeps_the_size(kernel, padding):
+    z, weight, response = make_inputs(kernel, (7, 6))
+    margin = kernel - 1 - 2 * padding
+    image = z[:, :, None, None].expand(-1, -1, 7 + margin, 6 + margin)
+    expected = F.conv2d(image, weight, padding=padding) + response
+    torch.testing.assert_close(broadcast_conv(z, weight, response, padding), expected)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     half=st.integers(0, 2),

@@ -709,8 +709,7 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "flat colours not bounded": ("flat", "(means / (4 * self.shading)).tanh()", "means / 4"),
     "flat colours squashed": ("flat", "+ full_precision(self.flat, z)",
                               "+ full_precision(self.flat, z).sigmoid()"),
-    "inner taps averaged": ("small", "inner.sum(dim, keepdim=True)",
-                            "inner.mean(dim, keepdim=True)"),
+    "padded by as much as keeps the size": ("small", ", first.padding[0])", ")"),
     "coordinates of every other pixel": (
         "pooled", 'reduce(self.grid, "(h i) (w j) c -> h w c", "mean", i=pool, j=pool)',
         "self.grid[::pool, ::pool]"),
