@@ -233,17 +233,6 @@ def coordinate_maps(height: int, width: int) -> Tensor:
 ACTIVATIONS = {"elu": nn.ELU(inplace=True), "relu": nn.ReLU(inplace=True)}
 
 
-class Conv(nn.Conv2d):
-    """Size-preserving convolution, in the memory layout that is faster."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1):
-        super().__init__(inputs, outputs, kernel, stride, kernel // 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        layout = kernels.layout(x, self.kernel_size[0], self.stride[0])
-        return super().forward(x.contiguous(memory_format=layout))
-
-
 class Flat(nn.Module):
     """One colour and mask logit a slot, a linear map of z; the decoder shades the colour by
     `shading`, and its logits count four times. While colours are flat, only masks draw shapes."""
@@ -266,17 +255,16 @@ class BroadcastDecoder(nn.Module):
         sizes, k = config.decoder_channels, config.decoder_kernel
         coordinates = config.coordinate_gain * coordinate_maps(height, width)
         self.register_buffer("coordinates", coordinates, persistent=False)
-        self.first = Conv(config.latent_size + 2, sizes[0], k)
-        self.hidden = nn.ModuleList(Conv(i, o, k) for i, o in pairwise(sizes))
-        self.last = Conv(sizes[-1], channels + 1, k)
+        self.first = kernels.Conv2d(config.latent_size + 2, sizes[0], k)
+        self.hidden = nn.ModuleList(kernels.Conv2d(i, o, k) for i, o in pairwise(sizes))
+        self.last = kernels.Conv2d(sizes[-1], channels + 1, k)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
         # The first layer sees z at every pixel and the coordinates; that image is never built.
         taps_z, taps_xy = self.first.weight.split([z.shape[1], 2], 1)
-        pad, layout = self.first.padding, kernels.layout(z, len(self.first.weight[0, 0]))
-        response = F.conv2d(self.coordinates[None], taps_xy, self.first.bias, padding=pad)
-        response = response.contiguous(memory_format=layout)[0]  # (O, H, W)
+        response = F.conv2d(self.coordinates[None], taps_xy, self.first.bias, padding="same")
+        response = self.first.layout(response)[0]  # (O, H, W)
         x = self.activation(kernels.broadcast_conv(z, taps_z, response))
         for conv in self.hidden:
             x = self.activation(conv(x))
@@ -295,8 +283,8 @@ class DeconvDecoder(nn.Module):
                   nn.Unflatten(1, (8, 8, 8))]
         for i in [8, *[64] * (doublings - 1)]:
             layers += [nn.ConvTranspose2d(i, 64, 5, 2, padding=2, output_padding=1), activation]
-        self.hidden = nn.Sequential(*layers, Conv(64, 64, 5), activation)
-        self.last = Conv(64, channels + 1, 5)
+        self.hidden = nn.Sequential(*layers, kernels.Conv2d(64, 64, 5), activation)
+        self.last = kernels.Conv2d(64, channels + 1, 5)
 
     def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
         decoded = full_precision(self.last, self.hidden(z))
@@ -326,7 +314,7 @@ class RefinementNetwork(nn.Module):
         self.norm_bias = nn.Parameter(torch.zeros(channels + 3))
         self.norm_grad = nn.LayerNorm(lam_size)  # over means and raw scales together
         sizes = sum(widths.values()), *c.refinement_channels  # F, ...
-        self.convs = nn.ModuleList(Conv(i, o, c.refinement_kernel, c.refinement_stride)
+        self.convs = nn.ModuleList(kernels.Conv2d(i, o, c.refinement_kernel, c.refinement_stride)
                                    for i, o in pairwise(sizes))
         self.activation, self.pooling = ACTIVATIONS[c.activation], c.pooling
         self.mlp = nn.Linear(sizes[-1], c.mlp_size)

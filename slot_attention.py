@@ -141,21 +141,13 @@ class Embedding(nn.Linear):
         return super().forward(self.grid).movedim(-1, 0)
 
 
-class Conv(nn.Conv2d):
-    """A convolution in the memory layout that is fastest: see `kernels.layout`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        layout = kernels.layout(x, self.kernel_size[0])
-        return super().forward(x.contiguous(memory_format=layout))
-
-
 class Encoder(nn.Module):
     """Image (B, C, H, W) in [0, 1] -> a feature of every pixel, (B, P, O)."""
 
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
         sizes, k = (channels, *config.encoder_channels), config.encoder_kernel
-        self.convs = nn.ModuleList(Conv(*pair, k, padding="same") for pair in pairwise(sizes))
+        self.convs = nn.ModuleList(kernels.Conv2d(*pair, k) for pair in pairwise(sizes))
         self.embedding = Embedding(sizes[-1], height, width)
         self.mlp = nn.Sequential(LayerNorm(sizes[-1]), mlp(sizes[-1], sizes[-1], sizes[-1]))
 
@@ -232,15 +224,14 @@ class BroadcastDecoder(nn.Module):
         super().__init__()
         size, sizes, k = config.latent_size, config.decoder_channels, config.decoder_kernel
         self.embedding = Embedding(size, height, width, config.coordinate_gain)
-        self.first = Conv(size, sizes[0], k, padding="same")
-        self.hidden = nn.ModuleList(Conv(*pair, k, padding="same") for pair in pairwise(sizes))
-        self.last = Conv(sizes[-1], channels + 1, min(k, 3), padding="same")
+        self.first = kernels.Conv2d(size, sizes[0], k)
+        self.hidden = nn.ModuleList(kernels.Conv2d(*pair, k) for pair in pairwise(sizes))
+        self.last = kernels.Conv2d(sizes[-1], channels + 1, min(k, 3))
 
     def forward(self, slots: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
         # The first layer sees slot plus embedding at every pixel; that image is never built.
-        response = self.first(self.embedding()[None])  # the same for every slot
-        layout = kernels.layout(response, self.first.kernel_size[0])
-        response = response.contiguous(memory_format=layout)[0]  # (O, H, W)
+        # The response to the embedding is the same for every slot, (O, H, W).
+        response = self.first.layout(self.first(self.embedding()[None]))[0]
         x = F.relu(kernels.broadcast_conv(slots, self.first.weight, response), inplace=True)
         for conv in self.hidden:
             x = F.relu(conv(x), inplace=True)

@@ -14,7 +14,7 @@ import os
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 _choice = "auto"
@@ -66,14 +66,27 @@ def describe(device: torch.device | str) -> str:
     return f"torch ({reason})" if reason else "triton"
 
 
-def layout(x: Tensor, kernel_size: int, stride: int = 1) -> torch.memory_format:
-    """The memory layout in which a convolution of x (N, C, H, W) is faster.
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d that puts x (N, C, H, W) into the memory layout in which it is faster.
 
-    Channels-last, except for stride 1 and kernel_size > 1 on a CPU without AVX-512 (measured on an
-    AMD EPYC with AVX2, torch 2.13).
+    That is channels-last, except for stride 1 and a kernel of more than one pixel on a CPU without
+    AVX-512 (measured on an AMD EPYC with AVX2, torch 2.13). padding=None keeps the size.
     """
-    planes = kernel_size > 1 and stride == 1 and x.device.type == "cpu" and not AVX512
-    return torch.contiguous_format if planes else torch.channels_last
+
+    def __init__(self, inputs: int, outputs: int, kernel_size: int, stride: int = 1,
+                 padding: int | None = None):
+        padding = kernel_size // 2 if padding is None else padding
+        super().__init__(inputs, outputs, kernel_size, stride, padding)
+
+    def layout(self, x: Tensor) -> Tensor:
+        """x, or an output of this convolution, in its layout."""
+        small = self.kernel_size == (1, 1) or self.stride != (1, 1)
+        planes = x.device.type == "cpu" and not AVX512 and not small
+        return x.contiguous(memory_format=torch.contiguous_format if planes
+                            else torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.layout(x))
 
 
 def _triton_obstacle(device: torch.device | None = None) -> str | None:
@@ -108,12 +121,12 @@ from kernels.refinement_inputs import (  # noqa: E402
 
 __all__ = [
     "CHANNELS",
+    "Conv2d",
     "RefinementInputs",
     "backend",
     "broadcast_conv",
     "channel_slices",
     "describe",
-    "layout",
     "leave_one_out",
     "masks",
     "mixture_log_likelihood",

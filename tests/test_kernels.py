@@ -232,8 +232,13 @@ def test_describe_says_which_kernels_run_and_why(machine):
 )
 def test_layout(device, kernel_size, stride, avx512, planes, monkeypatch):
     monkeypatch.setattr(kernels, "AVX512", avx512)
-    found = kernels.layout(torch.empty(1, 2, 3, 3, device=device), kernel_size, stride)
-    assert found == (torch.contiguous_format if planes else torch.channels_last)
+    conv = kernels.Conv2d(2, 2, kernel_size, stride)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = conv.layout(torch.empty(1, 2, 3, 3, device=device).to(memory_format=layout))
+        assert found.is_contiguous() == planes
+        assert found.is_contiguous(memory_format=torch.channels_last) != planes
+    assert conv.padding == (kernel_size // 2,) * 2
+    assert kernels.Conv2d(2, 2, 5, padding=1).padding == (1, 1)
 
 
 # -- launches ------------------------------------------------------------------------------------
