@@ -139,6 +139,12 @@ PRESETS["quick_same_color"] = PRESETS["quick"] | dict(  # tested where hue says 
 PRESETS["mini_tetrominoes"] = PRESETS["quick"] | dict(  # small cells: the decoder sees neighbours
     dataset="mini_tetrominoes", num_slots=5, decoder="padded", coordinate_gain=3.0, lr=1.2e-3,
     num_steps_final=2, curriculum_step=6000, flat_half_life=3000, lr_half_life=3000, steps=12_000)
+PRESETS["multi_dsprites_short"] = PRESETS["quick"] | dict(  # refined from the start: no plateau
+    dataset="multi_dsprites_colored_on_grayscale", sigma=0.3, kl_weight=1.0, mlp_size=256,
+    pool=4, pool_steps=5000, num_steps=1, curriculum_step=3500, lr_half_life=1700, steps=8000)
+PRESETS["multi_dsprites_binarized_short"] = PRESETS["multi_dsprites_short"] | dict(
+    dataset="multi_dsprites_binarized", train_dataset="multi_dsprites_levels", num_slots=5,
+    sigma=0.18, num_steps_final=2, steps=7500)
 CLEVR6 = PRESETS["multi_dsprites"] | dict(num_slots=7, likelihood="mixture", geco=True)  # to time
 
 

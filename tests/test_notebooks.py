@@ -169,6 +169,16 @@ def test_without_weights_dci_is_kept_and_what_takes_longer_is_not(run, monkeypat
     assert json.loads(path.read_text())["further"] == dict(dci=dict(disentanglement=0.5))
 
 
+def test_the_course_of_training_is_twenty_means(tmp_path):
+    records = [dict(step=i, seconds=60.0 * i, ari_fg=i / 40) for i in range(40)]
+    write = (tmp_path / "metrics.jsonl").write_text
+    write("".join(f"{json.dumps(record)}\n" for record in records))
+    course = results.training_course(tmp_path)
+    assert course == [[2 * i + 0.5, pytest.approx((2 * i + 0.5) / 40, abs=6e-4)] for i in range(20)]
+    write("".join(f"{json.dumps(record)}\n" for record in records[:19]))
+    assert results.training_course(tmp_path) == []
+
+
 def test_float32_where_float16_moves_a_score(run, monkeypatch, capsys):
     monkeypatch.setattr(results, "moved", lambda *_: ["ari_fg"])
     keep(monkeypatch, capsys, run)
