@@ -123,7 +123,7 @@ def make_config(config_class: type, presets: dict[str, dict], preset: str, **ove
 def standing(model_name: str, preset: str) -> str:
     """The preset's name, and whether a result of it is committed."""
     measured = any(RESULTS.glob(f"{model_name}-{preset}-*.json"))
-    return preset + " (the paper's settings; no result in this repository yet)" * (not measured)
+    return preset + " (no result in this repository yet)" * (not measured)
 
 
 def parse(model_name: str, config_class: type, presets: dict[str, dict], argv: list[str]) -> Any:

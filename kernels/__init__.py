@@ -1,4 +1,4 @@
-"""Per-pixel operations of the models, each in a file of its own, with a choice of back-end.
+"""Per-pixel operations of the models, a file each, with a choice of back-end; and `Conv2d`.
 
     kernels.use("torch")                # until further notice
     with kernels.use("triton"): ...     # for a block
@@ -70,7 +70,8 @@ class Conv2d(nn.Conv2d):
     """nn.Conv2d that puts x (N, C, H, W) into the memory layout in which it is faster.
 
     That is channels-last, except for stride 1 and a kernel of more than one pixel on a CPU without
-    AVX-512 (measured on an AMD EPYC with AVX2, torch 2.13). padding=None keeps the size.
+    AVX-512 (measured on an AMD EPYC with AVX2, torch 2.13). padding=None: half of the kernel, which
+    with stride 1 keeps the size.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int, stride: int = 1,
@@ -80,8 +81,8 @@ class Conv2d(nn.Conv2d):
 
     def layout(self, x: Tensor) -> Tensor:
         """x, or an output of this convolution, in its layout."""
-        small = self.kernel_size == (1, 1) or self.stride != (1, 1)
-        planes = x.device.type == "cpu" and not AVX512 and not small
+        slides = self.kernel_size != (1, 1) and self.stride == (1, 1)
+        planes = slides and x.device.type == "cpu" and not AVX512
         return x.contiguous(memory_format=torch.contiguous_format if planes
                             else torch.channels_last)
 

@@ -36,8 +36,8 @@ def broadcast_conv(z: Tensor, weight: Tensor, response: Tensor,
     which it has less, equal to the convolution. Differentiable in all three. Raises ValueError for
     shapes that do not fit.
     """
-    _check(z, weight, response)
-    if padding is not None and padding < weight.shape[-1] // 2:
+    _check(z, weight, response, padding)
+    if padding is not None:
         sizes = padding, weight.shape[-1] - 2 * padding, padding
         for dim in (2, 3):  # taps that never meet the padding act as one, their sum
             first, inner, last = weight.split(sizes, dim)
@@ -94,7 +94,7 @@ def is_channels_last(response: Tensor) -> bool:
     return last and not response.is_contiguous()
 
 
-def _check(z: Tensor, weight: Tensor, response: Tensor) -> None:
+def _check(z: Tensor, weight: Tensor, response: Tensor, padding: int | None) -> None:
     """Refuse shapes that do not fit."""
     if z.ndim != 2 or response.ndim != 3:
         raise ValueError(
@@ -107,6 +107,8 @@ def _check(z: Tensor, weight: Tensor, response: Tensor) -> None:
             f"weight must be ({channels}, {z.shape[1]}, k, k) with an odd k for this z and "
             f"response, not {tuple(weight.shape)}"
         )
+    if padding is not None and not 0 <= padding <= size // 2:
+        raise ValueError(f"padding {padding} is not from 0 to {size // 2}, half of the kernel")
     height, width = response.shape[1:]
     if min(height, width) < max(1, size - 1):  # more border cases than k²: both edges meet
         raise ValueError(f"kernel {size} is too large for images of {height}x{width} pixels")

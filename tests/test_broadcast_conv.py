@@ -78,6 +78,9 @@ def test_less_padding_than_keeps_the_size(kernel, padding):
     image = z[:, :, None, None].expand(-1, -1, 7 + margin, 6 + margin)
     expected = F.conv2d(image, weight, padding=padding) + response
     torch.testing.assert_close(broadcast_conv(z, weight, response, padding), expected)
+    for wrong in (-1, kernel // 2 + 1):
+        with pytest.raises(ValueError, match="half of the kernel"):
+            broadcast_conv(z, weight, response, wrong)
 
 
 @settings(max_examples=60, deadline=None)

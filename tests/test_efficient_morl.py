@@ -655,7 +655,7 @@ CHECKS: dict[str, Callable[..., None]] = {
 }
 MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     # Encoder and attention
-    "image in [0, 1]": ("eager", "self.shape) - 1", "self.shape)"),
+    "image in [0, 1]": ("eager", "self.shape[-1]) - 1", "self.shape[-1])"),
     "embedding missing": ("eager", "rearrange(x + self.embedding()", "rearrange(x"),
     "columns mirrored": ("eager", "[1 - x, x, y, 1 - y]", "[x, 1 - x, y, 1 - y]"),
     "softmax over pixels": ("eager", "softmax(1)  # over slots", "softmax(2)  # over slots"),
