@@ -417,7 +417,7 @@ class EfficientMORL(nn.Module):
         return torch.cat([means, mask_logits], 2) + full_precision(self.flat, z)[..., None, None]
 
     def nll(self, image: Tensor, decoded: Tensor) -> Tensor:
-        """-log p(x|z), nats per image, (B,). Of a pooled one, times pool^2, so that the KL keeps its
+        """-log p(x|z), nats per image, (B,). Of a pooled one times pool^2, so that the KL keeps its
         share: then it is no likelihood of whole images.
 
         gaussian: N(x; sum_k m_k mu_k, sigma^2) of every value. mixture: sum_k m_k N(x; mu_k,
