@@ -88,8 +88,8 @@ class Config(runs.RunConfig):
     decoder_channels: tuple[int, ...] = (32, 32, 32)  # of the hidden layers
     coordinate_gain: float = 1.0  # the decoder's coordinates run from 0 to this
     flat_half_life: int = 0  # training steps in which `shading` halves; 0: off, means are sigmoids
-    pool: int = 1  # the encoder always sees images pooled by this; the decoder: see pool_steps
-    pool_steps: int = 0  # first training steps, in which pooled images are drawn, not whole ones
+    # The encoder sees images pooled by the first; so many first training steps draw pooled images.
+    pool: tuple[int, int] = (1, 0)
     # inference
     num_layers: int = 3  # L
     normalise: Literal["mean", "sum"] = "mean"  # of pixels' values; sum: also tells their number
@@ -105,8 +105,6 @@ class Config(runs.RunConfig):
     kl_weight: float = 1.0  # of the KL in what is minimised; `elbo` always has weight 1
     geco: bool = True  # raise the weight of the NLL until it reaches its target
     geco_target: float = -0.274  # nats per value (a colour of a pixel); ours: see PRESETS
-    geco_start: int = 1000  # training steps before GECO, with weight 1
-    geco_rate: float = 1e-6  # of the updates of the multiplier
     init_gain: float = 0.02  # of Xavier's normal initialisation
     gru_std: float = 1.0  # of the DualGRU's initial weights and biases; 0: PyTorch's initialisation
     batch_size: int = 32  # B, scenes per step
@@ -141,7 +139,7 @@ PRESETS["mini_tetrominoes"] = PRESETS["quick"] | dict(  # small cells: the decod
     num_steps_final=2, curriculum_step=6000, flat_half_life=3000, lr_half_life=3000, steps=12_000)
 PRESETS["multi_dsprites_short"] = PRESETS["quick"] | dict(  # 16 times the pixels: a larger sigma
     dataset="multi_dsprites_colored_on_grayscale", sigma=0.3, kl_weight=1.0, geco_target=-0.274,
-    mlp_size=256, pool=4, pool_steps=5000,  # refined from the start, which shortens a plateau:
+    mlp_size=256, pool=(4, 5000),  # refined from the start, which shortens a plateau:
     num_steps=1, curriculum_step=3500, lr_half_life=1700, steps=8000)
 PRESETS["multi_dsprites_binarized_short"] = PRESETS["multi_dsprites_short"] | dict(
     dataset="multi_dsprites_binarized", train_dataset="multi_dsprites_levels",  # edges show there
@@ -219,7 +217,7 @@ class Encoder(nn.Module):
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
         k, size = config.encoder_kernel, config.encoder_channels[-1]
-        self.shape = height // config.pool, width // config.pool
+        self.shape = height // config.pool[0], width // config.pool[0]
         sizes = pairwise((channels, *config.encoder_channels))
         self.convs = nn.ModuleList(kernels.Conv2d(*pair, k) for pair in sizes)
         self.embedding = Embedding(size, *self.shape)  # from 0 to 1 over the pooled pixels
@@ -317,8 +315,10 @@ class GECO(nn.Module):
     """The weight of the NLL: minimise the KL subject to NLL <= target (Rezende & Viola 2018).
 
         constraint = moving average of target - NLL;   zeta <- max(.55, zeta - rate constraint)
-        loss = KL + multiplier NLL,   multiplier = softplus(zeta) >= 1, or 1 before `geco_start`
+        loss = KL + multiplier NLL,   multiplier = softplus(zeta) >= 1, or 1 before `start`
     """
+
+    start, rate = 1000, 1e-6  # the paper's: training steps before it; of the updates of zeta
 
     def __init__(self, config: Config, num_values: int):  # C H W
         super().__init__()
@@ -330,10 +330,10 @@ class GECO(nn.Module):
     def update(self, nll: Tensor, step: int) -> None:
         """After `step` training steps; nll: the last step's batch mean, after all refinement."""
         c, now = self.config, self.target - nll
-        if c.geco and step > c.geco_start:
+        if c.geco and step > self.start:
             average = torch.where(self.constraint.isinf(), now, self.constraint.lerp(now, 0.01))
             self.constraint.copy_(average)
-            self.zeta.copy_((self.zeta - c.geco_rate * average).clamp(min=0.55))
+            self.zeta.copy_((self.zeta - self.rate * average).clamp(min=0.55))
             self.multiplier.copy_(F.softplus(self.zeta))
 
 
@@ -576,25 +576,26 @@ def learning_rate(config: Config, step: int) -> float:
 def check(config: Config) -> None:
     """UserError, in one line, where the options cannot be."""
     runs.check(config)
-    runs.at_least(config, 1, "num_slots", "latent_size", "num_layers", "lr_half_life", "pool",
+    runs.at_least(config, 1, "num_slots", "latent_size", "num_layers", "lr_half_life",
                   "encoder_channels", "encoder_kernel", "decoder_channels", "hidden_size")
     runs.at_least(config, 0, "num_steps", "num_steps_final", "flat_half_life", "lr_warmup",
-                  "pool_steps", "mlp_size", "geco_start", "geco_rate", "gru_std")
+                  "mlp_size", "gru_std")
     runs.positive(config, "sigma", "clip", "kl_weight", "init_gain", "coordinate_gain")
     runs.require(config.encoder_kernel % 2, "--encoder-kernel must be odd")
     try:
         shape = data.images(config.dataset).shape
         other = data.images(config.train_dataset or config.dataset).shape
         runs.require(other == shape, f"--train-dataset: images of {other}, not {shape}")
-        runs.require(not any(size % config.pool or size < 2 * config.pool for size in shape[1:]),
-                     f"--pool {config.pool} does not divide images of {shape} into two or more")
+        pool, steps = config.pool
+        runs.require(pool > 0 and not any(size % pool or size < 2 * pool for size in shape[1:]),
+                     f"--pool {pool} {steps}: does not divide images of {shape} into 2 or more")
         kernels.use(config.kernels)
         kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:
         raise runs.UserError(error) from None
-    coarse = config.pool > 1 and not config.geco and config.decoder in ("padded", "pixel")
-    runs.require(coarse or not config.pool_steps, "--pool-steps needs --pool above 1, --no-geco "
-                 "(its target is for whole images) and --decoder padded or pixel")
+    coarse = pool > 1 and steps > 0 and not config.geco and config.decoder in ("padded", "pixel")
+    runs.require(coarse or not steps, f"--pool {pool} {steps}: steps need a factor above 1, "
+                 "--no-geco (its target is of whole images) and --decoder padded or pixel")
     lowest = math.log(config.sigma * math.sqrt(2 * math.pi))  # of a perfect reconstruction
     runs.require(not config.geco or config.geco_target >= lowest,
                  f"--geco-target {config.geco_target}: no model has an NLL below {lowest:.3f}")
@@ -627,7 +628,7 @@ def train(config: Config) -> dict[str, Any]:
         later = step - config.curriculum_step  # steps since it, negative before
         num_steps = config.num_steps if later < 0 else config.num_steps_final
         model.shading.fill_(0.5 ** (max(0, later) / (config.flat_half_life or math.inf)))
-        image = F.avg_pool2d(batch.image, config.pool if step < config.pool_steps else 1)
+        image = F.avg_pool2d(batch.image, config.pool[0] if step < config.pool[1] else 1)
         parts = run.update(model.loss, image, model.noise(scenes, index, num_steps),
                            lr=learning_rate(config, step), clip=config.clip)
         if parts["grad_norm"].isfinite():

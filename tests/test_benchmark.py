@@ -167,9 +167,9 @@ def test_compare_takes_the_papers_steps_and_does_not_time_what_is_wrong(
     decodes = []
     emorl = efficient_morl.EfficientMORL
     for model in (iodine.IODINE, emorl, slot_attention.SlotAutoencoder):
-        def decode(self, z, original=model.decode, wrong=1 + (model is emorl) / 100):
+        def decode(self, z, *pool, original=model.decode, wrong=1 + (model is emorl) / 100):
             decodes.append(z)
-            decoded = original(self, z)
+            decoded = original(self, z, *pool)
             return decoded * (wrong if (z.dtype, decoded.shape[-1]) == (torch.float32, 5) else 1)
 
         monkeypatch.setattr(model, "decode", decode)

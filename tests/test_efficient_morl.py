@@ -65,7 +65,7 @@ class Eager:
     def __init__(self, config: efficient_morl.Config, weights: dict[str, Tensor], nll_weight=1.0,
                  pooled: bool = False):
         self.config, self.weights, self.nll_weight = config, weights, nll_weight
-        self.outside, self.inside = (config.pool, 1) if pooled else (1, config.pool)
+        self.outside, self.inside = (config.pool[0], 1) if pooled else (1, config.pool[0])
 
     def layer(self, name: str) -> tuple[Tensor, Tensor | None]:
         return self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
@@ -288,7 +288,7 @@ def check_eager(module: ModuleType = efficient_morl, shape=SHAPE, nll_weight=1.5
     model.geco.multiplier.fill_(nll_weight)
     model.shading.fill_(0.2)
     image, noise = make_inputs(config, shape, more=more)
-    image = F.avg_pool2d(image, config.pool) if pooled else image
+    image = F.avg_pool2d(image, config.pool[0]) if pooled else image
     copies = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     eager = Eager(config, copies, nll_weight, pooled)
     expected = [eager.run(*inputs) for inputs in zip(image, noise, strict=True)]
@@ -340,8 +340,8 @@ CASES: dict[str, dict] = {
     "one layer of a decoder": dict(decoder_channels=(3,), coordinate_gain=4.0),
     "flat": dict(flat_half_life=10, num_steps=1),
     "sum": dict(normalise="sum", num_steps=1, more=1),  # and a slot more than in training
-    "pool": dict(pool=2, shape=(3, 6, 4), num_steps=1),
-    "pooled": dict(pool=2, shape=(3, 6, 4), num_steps=1, pooled=True, decoder="padded"),
+    "pool": dict(pool=(2, 1), shape=(3, 6, 4), num_steps=1),
+    "pooled": dict(pool=(2, 1), shape=(3, 6, 4), num_steps=1, pooled=True, decoder="padded"),
     "mixture": dict(likelihood="mixture"),
     "mixture of grey images": dict(likelihood="mixture", shape=(1, 4, 7)),
     "one GRU": dict(dual_gru=False, num_steps=3),
@@ -461,8 +461,8 @@ def test_the_fused_mixture_is_that_of_the_file():
 @double_precision()
 def check_geco(module: ModuleType = efficient_morl) -> None:
     """The multiplier step by step: it rises while the constraint is violated, and then rests."""
-    config = small(geco=True, geco_target=-0.2, geco_start=3, geco_rate=0.01)
-    geco, values, target = module.GECO(config, 100), [], -20.0
+    geco, values, target = module.GECO(small(geco=True, geco_target=-0.2), 100), [], -20.0
+    geco.start, geco.rate = 3, 0.01
     average, zeta = None, 0.55
     for step, nll in enumerate([-10.0] * 30 + [-60.0] * 170, 1):
         geco.update(torch.tensor(nll), step)
@@ -477,8 +477,8 @@ def check_geco(module: ModuleType = efficient_morl) -> None:
     assert all(a < b for a, b in itertools.pairwise(values[3:30])), "multiplier is off: no rise"
     assert set(values[-10:]) == {F.softplus(torch.tensor(0.55)).item()}, "floor is off"
 
-    without = module.GECO(small(geco=False, geco_start=0), 100)
-    without.update(torch.tensor(1e6), 9)
+    without = module.GECO(small(geco=False), 100)
+    without.update(torch.tensor(1e6), 9999)
     assert without.multiplier == 1, "multiplier is off: there is no GECO"
 
 
@@ -486,8 +486,9 @@ def check_geco(module: ModuleType = efficient_morl) -> None:
 def check_geco_gradient(module: ModuleType = efficient_morl) -> None:
     """Of Rezende & Viola's Lagrangian, KL - softplus(zeta) (target - NLL), with the constraint's
     value replaced by its average: grad KL + softplus(zeta) grad NLL."""
-    config = small(geco=True, geco_start=0, geco_rate=0.01, geco_target=-0.2, kl_weight=1.0)
+    config = small(geco=True, geco_target=-0.2, kl_weight=1.0)
     model = make_model(config, module=module)
+    model.geco.start, model.geco.rate = 0, 0.01
     for step in (1, 2, 3):
         model.geco.update(torch.tensor(40.0 * step), step)
     zeta, average, target = model.geco.zeta, model.geco.constraint, -0.2 * 90
@@ -556,7 +557,7 @@ def check_curriculum(module: ModuleType = efficient_morl) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "evaluate", functools.partial(module.evaluate, count=4))
         config = tiny(folder, steps=4, num_steps=2, num_steps_final=1, curriculum_step=1,
-                      flat_half_life=1, pool=2, pool_steps=3)  # fmt: skip
+                      flat_half_life=1, pool=(2, 3))  # fmt: skip
         drawn, reconstruct = [], module.reconstruct
         patch.setattr(module, "reconstruct", lambda decoded: (
             drawn.append(decoded.shape[-1]), reconstruct(decoded))[1])
@@ -631,7 +632,8 @@ def test_a_scene_that_diverges_has_no_score(monkeypatch):
 def test_a_run_with_geco_and_one_without_refinement(num_steps, tmp_path, monkeypatch):
     few = functools.partial(efficient_morl.evaluate, count=4)
     monkeypatch.setattr(efficient_morl, "evaluate", few)
-    config = tiny(tmp_path, geco=True, geco_start=0, num_steps=num_steps, num_steps_final=num_steps)
+    monkeypatch.setattr(efficient_morl.GECO, "start", 0)
+    config = tiny(tmp_path, geco=True, num_steps=num_steps, num_steps_final=num_steps)
     found = efficient_morl.train(config)["metrics"].keys()
     assert found & {"kl", "kl_hierarchy"} == ({"kl"} if num_steps else {"kl_hierarchy"})
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -725,14 +727,14 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "constraint turned around": ("geco", "self.target - nll", "nll - self.target"),
     "no floor": ("geco", ".clamp(min=0.55)", ""),
     "no average": ("geco", "self.constraint.lerp(now, 0.01)", "now"),
-    "starts at once": ("geco", " and step > c.geco_start", ""),
+    "starts at once": ("geco", " and step > self.start", ""),
     "zeta without softplus": ("geco", "copy_(F.softplus(self.zeta))", "copy_(self.zeta)"),
     "curriculum a step late": ("curriculum", "later < 0 else",
                                "later <= 0 else"),
     "halving overlaps the warm-up": ("schedules", "max(0, step - config.lr_warmup)", "step"),
     "shading falls twice as fast": ("curriculum", "(0.5 ** (max(", "(0.25 ** (max("),
     "shading falls from the start": ("curriculum", "max(0, later)", "step"),
-    "pooled a step too long": ("curriculum", "step < config.pool", "step <= config.pool"),
+    "pooled a step too long": ("curriculum", "step < config.pool[1]", "step <= config.pool[1]"),
     "no warm-up": ("schedules", "config.lr * warmup", "config.lr"),
 }  # fmt: skip
 mutated = functools.partial(mutants.mutated, efficient_morl)
