@@ -1,10 +1,11 @@
 """The first layer of a spatial broadcast decoder (Watters et al. 2019) without the broadcast.
 
-The layer is a k x k convolution, zero-padded to keep the size, over [z at every pixel; maps that
-are the same for every image, such as coordinates]. A convolution is linear, so its output is the
-part of z plus the response to the maps. As z is the same at every pixel, its part depends only on
-which taps fall inside the image. Rows have k border cases: the k // 2 rows at either edge and one
-for all rows between them; so have columns. With S_r the taps that are inside in case r, exactly:
+The layer is a k x k convolution, zero-padded to keep the size (less padding: its inner taps become
+one, and k smaller), over [z at every pixel; maps that are the same for all, as coordinates]. A
+convolution is linear, so its output is the part of z plus the response to the maps. As z is the
+same at every pixel, its part depends only on which taps fall inside the image. Rows have k border
+cases: the k // 2 rows at either edge and one for all rows between them; so have columns. With S_r
+the taps that are inside in case r, exactly:
 
     out[n, :, i, j] = cases[n, r(i), s(j)] + response[:, i, j]
     cases[n, r, s] = Σ_{a ∈ S_r} Σ_{b ∈ S_s} W[:, :, a, b] z_n     one sum pooling, one product
