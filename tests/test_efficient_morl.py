@@ -23,7 +23,15 @@ import pytest
 import torch
 import torch.distributions as D
 import torch.nn.functional as F
-from checks import assert_close, double_precision
+from checks import (
+    Layers,
+    assert_close,
+    assert_gradients,
+    copies_of,
+    double_precision,
+    off_zero,
+    standardised,
+)
 from torch import Tensor, nn
 
 import data
@@ -52,52 +60,15 @@ def kl_of_slots(lam: list[Tensor], priors: list[Tensor] | None) -> Tensor:
     return sum(D.kl_divergence(q, p).sum() for q, p in pairs)
 
 
-def standardised(x: Tensor) -> Tensor:
-    """LayerNorm of the last axis."""
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-
-
-class Eager:
+class Eager(Layers):
     """Both stages of inference, for one image; the weights have efficient_morl.py's names. The
     images are whole ones, or `pooled`."""
 
     def __init__(self, config: efficient_morl.Config, weights: dict[str, Tensor], nll_weight=1.0,
                  pooled: bool = False):
-        self.config, self.weights, self.nll_weight = config, weights, nll_weight
+        super().__init__(weights)
+        self.config, self.nll_weight = config, nll_weight
         self.outside, self.inside = (config.pool[0], 1) if pooled else (1, config.pool[0])
-
-    def layer(self, name: str) -> tuple[Tensor, Tensor | None]:
-        return self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
-
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        weight, bias = self.layer(name)
-        return x @ weight.T + (0 if bias is None else bias)
-
-    def norm(self, name: str, x: Tensor) -> Tensor:
-        gain, bias = self.layer(name)
-        return gain * standardised(x) + bias
-
-    def mlp(self, name: str, activation: Callable, x: Tensor) -> Tensor:
-        return self.linear(f"{name}.2", activation(self.linear(f"{name}.0", x)))
-
-    def gru(self, name: str, x: Tensor, state: Tensor) -> Tensor:
-        w = {part: self.weights[f"{name}.{part}"]
-             for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}  # fmt: skip
-        reset, update, new = (w["weight_ih"] @ x + w["bias_ih"]).chunk(3)
-        old_reset, old_update, old = (w["weight_hh"] @ state + w["bias_hh"]).chunk(3)
-        keep = (update + old_update).sigmoid()
-        return keep * state + (1 - keep) * (new + (reset + old_reset).sigmoid() * old).tanh()
-
-    def embedding(self, name: str, height: int, width: int, gain: float = 1.0,
-                  pool: int = 1) -> Tensor:
-        """(size, H, W): of [1 - x, x, y, 1 - y], on average over the pool x pool places of each."""
-        places = []
-        for row, col in itertools.product(range(height * pool), range(width * pool)):
-            x, y = (i / max(n * pool - 1, 1) for i, n in ((col, width), (row, height)))
-            places.append([1 - x, x, y, 1 - y])
-        places = torch.tensor(places).unflatten(0, (height, pool, width, pool)).mean((1, 3))
-        return self.linear(name, gain * places).movedim(-1, 0)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (P, D)."""
@@ -106,7 +77,7 @@ class Eager:
         for i in range(len(self.config.encoder_channels)):
             x = F.conv2d(x, *self.layer(f"encoder.convs.{i}"), padding="same").clamp(min=0)
         x = (x + self.embedding("encoder.embedding", *x.shape[1:])).flatten(1).T
-        x = self.mlp("encoder.mlp.1", F.relu, self.norm("encoder.mlp.0", x))
+        x = self.mlp("encoder.mlp.1", self.norm("encoder.mlp.0", x))
         return self.linear("encoder.keys", x), self.linear("encoder.values", x)
 
     def attend(self, keys: Tensor, values: Tensor, z: list[Tensor], lam: list[Tensor]):
@@ -126,14 +97,13 @@ class Eager:
                 halves = self.gru("layer.gru", self.linear("layer.input", theta), old).chunk(2)
             named = zip(("loc", "raw"), halves, strict=True)
             result.append(torch.cat([
-                half + self.mlp(f"layer.{name}.1", F.relu, self.norm(f"layer.{name}.0", half))
+                half + self.mlp(f"layer.{name}.1", self.norm(f"layer.{name}.0", half))
                 for name, half in named
             ]))
         return result, attention
 
     def prior(self, z: Tensor) -> Tensor:
-        hidden = F.elu(self.linear("prior.0", z))
-        return self.linear("prior.2", hidden)
+        return self.mlp("prior", z, F.elu)
 
     def decode(self, z: Tensor, height: int, width: int) -> Tensor:
         """One slot, (C+1, H, W): its latent at every place, plus the embedding of the place."""
@@ -180,7 +150,7 @@ class Eager:
     def refine(self, lam: Tensor, gradient: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One slot's update of lambda, each half of whose gradient is normalised for itself."""
         x = torch.cat([lam, *map(standardised, gradient.chunk(2))])
-        state = self.gru("refinement.gru", self.mlp("refinement.mlp", F.elu, x), state)
+        state = self.gru("refinement.gru", self.mlp("refinement.mlp", x, F.elu), state)
         return self.linear("refinement.head", state), state
 
     def run(self, image: Tensor, noise: Tensor) -> SimpleNamespace:
@@ -242,14 +212,8 @@ def small(**overrides) -> efficient_morl.Config:
 
 @double_precision()
 def make_model(config, shape=SHAPE, module: ModuleType = efficient_morl) -> nn.Module:
-    """In float64, with biases and gains moved off the 0 and 1 that would hide mistakes."""
     torch.manual_seed(0)
-    model = module.EfficientMORL(config, *shape).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.2 * torch.randn_like(parameter)
-    return model
+    return off_zero(module.EfficientMORL(config, *shape).double())
 
 
 def make_inputs(config, shape=SHAPE, batch: int = 2, steps: int | None = None, more: int = 0):
@@ -289,7 +253,7 @@ def check_eager(module: ModuleType = efficient_morl, shape=SHAPE, nll_weight=1.5
     model.shading.fill_(0.2)
     image, noise = make_inputs(config, shape, more=more)
     image = F.avg_pool2d(image, config.pool[0]) if pooled else image
-    copies = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    copies = copies_of(model)
     eager = Eager(config, copies, nll_weight, pooled)
     expected = [eager.run(*inputs) for inputs in zip(image, noise, strict=True)]
 
@@ -321,13 +285,8 @@ def check_eager(module: ModuleType = efficient_morl, shape=SHAPE, nll_weight=1.5
     assert parts.keys() == values.keys() | {"loss", "decoded"}, "parts are off"
     for name, value in values.items():
         assert_close(name, parts[name], value)
-    actual = torch.autograd.grad(parts["loss"], list(model.parameters()), materialize_grads=True)
-    wanted = torch.autograd.grad(loss, list(copies.values()), materialize_grads=True)
-    largest = max(g.abs().max() for g in wanted)
-    for name, a, w in zip(copies, actual, wanted, strict=True):
-        unused = name.startswith(without_gradient(config))
-        assert (w.abs().max() < 1e-9 * largest) == unused, f"{name}: nothing to compare"
-        assert_close(f"gradient of {name}", a, 0 * w if unused else w)
+    assert_gradients(parts["loss"], model, loss, copies,
+                     lambda name: name.startswith(without_gradient(config)))
 
 
 CASES: dict[str, dict] = {

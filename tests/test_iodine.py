@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributions as D
 import torch.nn.functional as F
-from checks import assert_close, double_precision
+from checks import assert_close, double_precision, off_zero
 from kernel_checks import TRITON
 from mutants import mutated
 from torch import Tensor, nn
@@ -236,12 +236,9 @@ def make_model(
     """In float64, amid its schedules, and nothing has the 0 or 1 that would hide mistakes."""
     torch.manual_seed(0)
     with double_precision():
-        model = module.IODINE(config, channels, height, width).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.2 * torch.randn_like(parameter)
-        if config.flat_colors:
+        model = off_zero(module.IODINE(config, channels, height, width).double())
+    if config.flat_colors:
+        with torch.no_grad():
             model.decoder.last.weight[:-1] = torch.randn_like(model.decoder.last.weight[:-1])
     model.set_step(sum(config.color_steps) // 2)
     return model

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributions as D
 import torch.nn.functional as F
-from checks import assert_close, double_precision
+from checks import assert_close, assert_gradients, copies_of, double_precision, off_zero
 from torch import Tensor, nn
 
 import data
@@ -153,14 +153,8 @@ def small(**overrides) -> mvae.Config:
 
 @double_precision()
 def make_model(config: mvae.Config, shape=SHAPE, module: ModuleType = mvae) -> nn.Module:
-    """In float64, with biases moved off the zeros that would hide mistakes."""
     torch.manual_seed(0)
-    model = module.MVAE(config, *shape).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.3 * torch.randn_like(parameter)
-    return model
+    return off_zero(module.MVAE(config, *shape).double(), 0.3)
 
 
 def make_inputs(config: mvae.Config, shape=SHAPE, batch: int = 2) -> tuple[Tensor, Tensor]:
@@ -173,7 +167,7 @@ def make_inputs(config: mvae.Config, shape=SHAPE, batch: int = 2) -> tuple[Tenso
 
 def bind(model: nn.Module) -> tuple[Eager, dict[str, Tensor]]:
     """The eager model with a copy of the weights, and the copies under mvae.py's names."""
-    copies = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    copies = copies_of(model)
     weights: dict[str, list] = {}
     for name, weight in copies.items():
         if name.endswith("weight"):
@@ -209,12 +203,7 @@ def check_eager(module: ModuleType = mvae, shape=SHAPE, step=0, slots=None, **ov
     assert_close("loss", parts["loss"], loss)
     for name in ("elbo", "nll", "kl"):
         assert_close(name, parts[name], own[name].mean())
-    actual = torch.autograd.grad(parts["loss"], list(model.parameters()), materialize_grads=True)
-    wanted = torch.autograd.grad(loss, list(copies.values()))
-    largest = max(g.abs().max() for g in wanted)
-    for name, a, w in zip(copies, actual, wanted, strict=True):
-        assert w.abs().max() > 1e-6 * largest, f"{name}: nothing to compare"
-        assert_close(f"gradient of {name}", a, w)
+    assert_gradients(parts["loss"], model, loss, copies, lambda name: False)
 
 
 CASES: dict[str, dict] = {

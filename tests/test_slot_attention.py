@@ -9,7 +9,6 @@ Axes: B batch, K slots, T iterations, D size of a slot, P pixels, C H W image.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ import mutants
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import assert_close, double_precision
+from checks import Layers, assert_close, assert_gradients, copies_of, double_precision, off_zero
 from torch import Tensor, nn
 
 import data
@@ -29,43 +28,14 @@ from data import metrics, runs
 # -- an independent Slot Attention, written from algorithm 1 ---------------------------------------
 
 
-class Eager:
+class Eager(Layers):
     """The autoencoder for one image; the weights have slot_attention.py's names."""
 
+    epsilon = 1e-3
+
     def __init__(self, config: slot_attention.Config, weights: dict[str, Tensor]):
-        self.config, self.weights = config, weights
-
-    def layer(self, name: str) -> tuple[Tensor, Tensor | None]:
-        return self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
-
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        weight, bias = self.layer(name)
-        return x @ weight.T + (0 if bias is None else bias)
-
-    def norm(self, name: str, x: Tensor) -> Tensor:
-        gain, bias = self.layer(name)
-        centred = x - x.mean(-1, keepdim=True)
-        return gain * centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt() + bias
-
-    def mlp(self, name: str, x: Tensor) -> Tensor:
-        return self.linear(f"{name}.2", self.linear(f"{name}.0", x).clamp(min=0))
-
-    def gru(self, x: Tensor, state: Tensor) -> Tensor:
-        weights = (self.weights[f"slots.gru.{part}"]
-                   for part in ("weight_ih", "bias_ih", "weight_hh", "bias_hh"))  # fmt: skip
-        of_x, bias_x, of_state, bias_state = weights
-        reset, update, new = (of_x @ x + bias_x).chunk(3)
-        old_reset, old_update, old = (of_state @ state + bias_state).chunk(3)
-        keep = (update + old_update).sigmoid()
-        return keep * state + (1 - keep) * (new + (reset + old_reset).sigmoid() * old).tanh()
-
-    def embedding(self, name: str, height: int, width: int, gain: float = 1.0) -> Tensor:
-        """(size, H, W): of [1 - x, x, y, 1 - y]."""
-        places = []
-        for row, col in itertools.product(range(height), range(width)):
-            x, y = (i / max(n - 1, 1) for i, n in ((col, width), (row, height)))
-            places.append([1 - x, x, y, 1 - y])
-        return self.linear(name, gain * torch.tensor(places)).T.unflatten(1, (height, width))
+        super().__init__(weights)
+        self.config = config
 
     def encode(self, image: Tensor) -> Tensor:
         """Features (P, O)."""
@@ -96,7 +66,7 @@ class Eager:
                 mean = self.config.normalise == "mean"
                 number = shares.sum() if mean else len(shares) / self.config.num_slots
                 found.append(sum(terms) / number)
-            slots = [self.gru(u, s) for u, s in zip(found, slots, strict=True)]
+            slots = [self.gru("slots.gru", u, s) for u, s in zip(found, slots, strict=True)]
             slots = [s + self.mlp("slots.mlp.1", self.norm("slots.mlp.0", s)) for s in slots]
             trace.append((torch.stack(slots), attention))
         return trace
@@ -147,14 +117,8 @@ def small(**overrides) -> slot_attention.Config:
 
 @double_precision()
 def make_model(config, shape=SHAPE, module: ModuleType = slot_attention) -> nn.Module:
-    """In float64, with biases and gains moved off the 0 and 1 that would hide mistakes."""
     torch.manual_seed(0)
-    model = module.SlotAutoencoder(config, *shape).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.2 * torch.randn_like(parameter)
-    return model
+    return off_zero(module.SlotAutoencoder(config, *shape).double())
 
 
 def make_inputs(config, shape=SHAPE, batch: int = 2) -> tuple[Tensor, Tensor]:
@@ -172,7 +136,7 @@ def check_eager(module: ModuleType = slot_attention, shape=SHAPE, **overrides) -
     model = make_model(config, shape, module)
     model.entropy_weight.fill_(config.mask_entropy)
     image, noise = make_inputs(config, shape)
-    copies = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    copies = copies_of(model)
     eager = Eager(config, copies)
     expected = [eager.run(*inputs) for inputs in zip(image, noise, strict=True)]
 
@@ -200,14 +164,9 @@ def check_eager(module: ModuleType = slot_attention, shape=SHAPE, **overrides) -
     loss = error + config.mask_entropy * stacked("entropy").mean()
     for name, value in dict(loss=loss, mse=error / 4, entropy=stacked("entropy").mean()).items():
         assert_close(name, parts[name], value)
-    actual = torch.autograd.grad(parts["loss"], list(model.parameters()), materialize_grads=True)
-    wanted = torch.autograd.grad(loss, list(copies.values()), materialize_grads=True)
-    largest = max(g.abs().max() for g in wanted)
-    for name, a, w in zip(copies, actual, wanted, strict=True):
-        # The softmax over slots removes what shifts all queries, or all masks, alike.
-        unused = name in ("slots.norm_slots.bias", "decoder.last.bias" * config.flat_colors)
-        assert (w.abs().max() < 1e-9 * largest) == unused, f"{name}: nothing to compare"
-        assert_close(f"gradient of {name}", a, 0 * w if unused else w)
+    # The softmax over slots removes what shifts all queries, or all masks, alike.
+    unused = {"slots.norm_slots.bias", "decoder.last.bias" * config.flat_colors}
+    assert_gradients(parts["loss"], model, loss, copies, unused.__contains__)
 
 
 CASES: dict[str, dict] = {
