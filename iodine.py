@@ -91,7 +91,7 @@ class Config(runs.RunConfig):
     num_steps: int = 5  # T, decodes of a training step
     test_steps: int = 0  # T of evaluation; 0: num_steps
     step_weights: Literal["t/T", "from_zero"] = "t/T"  # from_zero, as released: (t-1)/(T-1)
-    kl_weight: float = 1.0  # of the KL in the loss (in `elbo` 1); sigma_start rescales it
+    pool: int = 1  # inference sees images pooled by this; its results are drawn whole
     refinement_channels: tuple[int, ...] = (32, 32, 32)  # convolutions of the refinement network
     refinement_kernel: int = 5  # pixels
     refinement_stride: int = 1  # of each of them
@@ -260,10 +260,11 @@ class BroadcastDecoder(nn.Module):
         self.last = kernels.Conv2d(sizes[-1], channels + 1, k)
         self.activation = ACTIVATIONS[config.activation]
 
-    def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
+    def forward(self, z: Tensor, pool: int = 1) -> Tensor:  # (N, D) -> (N, C+1, H/pool, W/pool)
         # The first layer sees z at every pixel and the coordinates; that image is never built.
         taps_z, taps_xy = self.first.weight.split([z.shape[1], 2], 1)
-        response = F.conv2d(self.coordinates[None], taps_xy, self.first.bias, padding="same")
+        coordinates = F.avg_pool2d(self.coordinates[None], pool)
+        response = F.conv2d(coordinates, taps_xy, self.first.bias, padding="same")
         response = self.first.layout(response)[0]  # (O, H, W)
         x = self.activation(kernels.broadcast_conv(z, taps_z, response))
         for conv in self.hidden:
@@ -286,7 +287,7 @@ class DeconvDecoder(nn.Module):
         self.hidden = nn.Sequential(*layers, kernels.Conv2d(64, 64, 5), activation)
         self.last = kernels.Conv2d(64, channels + 1, 5)
 
-    def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
+    def forward(self, z: Tensor, pool: int = 1) -> Tensor:  # (N, D) -> (N, C+1, H, W); pool: 1
         decoded = full_precision(self.last, self.hidden(z))
         return decoded[..., : self.size[0], : self.size[1]]
 
@@ -303,7 +304,8 @@ class RefinementNetwork(nn.Module):
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
         c, lam_size = config, 2 * config.latent_size
-        self.register_buffer("coordinates", coordinate_maps(height, width), persistent=False)
+        coordinates = coordinate_maps(height // c.pool, width // c.pool)
+        self.register_buffer("coordinates", coordinates, persistent=False)
         widths = input_widths(channels)
         # An input that is left out is fed as zeros: the network without its weights.
         keep = [torch.full((w, 1, 1), float(n not in c.drop_inputs)) for n, w in widths.items()]
@@ -347,9 +349,9 @@ class RefinementNetwork(nn.Module):
 class Step(NamedTuple):
     """One decode of Algorithm 1."""
 
-    decoded: Tensor  # (B, K, C+1, H, W) means and mask logits
+    decoded: Tensor  # (B, K, C+1, H, W) means and mask logits; in training of pooled images
     posterior: Tensor  # (B, K, 2D) lambda that z was drawn from: means and raw scales of q(z|x)
-    nll: Tensor  # (B,) -log p(x|z), nats per image
+    nll: Tensor  # (B,) -log p(x|z), nats per pooled image
     kl: Tensor  # (B,) KL(q(z|x) || p(z)), nats per image
 
 
@@ -392,10 +394,14 @@ class IODINE(nn.Module):
         """KL(N(loc, scale^2) || N(0, 1)) of every latent, nats; same shape."""
         return (scale.square() + loc.square() - 1) / 2 - scale.log()
 
-    def decode(self, z: Tensor) -> Tensor:
-        """g_theta, every slot alone: z (B, K, D) -> means and mask logits (B, K, C+1, H, W)."""
+    def decode(self, z: Tensor, pool: int = 1) -> Tensor:
+        """g_theta, every slot alone: z (B, K, D) -> means, mask logits (B, K, C+1, H/pool, W/pool).
+
+        Of pooled images the decoder draws the middles of their pixels.
+        """
         rows, flat = z.flatten(0, 1), self.decoder.flat  # (B*K, D)
-        decoded = self.decoder(rows) if flat is None else flat(rows, self.decoder(rows))
+        decoded = self.decoder(rows, pool)
+        decoded = decoded if flat is None else flat(rows, decoded)
         return decoded.unflatten(0, z.shape[:2])
 
     def set_step(self, step: int) -> None:
@@ -412,8 +418,8 @@ class IODINE(nn.Module):
         return [start * (self.sigma / start) ** min(t / last, 1.0) for t in range(num_steps)]
 
     def kl_weight(self, sigma: Tensor) -> Tensor | float:
-        """With sigma_start, times (0.1 / sigma)^2, so that sigma^2 times it stays the paper's."""
-        return self.config.kl_weight * ((0.1 / sigma) ** 2 if self.config.sigma_start else 1)
+        """1; with sigma_start (0.1 / sigma)^2, so that sigma^2 times it stays the paper's."""
+        return (0.1 / sigma) ** 2 if self.config.sigma_start else 1.0
 
     def infer(self, image: Tensor, noise: Tensor, num_steps: int = 0,
               training: bool = False) -> list[Step]:
@@ -426,6 +432,7 @@ class IODINE(nn.Module):
         c, f, steps, state = self.config, self.refinement, [], None
         num_steps = num_steps or (c.num_steps if training else c.test_steps or c.num_steps)
         frames = [image] * num_steps if image.ndim == 4 else image.unbind(1)  # (B, C, H, W) each
+        frames = [F.avg_pool2d(frame, c.pool) for frame in frames]
         fused = kernels.backend(image) == "triton"  # then kernels/ replaces these two functions:
         eq_1 = kernels.mixture_log_likelihood if fused else mixture_log_likelihood
         inputs = kernels.refinement_inputs if fused else refinement_inputs
@@ -436,7 +443,7 @@ class IODINE(nn.Module):
                     lam = lam if training else lam.detach().requires_grad_()
                     loc, scale = self.posterior(lam)
                     z = loc + scale * noise[:, t]  # eq. 2, (B, K, D)
-                    decoded = self.decode(z)
+                    decoded = self.decode(z, c.pool)
                     kl = reduce(self.kl_terms(loc, scale), "b k d -> b", "sum")
                 if last := t == len(frames) - 1:
                     log_p = eq_1(frame, decoded, sigma)
@@ -444,7 +451,8 @@ class IODINE(nn.Module):
                     packed, log_p, grad_decoded = inputs(frame, decoded, f.norm_weight, f.norm_bias,
                                                          f.coordinates, sigma)
                 nll = -reduce(log_p, "b h w -> b", "sum")  # eq. 1
-                step = Step(decoded, lam, nll, kl)
+                whole = decoded if training or c.pool == 1 else self.decode(z)
+                step = Step(whole, lam, nll, kl)
                 steps.append(step if training else Step(*(value.detach() for value in step)))
                 if last:
                     return steps
@@ -552,15 +560,19 @@ def check(config: Config) -> None:
     runs.check(config)
     sizes = [name for name in vars(config) if name.endswith(("_channels", "_kernel", "_size"))]
     sizes.remove("lstm_size")
-    runs.at_least(config, 1, "num_slots", "num_steps", "refinement_stride", *sizes)
+    runs.at_least(config, 1, "num_slots", "num_steps", "refinement_stride", "pool", *sizes)
     runs.at_least(config, 0, "test_steps", "lstm_size", "lr_warmup", "flat_colors", "sigma_start")
-    runs.positive(config, "sigma", "update_gain", "clip", "lr_final", "kl_weight")
+    runs.positive(config, "sigma", "update_gain", "clip", "lr_final")
     for name in ("decoder_kernel", "refinement_kernel"):
         runs.require(getattr(config, name) % 2 == 1, f"{runs.option(name)} must be odd")
+    pixelwise = config.decoder == "broadcast" and config.decoder_kernel == 1
+    runs.require(config.pool == 1 or pixelwise, "--pool needs --decoder-kernel 1, no deconv")
     try:
         shape = data.images(config.dataset).shape
         other = data.images(config.train_dataset or config.dataset).shape
         runs.require(other == shape, f"--train-dataset: images of {other}, not {shape}")
+        runs.require(not any(size % config.pool for size in shape[1:]),
+                     f"--pool {config.pool} does not divide images of {shape}")
         kernels.use(config.kernels)
         kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:
@@ -596,6 +608,7 @@ def train(config: Config) -> dict[str, Any]:
                            lr=learning_rate(config, step), clip=config.clip)
         if run.due(step):
             _, masks, _ = reconstruct(parts["decoded"].nan_to_num())
+            masks = F.interpolate(masks, batch.image.shape[-2:])  # of pooled images: blocks
             scores = {} if batch.masks is None else {
                 "ari_fg": metrics.ari(batch.masks, masks).nanmean()}
             run.log(parts, **scores)

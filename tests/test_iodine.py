@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import iodine
 import kernels
-from data import metrics
+from data import metrics, runs
 from data.mini_sprites import MiniSprites
 
 
@@ -63,11 +63,18 @@ class Eager:
     def bound(self, t: int, nll: Tensor, kl: Tensor) -> Tensor:
         """What decode t minimises: with a sigma that falls, sigma^2 times the weight stays."""
         tempered = 0.01 / self.sigma(t) ** 2 if self.config.sigma_start else 1.0
-        return nll + self.config.kl_weight * tempered * kl
+        return nll + tempered * kl
 
-    def decode(self, z: Tensor, height: int, width: int) -> Tensor:
+    def pooled(self, image: Tensor) -> Tensor:
+        """(..., C, H, W) -> (..., C, H/pool, W/pool): means of blocks of pixels."""
+        p = self.config.pool
+        return sum(image[..., i::p, j::p] for i in range(p) for j in range(p)) / p**2
+
+    def decode(self, z: Tensor, height: int, width: int, pooled: bool = False) -> Tensor:
         """(B, K, D) -> (B, K, C+1, H, W): flat colours and logits are linear in the latent."""
-        decoded = self.decode_alone(z.flatten(0, 1), height, width).unflatten(0, z.shape[:2])
+        grid = self.coordinates(height, width, self.config.coordinate_gain)
+        grid = self.pooled(grid) if pooled else grid
+        decoded = self.decode_alone(z.flatten(0, 1), grid).unflatten(0, z.shape[:2])
         if not self.config.flat_colors:
             return decoded
         weight, bias = self.weights["flat"]
@@ -75,12 +82,12 @@ class Eager:
         shaded = flat[:, :, :-1] + self.shading * decoded[:, :, :-1]
         return torch.cat([shaded, flat[:, :, -1:] + 4 * decoded[:, :, -1:]], 2)
 
-    def decode_alone(self, z: Tensor, height: int, width: int) -> Tensor:
+    def decode_alone(self, z: Tensor, grid: Tensor) -> Tensor:
         """(N, D) -> (N, C+1, H, W): every slot on its own, its latent at every pixel."""
         *hidden, last = self.weights["decoder"]
+        height, width = grid.shape[1:]
         if self.config.decoder == "deconv":
             return self.deconvolve(z, hidden, last)[..., :height, :width]
-        grid = self.coordinates(height, width, self.config.coordinate_gain)
         tiled = z[:, :, None, None].expand(-1, -1, height, width)  # iodine.py never builds it
         x = torch.cat([tiled, grid.expand(len(z), -1, -1, -1)], 1)
         for weight, bias in hidden:
@@ -179,7 +186,8 @@ class Eager:
         """
         batch, slots = noise.shape[1:3]
         channels, height, width = image.shape[-3:]
-        frames = image
+        frames = self.pooled(image)
+        image = frames
         lam = self.weights["lambda"].expand(batch, slots, -1)
         state = (lam.new_zeros(batch, slots, self.config.lstm_size),) * 2
         prior, steps = D.Normal(torch.zeros((), dtype=lam.dtype), 1), []
@@ -187,7 +195,7 @@ class Eager:
             image = frames[:, t] if frames.ndim == 5 else frames
             q = self.posterior(lam)
             z = q.loc + q.scale * epsilon  # eq. 2
-            decoded = self.decode(z, height, width)
+            decoded = self.decode(z, height, width, pooled=True)
             means, logits = decoded[:, :, :channels], decoded[:, :, channels:]
             nll = -self.log_likelihood(image, means, logits, self.sigma(t)).sum((1, 2, 3, 4))
             kl = D.kl_divergence(q, prior).sum((1, 2))
@@ -224,7 +232,7 @@ def small(preset: str = "tetrominoes", **overrides) -> iodine.Config:
     """A preset with networks small enough for exact comparisons in milliseconds."""
     sizes = dict(
         num_slots=3, latent_size=3, num_steps=3, decoder_channels=(4, 5), decoder_kernel=3,
-        refinement_channels=(4, 5), refinement_kernel=3, mlp_size=6, kl_weight=0.7, test_steps=0,
+        refinement_channels=(4, 5), refinement_kernel=3, mlp_size=6, test_steps=0,
     )
     return iodine.make_config(preset, **sizes | overrides)
 
@@ -357,7 +365,9 @@ CASES: dict[str, tuple[dict, dict]] = {  # name: (Config, image)
     "K = 2": (dict(num_slots=2), dict()),
     "K = 5": (LSTM | dict(num_slots=5), dict()),
     "T = 1": (dict(num_steps=1), dict()),
-    "T = 5": (dict(num_steps=5, kl_weight=1.0), dict()),
+    "T = 5": (dict(num_steps=5), dict()),
+    "pool": (QUICK | dict(pool=2), dict(height=8, width=6)),
+    "pool, frames": (dict(pool=2, decoder_kernel=1), dict(width=4, frames=True)),
     "frames": (LSTM | dict(num_steps=4), dict(frames=True)),
     "frames, quick": (QUICK, dict(frames=True)),
     "deconv, cropped": (dict(decoder="deconv"), dict(height=12, width=10)),
@@ -571,6 +581,29 @@ def test_inference_that_does_not_train_has_the_same_values_and_no_graph(case, gr
             assert not getattr(b, name).requires_grad, name
 
 
+def test_inference_on_pooled_images_draws_whole_ones():
+    """And is, but for that, the inference of a model of small images."""
+    model = make_model(small(**QUICK | dict(pool=2)), height=8, width=6)
+    image, noise = make_inputs(model, height=8, width=6)
+    tiny = make_model(small(**QUICK), height=4, width=3)
+    tiny.decoder.coordinates.copy_(F.avg_pool2d(model.decoder.coordinates, 2))
+    pairs = model.infer(image, noise), tiny.infer(F.avg_pool2d(image, 2), noise)
+    for t, (step, wanted) in enumerate(zip(*pairs, strict=True)):
+        for name in ("posterior", "nll", "kl"):
+            assert_close(name, getattr(step, name), getattr(wanted, name))
+        loc, scale = model.posterior(step.posterior)
+        assert_close("decoded", step.decoded, model.decode(loc + scale * noise[:, t]))
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (dict(pool=3), "does not divide"), (dict(pool=2, decoder_kernel=3), "--decoder-kernel 1"),
+    (dict(pool=2, decoder="deconv"), "no deconv"),
+])  # fmt: skip
+def test_pooling_that_cannot_be_is_refused(overrides, message):
+    with pytest.raises(runs.UserError, match=message):
+        iodine.check(iodine.make_config("quick", device="cpu", **overrides))
+
+
 def saved_tensors(model: nn.Module, steps: int, training: bool) -> list[int]:
     """How many tensors wait for a backward pass at each refinement of one inference."""
     alive: weakref.WeakSet = weakref.WeakSet()
@@ -629,8 +662,8 @@ def test_a_scene_whose_inference_diverges_is_left_out_and_counted():
 # -- learning --------------------------------------------------------------------------------------
 
 LEARNING = dict(
-    preset="quick", num_slots=3, num_steps=3, latent_size=8, refinement_channels=(32, 32),
-    mlp_size=64, decoder_channels=(32, 32, 32), decoder_kernel=1, kl_weight=0.1,
+    preset="quick", num_slots=3, num_steps=4, latent_size=8, refinement_channels=(32, 32),
+    mlp_size=64, decoder_channels=(32, 32, 32), decoder_kernel=1,
 )  # fmt: skip
 
 
@@ -660,7 +693,6 @@ def test_it_learns_to_separate_the_objects_of_unseen_scenes():
 
 MUTANTS: dict[str, tuple[str, str, dict]] = {  # name: (text of iodine.py, its mutation, Config)
     "gradient of lambda without the KL": ("= self.kl_weight(sigma) *", "= 0 *", {}),
-    "gradient of lambda with the KL unweighted": ("= self.kl_weight(sigma) *", "=", {}),
     "gradient of lambda does not pass through the noise": (
         "z = loc + scale * noise[:, t]", "z = loc + scale.detach() * noise[:, t]", {}),
     "gradient of lambda not stopped": ("retain_graph=training", "create_graph=training", {}),
@@ -684,13 +716,12 @@ MUTANTS: dict[str, tuple[str, str, dict]] = {  # name: (text of iodine.py, its m
     "last loss left out": ("(t - blind) / (c.num_steps - blind)",
                            "t / c.num_steps * (t < c.num_steps)", {}),
     "weights that start at zero": ('c.step_weights == "from_zero"', "True", {}),
-    "KL unweighted in the loss": ("self.kl_weight(sigma) * step.kl", "step.kl", {}),
     "hidden state not carried": ("update, state = f(", "update, _ = f(", {}),
     "cell state not carried": ("state = x, cell", "state = x, 0 * cell", {}),
     "forget and input gate exchanged": ("i, g, f, o = self", "f, g, i, o = self", {}),
     "rows and columns exchanged": (
         '(rows, cols, indexing="ij"))', '(rows, cols, indexing="ij")[::-1])', {}),
-    "no coordinates in the decoder": ("F.conv2d(self.coord", "F.conv2d(0 * self.coord", {}),
+    "no coordinates in the decoder": ("F.conv2d(coord", "F.conv2d(0 * coord", {}),
     "no activation in the first layer": (
         "self.activation(kernels.broadcast_conv(z, taps_z, response))",
         "kernels.broadcast_conv(z, taps_z, response)", {}),
@@ -710,8 +741,8 @@ MUTANTS: dict[str, tuple[str, str, dict]] = {  # name: (text of iodine.py, its m
         "(self.sigma / start) ** min", "torch.tensor(self.config.sigma / start) ** min", QUICK),
     "sigma falls linearly": (
         "start * (self.sigma / start) ** min(", "start + (self.sigma - start) * min(", QUICK),
-    "KL weight not tempered in the gradient": ("= self.kl_weight(sigma)", "= c.kl_weight", QUICK),
-    "KL weight not tempered in the loss": ("+ self.kl_weight(sigma)", "+ c.kl_weight", QUICK),
+    "KL weight not tempered in the gradient": ("= self.kl_weight(sigma) *", "=", QUICK),
+    "KL weight not tempered in the loss": ("+ self.kl_weight(sigma) *", "+", QUICK),
     "KL weight of the last decode": ("+ self.kl_weight(s", "+ self.kl_weight(self.s", QUICK),
     "KL weight by sigma, not its square": ("(0.1 / sigma) ** 2", "(0.1 / sigma)", QUICK),
     # eq. 1 and the inputs of appendix C
