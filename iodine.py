@@ -401,8 +401,7 @@ class IODINE(nn.Module):
         """
         rows, flat = z.flatten(0, 1), self.decoder.flat  # (B*K, D)
         decoded = self.decoder(rows, pool)
-        decoded = decoded if flat is None else flat(rows, decoded)
-        return decoded.unflatten(0, z.shape[:2])
+        return (decoded if flat is None else flat(rows, decoded)).unflatten(0, z.shape[:2])
 
     def set_step(self, step: int) -> None:
         """Sets what changes with the training step: sigma and the shading of flat colours."""
@@ -431,8 +430,8 @@ class IODINE(nn.Module):
         """
         c, f, steps, state = self.config, self.refinement, [], None
         num_steps = num_steps or (c.num_steps if training else c.test_steps or c.num_steps)
+        image = F.avg_pool2d(image.flatten(0, -4), c.pool).unflatten(0, image.shape[:-3])
         frames = [image] * num_steps if image.ndim == 4 else image.unbind(1)  # (B, C, H, W) each
-        frames = [F.avg_pool2d(frame, c.pool) for frame in frames]
         fused = kernels.backend(image) == "triton"  # then kernels/ replaces these two functions:
         eq_1 = kernels.mixture_log_likelihood if fused else mixture_log_likelihood
         inputs = kernels.refinement_inputs if fused else refinement_inputs

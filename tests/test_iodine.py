@@ -733,7 +733,7 @@ MUTANTS: dict[str, tuple[str, str, dict]] = {  # name: (text of iodine.py, its m
     "shading not applied": ("decoded[:, :-1] * self.shading", "decoded[:, :-1]", QUICK),
     "no flat colours": ("+ full_precision(self.lin", "+ 0 * full_precision(self.lin", QUICK),
     "mask logits count once": ("decoded[:, -1:] * 4", "decoded[:, -1:]", QUICK),
-    "flat colours left out": ("if flat is None else flat(", "if True else flat(", QUICK),
+    "flat colours left out": ("if flat is None", "if True", QUICK),
     "sigma of the last decode in the inputs": ("f.coordinates, s", "f.coordinates, self.s", QUICK),
     "sigma of the next decode": ("sigmas(len(frames))", "sigmas(len(frames) + 1)[1:]", QUICK),
     "sigma final in the last decode only": ("num_steps - 2, 1)", "num_steps - 1, 1)", QUICK),
