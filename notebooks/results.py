@@ -9,7 +9,8 @@
 
     results/iodine-quick-cpu-0.json    evaluation.json and `further` scores: of slots DCI; without
                                        --scores what the model's further_scores(model, scenes) gives
-                                       and the `course` of training
+                                       and the `course` of training; minutes count from the first
+                                       run where one began with another's weights (--init)
     weights/iodine-quick.pt, .json     the checkpoint without its optimizer, in float16 where that
                                        moves no score by more than a tenth of its standard error;
                                        where it is from, and its scores
@@ -79,9 +80,9 @@ def moved(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
             and abs(after[name]["mean"] - score["mean"]) > 0.1 * (score.get("stderr") or 0)]
 
 
-def training_course(run: Path) -> list[list[float]]:
+def training_course(run: Path, before: float) -> list[list[float]]:
     """Minutes and ARI-FG of the scenes in training: means over twenty parts of a run."""
-    points = [(record["seconds"] / 60, record["ari_fg"]) for record in runs.read_log(run)
+    points = [(before + record["seconds"] / 60, record["ari_fg"]) for record in runs.read_log(run)
               if record.get("ari_fg") is not None]
     parts = np.array_split(np.array(points), 20) if len(points) >= 20 else []
     return [part.mean(0).round(3).tolist() for part in parts]
@@ -91,6 +92,9 @@ def keep(run: Path, scores_only: bool, pictures: Iterable[str]) -> None:
     """One finished run into results/, and unless `scores_only` weights/ and figures/."""
     evaluation, checkpoint = read_run(run)
     module = importlib.import_module(evaluation["model"])
+    init = checkpoint["config"]["init"]  # the training of the weights that it began with counts
+    before = checkpoints.load(init, evaluation["model"])["minutes"] if init else 0.0
+    evaluation["minutes"] = checkpoint["minutes"] = before + evaluation["minutes"]
     name = f"{evaluation['model']}-{evaluation['preset']}"
     # runs/iodine-quick-0 is the preset itself; a folder with another name is a variation of it.
     if not re.fullmatch(rf"{name}-\d+(-\d+)?", run.name):
@@ -99,7 +103,7 @@ def keep(run: Path, scores_only: bool, pictures: Iterable[str]) -> None:
     model, further = module.load_model(run), {}
     if hasattr(module, "further_scores") and not scores_only:
         further |= module.further_scores(model, test)
-    if (course := training_course(run)) and not scores_only:
+    if (course := training_course(run, before)) and not scores_only:
         evaluation |= dict(course=course)
     if scores := dci(evaluation["model"], model, test):
         further |= dict(dci=scores)

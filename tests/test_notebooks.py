@@ -169,14 +169,25 @@ def test_without_weights_dci_is_kept_and_what_takes_longer_is_not(run, monkeypat
     assert json.loads(path.read_text())["further"] == dict(dci=dict(disentanglement=0.5))
 
 
+def test_minutes_count_from_the_first_of_two_runs(run, monkeypatch, capsys):
+    second = iodine.train(iodine.make_config(
+        "quick", steps=1, latent_size=4, decoder_channels=(4,), refinement_channels=(4,),
+        device="cpu", init=str(run), out="runs/iodine-long-0"))
+    keep(monkeypatch, capsys, "runs/iodine-long-0")
+    minutes = second["minutes"] + json.loads((run / "evaluation.json").read_text())["minutes"]
+    kept = json.loads(Path("RESULTS/iodine-long-cpu-0.json").read_text())
+    saved = torch.load("WEIGHTS/iodine-long.pt", weights_only=True)
+    assert [kept["minutes"], saved["minutes"]] == pytest.approx([minutes] * 2)
+
+
 def test_the_course_of_training_is_twenty_means(tmp_path):
     records = [dict(step=i, seconds=60.0 * i, ari_fg=i / 40) for i in range(40)]
     write = (tmp_path / "metrics.jsonl").write_text
     write("".join(f"{json.dumps(record)}\n" for record in records))
-    course = results.training_course(tmp_path)
-    assert course == [[2 * i + 0.5, pytest.approx((2 * i + 0.5) / 40, abs=6e-4)] for i in range(20)]
+    course = results.training_course(tmp_path, before=3.0)
+    assert course == [[2 * i + 3.5, pytest.approx((2 * i + 0.5) / 40, abs=6e-4)] for i in range(20)]
     write("".join(f"{json.dumps(record)}\n" for record in records[:19]))
-    assert results.training_course(tmp_path) == []
+    assert results.training_course(tmp_path, 0.0) == []
 
 
 def test_float32_where_float16_moves_a_score(run, monkeypatch, capsys):
