@@ -9,7 +9,7 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, as are its notebooks' kernels:
     os.environ["OMP_NUM_THREADS"] = "1"  # the cores are theirs together
 
-import torch  # noqa: E402
+import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -159,13 +159,6 @@ def mlp(inputs: int, hidden: int, outputs: int, activation: type[nn.Module]) -> 
     return nn.Sequential(nn.Linear(inputs, hidden), activation(), nn.Linear(hidden, outputs))
 
 
-def full_precision(layer: nn.Module, *inputs: Tensor | None) -> Any:
-    """The layer in its own type under autocast: the NLL divides rounding of colours by sigma."""
-    dtype = next(layer.parameters()).dtype
-    with torch.autocast(inputs[0].device.type, enabled=False):
-        return layer(*(x if x is None else x.to(dtype) for x in inputs))
-
-
 class Embedding(nn.Linear):
     """Of each pixel's 1 - column, column, row, 1 - row, from 0 to `gain`; pooled: their means."""
 
@@ -208,7 +201,7 @@ class BroadcastDecoder(nn.Module):
         x = self.activation(x, inplace=True)
         for conv in self.hidden:
             x = self.activation(conv(x), inplace=True)
-        return full_precision(self.last, x)
+        return kernels.full_precision(self.last, x)
 
 
 class Encoder(nn.Module):
@@ -395,7 +388,7 @@ class EfficientMORL(nn.Module):
         z = sample(lam, first)  # z^0
         posteriors, samples, attention = [], [], []
         for epsilon in others:
-            lam, shares = full_precision(self.layer, keys, values, z, lam)
+            lam, shares = kernels.full_precision(self.layer, keys, values, z, lam)
             z = sample(lam, epsilon)
             posteriors.append(lam)
             samples.append(z)
@@ -414,7 +407,8 @@ class EfficientMORL(nn.Module):
         if self.flat is None:
             return torch.cat([means.sigmoid(), mask_logits], 2)
         means = self.shading * (means / (4 * self.shading)).tanh()
-        return torch.cat([means, mask_logits], 2) + full_precision(self.flat, z)[..., None, None]
+        flat = kernels.full_precision(self.flat, z)[..., None, None]
+        return torch.cat([means, mask_logits], 2) + flat
 
     def nll(self, image: Tensor, decoded: Tensor) -> Tensor:
         """-log p(x|z), nats per image, (B,). Of a pooled one times pool^2, so that the KL keeps its
@@ -445,7 +439,7 @@ class EfficientMORL(nn.Module):
         standard = Normal(torch.zeros_like(samples[0]), 1.0, validate_args=False)
         bottom_up = self.config.prior == "bottom_up"
         given = samples[:-1] if bottom_up else map(sample, posteriors[1:], noise.unbind(1))
-        priors = [normal(full_precision(self.prior, z)) for z in given]  # of L - 1 layers
+        priors = [normal(kernels.full_precision(self.prior, z)) for z in given]  # of L - 1 layers
         priors = [standard, *priors] if bottom_up else [*priors, standard]
         kl = sum(map(kl_divergence, map(normal, posteriors), priors))  # (B, K, D)
         refined = priors[0] if self.config.prior == "reversed++" else standard
@@ -487,7 +481,7 @@ class EfficientMORL(nn.Module):
                 if i + 1 < for_steps.shape[1]:  # (d)
                     # Released code: with the gradient's graph, detached. Here: without, the same.
                     (gradient,) = torch.autograd.grad(loss, lam, retain_graph=training)
-                    update, state = full_precision(self.refinement, lam, gradient, state)
+                    update, state = kernels.full_precision(self.refinement, lam, gradient, state)
                     lam = lam + update
         return steps
 

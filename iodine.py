@@ -118,6 +118,8 @@ QUICK = dict(
     refinement_stride=2, pooling="max", activation="relu", update_gain=0.1, batch_size=16,
     lr=3e-3, lr_warmup=100, lr_final=0.067, lr_steps=(1100, 2200), steps=2200,
 )
+SHORT = QUICK | dict(sigma_steps=(1000, 4000), color_steps=(1200, 2000), lr_steps=(2000, 4000),
+                     steps=4000)
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": QUICK,
     "quick_same_color": QUICK | dict(  # tested where hue says nothing, trained where it does
@@ -126,10 +128,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "shapes_short": QUICK | dict(  # binary shapes, after training on shapes of several greys
         dataset="shapes", train_dataset="shapes_levels", num_slots=5, sigma_steps=(900, 3000),
         color_steps=(1800, 2400), lr_steps=(1500, 4600), steps=4600),
-    "tetrominoes_short": QUICK | dict(  # larger images: f has one more convolution
+    "tetrominoes_short": SHORT | dict(  # larger images: f has one more convolution
         dataset="tetrominoes", train_dataset="tetrominoes_distinct", num_slots=5,
-        refinement_channels=(32, 64, 64), sigma_steps=(1000, 4000), color_steps=(1200, 2000),
-        lr_steps=(2000, 4000), steps=4000),
+        refinement_channels=(32, 64, 64)),
     "tetrominoes": dict(),  # appendix C.3: the defaults
     "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", num_slots=6, **DSPRITES),
     "multi_dsprites_binarized": dict(dataset="multi_dsprites_binarized", **DSPRITES),  # as C.2
@@ -244,7 +245,8 @@ class Flat(nn.Module):
 
     def forward(self, z: Tensor, decoded: Tensor) -> Tensor:  # (N, D), (N, C+1, H, W) -> the same
         colors, logits = decoded[:, :-1] * self.shading, decoded[:, -1:] * 4
-        return torch.cat([colors, logits], 1) + full_precision(self.linear, z)[:, :, None, None]
+        flat = kernels.full_precision(self.linear, z)[:, :, None, None]
+        return torch.cat([colors, logits], 1) + flat
 
 
 class BroadcastDecoder(nn.Module):
@@ -269,7 +271,7 @@ class BroadcastDecoder(nn.Module):
         x = self.activation(kernels.broadcast_conv(z, taps_z, response))
         for conv in self.hidden:
             x = self.activation(conv(x))
-        return full_precision(self.last, x)
+        return kernels.full_precision(self.last, x)
 
 
 class DeconvDecoder(nn.Module):
@@ -288,14 +290,8 @@ class DeconvDecoder(nn.Module):
         self.last = kernels.Conv2d(64, channels + 1, 5)
 
     def forward(self, z: Tensor, pool: int = 1) -> Tensor:  # (N, D) -> (N, C+1, H, W); pool: 1
-        decoded = full_precision(self.last, self.hidden(z))
+        decoded = kernels.full_precision(self.last, self.hidden(z))
         return decoded[..., : self.size[0], : self.size[1]]
-
-
-def full_precision(layer: nn.Module, x: Tensor) -> Tensor:
-    """float32 even under autocast: the mixture divides the rounding of a colour by sigma."""
-    with torch.autocast(x.device.type, enabled=False):
-        return layer(x.to(layer.weight.dtype))
 
 
 class RefinementNetwork(nn.Module):

@@ -122,12 +122,6 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
-def full_precision(layer: nn.Module, x: Tensor, *others: Any) -> Any:
-    """float32 even under autocast: for colours, and for attention, which is little work."""
-    with torch.autocast(x.device.type, enabled=False):
-        return layer(x.to(next(layer.parameters()).dtype), *others)
-
-
 class Embedding(nn.Linear):
     """Of every pixel's position, from 1 - column, column, row, 1 - row, each from 0 to `gain`."""
 
@@ -235,7 +229,7 @@ class BroadcastDecoder(nn.Module):
         x = F.relu(kernels.broadcast_conv(slots, self.first.weight, response), inplace=True)
         for conv in self.hidden:
             x = F.relu(conv(x), inplace=True)
-        return full_precision(self.last, x)
+        return kernels.full_precision(self.last, x)
 
 
 # -- the model -------------------------------------------------------------------------------------
@@ -269,7 +263,7 @@ class SlotAutoencoder(nn.Module):
 
     def encode(self, image: Tensor, noise: Tensor, num_iterations: int) -> list[tuple]:
         """Slots (B, K, D) and attention (B, K, P) after each of T iterations; noise for any K."""
-        return full_precision(self.slots, self.encoder(image), noise, num_iterations)
+        return kernels.full_precision(self.slots, self.encoder(image), noise, num_iterations)
 
     def decode(self, slots: Tensor) -> Tensor:
         """Every slot alone: (B, K, D) -> means and mask logits (B, K, C+1, H, W).
@@ -280,7 +274,7 @@ class SlotAutoencoder(nn.Module):
         decoded = self.decoder(slots.flatten(0, 1)).unflatten(0, slots.shape[:2])
         means, mask_logits = decoded[:, :, :-1], decoded[:, :, -1:]
         if self.flat:
-            flat = full_precision(self.flat, slots)[..., None, None]  # (B, K, C+1, 1, 1)
+            flat = kernels.full_precision(self.flat, slots)[..., None, None]  # (B, K, C+1, 1, 1)
             means, mask_logits = flat[:, :, :-1].expand_as(means), flat[:, :, -1:] + 4 * mask_logits
         # Paper: means of images in [-1, 1]. Here: in [0, 1], the same but for the scale.
         return torch.cat([(means + 1) / 2, mask_logits], 2)

@@ -1,4 +1,4 @@
-"""Per-pixel operations of the models, a file each, with a choice of back-end; and `Conv2d`.
+"""Per-pixel operations of the models, a file each, with a choice of back-end; and two for layers.
 
     kernels.use("torch")                # until further notice
     with kernels.use("triton"): ...     # for a block
@@ -12,6 +12,7 @@ Nothing here needs triton to be installed, or a GPU. To learn Triton, read masks
 import importlib.util
 import os
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,13 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.layout(x))
+
+
+def full_precision(layer: nn.Module, *inputs: Any) -> Any:
+    """The layer in its own type even under autocast: a likelihood divides rounding by sigma."""
+    dtype = next(layer.parameters()).dtype
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        return layer(*(x.to(dtype) if isinstance(x, Tensor) else x for x in inputs))
 
 
 def _triton_obstacle(device: torch.device | None = None) -> str | None:

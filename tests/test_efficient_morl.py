@@ -656,7 +656,7 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
                                   "self.objective(nll, 0 * kl).sum()"),
     "gradient of a mean over images": ("eager", "self.objective(nll, kl).sum()",
                                        "self.objective(nll, kl).mean()"),
-    "state not carried": ("eager", "update, state = full", "update, _ = full"),
+    "state not carried": ("eager", "update, state = ker", "update, _ = ker"),
     "lambda replaced": ("eager", "lam = lam + update", "lam = update"),
     "lambda stopped": ("eager", "lam = lam + update", "lam = lam.detach() + update"),
     "the same noise in every step": ("eager", "self.decode(sample(lam, epsilon), pool)",
@@ -668,8 +668,7 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "nll a mean": ("eager", '"b h w -> b", "sum"', '"b h w -> b", "mean"'),
     "colours not squashed": ("eager", "means.sigmoid()", "means"),
     "flat colours not bounded": ("flat", "(means / (4 * self.shading)).tanh()", "means / 4"),
-    "flat colours squashed": ("flat", "+ full_precision(self.flat, z)",
-                              "+ full_precision(self.flat, z).sigmoid()"),
+    "flat colours squashed": ("flat", "(self.flat, z)", "(self.flat, z).sigmoid()"),
     "padded by as much as keeps the size": ("small", ", first.padding[0])", ")"),
     "coordinates of every other pixel": (
         "pooled", 'reduce(self.grid, "(h i) (w j) c -> h w c", "mean", i=pool, j=pool)',

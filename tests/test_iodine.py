@@ -731,7 +731,7 @@ MUTANTS: dict[str, tuple[str, str, dict]] = {  # name: (text of iodine.py, its m
     "sum instead of mean pooling": ("x = x.mean((-2, -1))", "x = x.sum((-2, -1))", {}),
     # the recipe of quick
     "shading not applied": ("decoded[:, :-1] * self.shading", "decoded[:, :-1]", QUICK),
-    "no flat colours": ("+ full_precision(self.lin", "+ 0 * full_precision(self.lin", QUICK),
+    "no flat colours": ("1) + flat", "1) + 0 * flat", QUICK),
     "mask logits count once": ("decoded[:, -1:] * 4", "decoded[:, -1:]", QUICK),
     "flat colours left out": ("if flat is None", "if True", QUICK),
     "sigma of the last decode in the inputs": ("f.coordinates, s", "f.coordinates, self.s", QUICK),
