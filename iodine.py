@@ -27,17 +27,18 @@ and a mask, the masks compete for pixels, and a network f refines all slots' pos
     minimise sum_t (t/T) L^(t) by gradient descent through all T steps                    eq. 4
 
     python iodine.py                                         the quick preset, two CPU cores
-    python iodine.py --preset tetrominoes_short              74 minutes; without _short: the paper's
-    python iodine.py --preset tetrominoes_long               46 more, from its weights: ARI-FG 0.958
+    python iodine.py --preset tetrominoes_short              74 minutes; _long: 46 from its weights
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
-runs/iodine-<preset>-<seed>/. Measured (ten seeds): ARI-FG 0.969 (0.965 to 0.978), mIoU 0.952.
-Config's defaults are the paper's (appendix C). `quick` trades them for minutes:
+runs/iodine-<preset>-<seed>/. `quick` (ten seeds): ARI-FG 0.969 (0.965 to 0.978), mIoU 0.952;
+`tetrominoes_long` (one): 0.958, 0.961, trained on pieces of three colours. Config's defaults are
+the paper's (appendix C). `quick` trades them for minutes:
 
     field                                 paper            quick
     dataset, num_slots                    tetrominoes, 4   mini_sprites_16_shaded, 6: a spare slot
     flat_colors, color_steps              0, none          0.5, 1320 to 1760: masks draw; logits x 4
-    sigma, sigma_start, sigma_steps       0.1, 0, none     0.2, 0.4, 660 to 2200: sharp loses slots
+    sigma, sigma_start, sigma_steps       0.1, 0, none     0.2, 0.4, 660 to 2200: sharp loses slots;
+                                                           the KL's weight is that of 0.1
     num_steps, test_steps                 5, the same      6, 8: more decodes help at test time
     step_weights                          t/T              from_zero: the first decode is blind
     latent_size, refinement_channels      32, 3 x 32       16, (32, 64)
@@ -86,13 +87,13 @@ class Config(runs.RunConfig):
     decoder_channels: tuple[int, ...] = (32, 32, 32, 32)  # hidden layers
     decoder_kernel: int = 5  # pixels
     coordinate_gain: float = 1.0  # the decoder's coordinates run from -this to this
-    flat_colors: float = 0.0  # colours are flat at first, then shaded, times this; see `Flat`
+    flat_colors: float = 0.0  # 0: off; colours are flat at first, their final shading is this
     color_steps: tuple[int, int] = (0, 1)  # training steps between which shading fades in
     # inference
     num_steps: int = 5  # T, decodes of a training step
     test_steps: int = 0  # T of evaluation; 0: num_steps
     step_weights: Literal["t/T", "from_zero"] = "t/T"  # from_zero, as released: (t-1)/(T-1)
-    pool: int = 1  # inference sees images pooled by this; its results are drawn whole
+    pool: int = 1  # images are pooled by this, in training and inference; see `infer`
     refinement_channels: tuple[int, ...] = (32, 32, 32)  # convolutions of the refinement network
     refinement_kernel: int = 5  # pixels
     refinement_stride: int = 1  # of each of them
@@ -109,7 +110,7 @@ class Config(runs.RunConfig):
     lr_steps: tuple[int, int] = (0, 1_000_000)  # ... between these steps, and stays there
 
 
-DSPRITES = dict(latent_size=16, lstm_size=128)  # appendix C.2
+DSPRITES = dict(num_slots=6, latent_size=16, lstm_size=128)  # appendix C.2
 QUICK = dict(
     dataset="mini_sprites_16_shaded", num_slots=6, latent_size=16, sigma=0.2, sigma_start=0.4,
     sigma_steps=(660, 2200), flat_colors=0.5, color_steps=(1320, 1760), num_steps=6,
@@ -131,13 +132,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tetrominoes_short": SHORT | dict(  # larger images: f has one more convolution
         dataset="tetrominoes", train_dataset="tetrominoes_distinct", num_slots=5,
         refinement_channels=(32, 64, 64)),
+    "multi_dsprites_short": SHORT | dict(dataset="multi_dsprites_colored_on_grayscale", pool=4),
+    "multi_dsprites_binarized_short": SHORT | dict(  # after sprites of several greys
+        dataset="multi_dsprites_binarized", train_dataset="multi_dsprites_levels", num_slots=5,
+        pool=4),
     "tetrominoes": dict(),  # appendix C.3: the defaults
-    "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", num_slots=6, **DSPRITES),
-    "multi_dsprites_binarized": dict(dataset="multi_dsprites_binarized", **DSPRITES),  # as C.2
+    "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", **DSPRITES),
+    "multi_dsprites_binarized": dict(dataset="multi_dsprites_binarized", **DSPRITES),
 }
-PRESETS["tetrominoes_long"] = PRESETS["tetrominoes_short"] | dict(
-    init="notebooks/weights/iodine-tetrominoes_short.pt",  # goes on where the short run ends
-    sigma_steps=(0, 1), color_steps=(0, 1), lr_steps=(500, 4000))
+for name, pool in dict(tetrominoes=1, multi_dsprites=2, multi_dsprites_binarized=2).items():
+    PRESETS[f"{name}_long"] = PRESETS[f"{name}_short"] | dict(  # Adam starts anew
+        init=f"notebooks/weights/iodine-{name}_short.pt", pool=pool, sigma_steps=(0, 1),
+        color_steps=(0, 1), lr_steps=(500, 4000))
 
 
 def make_config(preset: str = "quick", **overrides: Any) -> Config:
@@ -235,8 +241,8 @@ ACTIVATIONS = {"elu": nn.ELU(inplace=True), "relu": nn.ReLU(inplace=True)}
 
 
 class Flat(nn.Module):
-    """One colour and mask logit a slot, a linear map of z; the decoder shades the colour by
-    `shading`, and its logits count four times. While colours are flat, only masks draw shapes."""
+    """One colour and logit a slot, linear in z, to which the decoder's are added: colours times
+    `shading`, logits times four. While colours are flat, only masks draw shapes."""
 
     def __init__(self, config: Config, channels: int):
         super().__init__()
@@ -265,7 +271,7 @@ class BroadcastDecoder(nn.Module):
     def forward(self, z: Tensor, pool: int = 1) -> Tensor:  # (N, D) -> (N, C+1, H/pool, W/pool)
         # The first layer sees z at every pixel and the coordinates; that image is never built.
         taps_z, taps_xy = self.first.weight.split([z.shape[1], 2], 1)
-        coordinates = F.avg_pool2d(self.coordinates[None], pool)
+        coordinates = F.avg_pool2d(self.coordinates[None], pool)  # the middles of larger pixels
         response = F.conv2d(coordinates, taps_xy, self.first.bias, padding="same")
         response = self.first.layout(response)[0]  # (O, H, W)
         x = self.activation(kernels.broadcast_conv(z, taps_z, response))
@@ -345,7 +351,7 @@ class RefinementNetwork(nn.Module):
 class Step(NamedTuple):
     """One decode of Algorithm 1."""
 
-    decoded: Tensor  # (B, K, C+1, H, W) means and mask logits; in training of pooled images
+    decoded: Tensor  # (B, K, C+1, H, W) means and mask logits; in training of the pooled size
     posterior: Tensor  # (B, K, 2D) lambda that z was drawn from: means and raw scales of q(z|x)
     nll: Tensor  # (B,) -log p(x|z), nats per pooled image
     kl: Tensor  # (B,) KL(q(z|x) || p(z)), nats per image
@@ -391,10 +397,7 @@ class IODINE(nn.Module):
         return (scale.square() + loc.square() - 1) / 2 - scale.log()
 
     def decode(self, z: Tensor, pool: int = 1) -> Tensor:
-        """g_theta, every slot alone: z (B, K, D) -> means, mask logits (B, K, C+1, H/pool, W/pool).
-
-        Of pooled images the decoder draws the middles of their pixels.
-        """
+        """g_theta, each slot alone: (B, K, D) -> means, mask logits (B, K, C+1, H/pool, W/pool)."""
         rows, flat = z.flatten(0, 1), self.decoder.flat  # (B*K, D)
         decoded = self.decoder(rows, pool)
         return (decoded if flat is None else flat(rows, decoded)).unflatten(0, z.shape[:2])
@@ -413,7 +416,7 @@ class IODINE(nn.Module):
         return [start * (self.sigma / start) ** min(t / last, 1.0) for t in range(num_steps)]
 
     def kl_weight(self, sigma: Tensor) -> Tensor | float:
-        """1; with sigma_start (0.1 / sigma)^2, so that sigma^2 times it stays the paper's."""
+        """1; with sigma_start errors and KL weigh as in the paper, at its sigma of 0.1, always."""
         return (0.1 / sigma) ** 2 if self.config.sigma_start else 1.0
 
     def infer(self, image: Tensor, noise: Tensor, num_steps: int = 0,
@@ -422,7 +425,8 @@ class IODINE(nn.Module):
 
         image (B, C, H, W) in [0, 1], or a sequence (B, T, C, H, W): decode t predicts its frame t
         (app. A.1). noise (B, T, K, D) standard normal. With `training` the steps are one graph;
-        else each is cut off and detached, so that memory does not grow with T.
+        else each is cut off and detached, so that memory does not grow with T. config.pool: all of
+        this, nll too, is of the pooled image; outside training `decoded` is then drawn whole.
         """
         c, f, steps, state = self.config, self.refinement, [], None
         num_steps = num_steps or (c.num_steps if training else c.test_steps or c.num_steps)
@@ -461,7 +465,7 @@ class IODINE(nn.Module):
 
     def noise(self, scenes: data.Scenes, index: Tensor, num_steps: int = 0,
               num_slots: int = 0) -> Tensor:
-        """(B, T, K, D) standard normal for scenes `index`: a function of seed, split and scene."""
+        """(B, T, K, D) standard normal for scenes `index`: a function of these, seed and split."""
         c = self.config
         shape = num_steps or max(c.num_steps, c.test_steps), num_slots or c.num_slots, c.latent_size
         return draws.normal(draws.make_key("iodine noise", scenes.split, c.seed), index, shape)
@@ -510,7 +514,7 @@ def score(model: IODINE, scenes: data.Scenes, num_steps: int, num_slots: int, co
 
 
 def evaluate(model: IODINE, scenes: data.Scenes, count: int = 320) -> dict[str, Any]:
-    """`metrics` after test_steps decodes; `settings`: 1 to 2T of them (Fig. 8), more slots (9)."""
+    """`metrics` after test_steps decodes; `settings`: 1 to 2T (Fig. 8), more slots (Fig. 9)."""
     c = model.config
     steps, slots = c.test_steps or c.num_steps, c.num_slots
     by_step = score(model, scenes, max(2 * c.num_steps, steps), slots, count)
