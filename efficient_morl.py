@@ -88,8 +88,6 @@ class Config(runs.RunConfig):
     decoder_channels: tuple[int, ...] = (32, 32, 32)  # of the hidden layers
     coordinate_gain: float = 1.0  # the decoder's coordinates run from 0 to this
     flat_half_life: int = 0  # training steps in which `shading` halves; 0: off, means are sigmoids
-    # The encoder sees images pooled by the first; so many first training steps draw pooled images.
-    pool: tuple[int, int] = (1, 0)
     # inference
     num_layers: int = 3  # L
     normalise: Literal["mean", "sum"] = "mean"  # of pixels' values; sum: also tells their number
@@ -137,13 +135,6 @@ PRESETS["quick_same_color"] = PRESETS["quick"] | dict(  # tested where hue says 
 PRESETS["mini_tetrominoes"] = PRESETS["quick"] | dict(  # small cells: the decoder sees neighbours
     dataset="mini_tetrominoes", num_slots=5, decoder="padded", coordinate_gain=3.0, lr=1.2e-3,
     num_steps_final=2, curriculum_step=6000, flat_half_life=3000, lr_half_life=3000, steps=12_000)
-PRESETS["multi_dsprites_short"] = PRESETS["quick"] | dict(  # 16 times the pixels: a larger sigma
-    dataset="multi_dsprites_colored_on_grayscale", sigma=0.3, kl_weight=1.0, geco_target=-0.274,
-    mlp_size=256, pool=(4, 5000),  # refined from the start, which shortens a plateau:
-    num_steps=1, curriculum_step=3500, lr_half_life=1700, steps=8000)
-PRESETS["multi_dsprites_binarized_short"] = PRESETS["multi_dsprites_short"] | dict(
-    dataset="multi_dsprites_binarized", train_dataset="multi_dsprites_levels",  # edges show there
-    num_slots=5, sigma=0.18, geco_target=-0.767, num_steps_final=2, steps=7500)
 CLEVR6 = PRESETS["multi_dsprites"] | dict(num_slots=7, likelihood="mixture", geco=True)  # sizes
 
 
@@ -160,7 +151,7 @@ def mlp(inputs: int, hidden: int, outputs: int, activation: type[nn.Module]) -> 
 
 
 class Embedding(nn.Linear):
-    """Of each pixel's 1 - column, column, row, 1 - row, from 0 to `gain`; pooled: their means."""
+    """Of each pixel's 1 - column, column, row, 1 - row, each from 0 to `gain`."""
 
     def __init__(self, size: int, height: int, width: int, gain: float = 1.0):
         super().__init__(4, size)
@@ -168,9 +159,8 @@ class Embedding(nn.Linear):
         grid = gain * torch.stack([1 - x, x, y, 1 - y], -1)  # (H, W, 4)
         self.register_buffer("grid", grid, persistent=False)
 
-    def forward(self, pool: int = 1) -> Tensor:  # (size, H / pool, W / pool)
-        grid = reduce(self.grid, "(h i) (w j) c -> h w c", "mean", i=pool, j=pool)
-        return super().forward(grid).movedim(-1, 0)
+    def forward(self) -> Tensor:  # (size, H, W)
+        return super().forward(self.grid).movedim(-1, 0)
 
 
 # Name: kernel size of hidden layers, of the last one, padding, activation. Ours: padded, pixel.
@@ -193,10 +183,10 @@ class BroadcastDecoder(nn.Module):
         self.hidden = nn.ModuleList(conv(*pair, kernel) for pair in pairwise(sizes))
         self.last = conv(sizes[-1], channels + 1, last_kernel)
 
-    def forward(self, z: Tensor, pool: int = 1) -> Tensor:  # (N, D) -> (N, C+1, H/pool, W/pool)
+    def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
         # The first layer sees z plus the embedding at every pixel, an image that is never built:
         first = self.first  # it is linear, and its response to the embedding is that of every z
-        response = first.layout(first(self.embedding(pool)[None]))[0]  # (O, H, W)
+        response = first.layout(first(self.embedding()[None]))[0]  # (O, H, W)
         x = kernels.broadcast_conv(z, first.weight, response, first.padding[0])
         x = self.activation(x, inplace=True)
         for conv in self.hidden:
@@ -205,21 +195,20 @@ class BroadcastDecoder(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image (B, C, H, W) in [0, 1], or pooled -> keys, values (B, P, D) of the pooled one's P."""
+    """Image (B, C, H, W) in [0, 1] -> keys and values of its pixels, each (B, P, D)."""
 
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
         k, size = config.encoder_kernel, config.encoder_channels[-1]
-        self.shape = height // config.pool[0], width // config.pool[0]
         sizes = pairwise((channels, *config.encoder_channels))
         self.convs = nn.ModuleList(kernels.Conv2d(*pair, k) for pair in sizes)
-        self.embedding = Embedding(size, *self.shape)  # from 0 to 1 over the pooled pixels
+        self.embedding = Embedding(size, height, width)
         self.mlp = nn.Sequential(nn.LayerNorm(size), mlp(size, size, size, nn.ReLU))
         self.keys = nn.Linear(size, config.latent_size, bias=False)
         self.values = nn.Linear(size, config.latent_size, bias=False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        x = 2 * F.avg_pool2d(image, image.shape[-1] // self.shape[-1]) - 1
+        x = 2 * image - 1
         for conv in self.convs:
             x = F.relu(conv(x), inplace=True)
         x = self.mlp(rearrange(x + self.embedding(), "b c h w -> b (h w) c"))
@@ -347,7 +336,7 @@ class EfficientMORL(nn.Module):
 
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
-        self.config, self.height, latent = config, height, config.latent_size
+        self.config, latent = config, config.latent_size
         self.decoder = BroadcastDecoder(config, channels, height, width)
         self.encoder = Encoder(config, channels, height, width)
         self.layer = SlotAttention(config)
@@ -380,7 +369,7 @@ class EfficientMORL(nn.Module):
 
     def encode(self, image: Tensor, noise: Tensor) -> tuple[list[Tensor], ...]:
         """The first stage, layers 1 .. L: lambda^l (B, K, 2D) of q(z^l | z^(l-1), x), its sample
-        z^l (B, K, D), and attention to pooled pixels, a list of (B, K, h, w); sum over slots: 1."""
+        z^l (B, K, D), and attention to pixels, a list of (B, K, H, W); the sum over slots is 1."""
         num_layers = self.config.num_layers
         first, *others = noise[:, num_layers - 1 : 2 * num_layers].unbind(1)  # (B, K, D) each
         keys, values = self.encoder(image)
@@ -392,17 +381,17 @@ class EfficientMORL(nn.Module):
             z = sample(lam, epsilon)
             posteriors.append(lam)
             samples.append(z)
-            attention.append(shares.unflatten(-1, self.encoder.shape))
+            attention.append(shares.unflatten(-1, image.shape[-2:]))
         return posteriors, samples, attention
 
-    def decode(self, z: Tensor, pool: int = 1) -> Tensor:
-        """p(x|z), every slot alone: z (B, K, D) -> means, mask logits (B, K, C+1, H/pool, W/pool).
+    def decode(self, z: Tensor) -> Tensor:
+        """p(x|z), every slot alone: z (B, K, D) -> means and mask logits (B, K, C+1, H, W).
 
         With flat_half_life, a slot's colour is linear in z (as is a part of its mask logit), and
         the decoder changes it by at most `shading`. As that falls, black and an object's colour no
-        longer fit into one slot. pool: 1 unless the decoder is "padded" or "pixel".
+        longer fit into one slot.
         """
-        decoded = self.decoder(z.flatten(0, 1), pool).unflatten(0, z.shape[:2])
+        decoded = self.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
         means, mask_logits = decoded[:, :, :-1], decoded[:, :, -1:]
         if self.flat is None:
             return torch.cat([means.sigmoid(), mask_logits], 2)
@@ -411,8 +400,7 @@ class EfficientMORL(nn.Module):
         return torch.cat([means, mask_logits], 2) + flat
 
     def nll(self, image: Tensor, decoded: Tensor) -> Tensor:
-        """-log p(x|z), nats per image, (B,). Of a pooled one times pool^2, so that the KL keeps its
-        share: then it is no likelihood of whole images.
+        """-log p(x|z), nats per image, (B,).
 
         gaussian: N(x; sum_k m_k mu_k, sigma^2) of every value. mixture: sum_k m_k N(x; mu_k,
         sigma^2) of every pixel, as in IODINE (eq. 1). Released code: of every colour of a pixel.
@@ -425,8 +413,7 @@ class EfficientMORL(nn.Module):
         else:
             densities = log_normal(image[:, None], decoded[:, :, :-1], sigma).sum(2)  # (B, K, H, W)
             log_likelihood = (decoded[:, :, -1].log_softmax(1) + densities).logsumexp(1)
-        pool = self.height // image.shape[-2]
-        return -(pool**2) * reduce(log_likelihood, "b h w -> b", "sum")
+        return -reduce(log_likelihood, "b h w -> b", "sum")
 
     def hierarchy_kl(self, posteriors: list[Tensor], samples: list[Tensor],
                      noise: Tensor) -> tuple[Tensor, Normal]:
@@ -458,13 +445,12 @@ class EfficientMORL(nn.Module):
         does not grow with I; the values are the same.
         """
         num_layers, state = self.config.num_layers, None  # of f's GRU
-        pool = self.height // image.shape[-2]
         for_priors, for_steps = noise[:, : num_layers - 1], noise[:, 2 * num_layers - 1 :]
         with torch.set_grad_enabled(training):
             posteriors, samples, _ = self.encode(image, noise)
             *lower, lam = posteriors  # lambda^(0) = lambda^L
             pairs = zip(lower, samples[:-1], strict=True) if all_layers else ()
-            steps = [Step(self.decode(z, pool), below, None, None) for below, z in pairs]
+            steps = [Step(self.decode(z), below, None, None) for below, z in pairs]
             for i, epsilon in enumerate(for_steps.unbind(1)):  # step 0 has the noise of layer L
                 with torch.enable_grad():
                     if not training:
@@ -473,7 +459,7 @@ class EfficientMORL(nn.Module):
                         kl, prior = self.hierarchy_kl([*lower, lam], samples, for_priors)
                     else:  # (e)
                         kl = reduce(kl_divergence(normal(lam), prior), "b k d -> b", "sum")
-                    decoded = self.decode(sample(lam, epsilon), pool)
+                    decoded = self.decode(sample(lam, epsilon))
                     nll = self.nll(image, decoded)
                     loss = self.objective(nll, kl).sum()  # not the mean: batch size has no effect
                 step = Step(decoded, lam, nll, kl)
@@ -580,16 +566,10 @@ def check(config: Config) -> None:
         shape = data.images(config.dataset).shape
         other = data.images(config.train_dataset or config.dataset).shape
         runs.require(other == shape, f"--train-dataset: images of {other}, not {shape}")
-        pool, steps = config.pool
-        runs.require(pool > 0 and not any(size % pool or size < 2 * pool for size in shape[1:]),
-                     f"--pool {pool} {steps}: does not divide images of {shape} into 2 or more")
         kernels.use(config.kernels)
         kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:
         raise runs.UserError(error) from None
-    coarse = pool > 1 and steps > 0 and not config.geco and config.decoder in ("padded", "pixel")
-    runs.require(coarse or not steps, f"--pool {pool} {steps}: steps need a factor above 1, "
-                 "--no-geco (its target is of whole images) and --decoder padded or pixel")
     lowest = math.log(config.sigma * math.sqrt(2 * math.pi))  # of a perfect reconstruction
     runs.require(not config.geco or config.geco_target >= lowest,
                  f"--geco-target {config.geco_target}: no model has an NLL below {lowest:.3f}")
@@ -622,8 +602,7 @@ def train(config: Config) -> dict[str, Any]:
         later = step - config.curriculum_step  # steps since it, negative before
         num_steps = config.num_steps if later < 0 else config.num_steps_final
         model.shading.fill_(0.5 ** (max(0, later) / (config.flat_half_life or math.inf)))
-        image = F.avg_pool2d(batch.image, config.pool[0] if step < config.pool[1] else 1)
-        parts = run.update(model.loss, image, model.noise(scenes, index, num_steps),
+        parts = run.update(model.loss, batch.image, model.noise(scenes, index, num_steps),
                            lr=learning_rate(config, step), clip=config.clip)
         if parts["grad_norm"].isfinite():
             model.geco.update(parts["nll"], step + 1)
@@ -631,7 +610,6 @@ def train(config: Config) -> dict[str, Any]:
             scores = dict(nll_weight=model.geco.multiplier, num_steps=num_steps)
             if batch.masks is not None:
                 _, masks, _ = reconstruct(parts["decoded"].nan_to_num())
-                masks = F.interpolate(masks, batch.image.shape[-2:])  # of pooled images: blocks
                 scores["ari_fg"] = metrics.ari(batch.masks, masks).nanmean()
             run.log(parts, **scores)
     test = data.make(config.dataset, "test", config.seed, device)

@@ -98,15 +98,13 @@ class Layers:
         keep = (update + old_update).sigmoid()
         return keep * state + (1 - keep) * (new + (reset + old_reset).sigmoid() * old).tanh()
 
-    def embedding(self, name: str, height: int, width: int, gain: float = 1.0,
-                  pool: int = 1) -> Tensor:
-        """(size, H, W): of [1 - x, x, y, 1 - y], on average over the pool x pool places of each."""
+    def embedding(self, name: str, height: int, width: int, gain: float = 1.0) -> Tensor:
+        """(size, H, W): of [1 - x, x, y, 1 - y]."""
         places = []
-        for row, col in itertools.product(range(height * pool), range(width * pool)):
-            x, y = (i / max(n * pool - 1, 1) for i, n in ((col, width), (row, height)))
+        for row, col in itertools.product(range(height), range(width)):
+            x, y = (i / max(n - 1, 1) for i, n in ((col, width), (row, height)))
             places.append([1 - x, x, y, 1 - y])
-        places = torch.tensor(places).unflatten(0, (height, pool, width, pool)).mean((1, 3))
-        return self.linear(name, gain * places).movedim(-1, 0)
+        return self.linear(name, gain * torch.tensor(places)).T.unflatten(1, (height, width))
 
 
 def command_line(

@@ -61,22 +61,18 @@ def kl_of_slots(lam: list[Tensor], priors: list[Tensor] | None) -> Tensor:
 
 
 class Eager(Layers):
-    """Both stages of inference, for one image; the weights have efficient_morl.py's names. The
-    images are whole ones, or `pooled`."""
+    """Both stages of inference, for one image; the weights have efficient_morl.py's names."""
 
-    def __init__(self, config: efficient_morl.Config, weights: dict[str, Tensor], nll_weight=1.0,
-                 pooled: bool = False):
+    def __init__(self, config: efficient_morl.Config, weights: dict[str, Tensor], nll_weight=1.0):
         super().__init__(weights)
         self.config, self.nll_weight = config, nll_weight
-        self.outside, self.inside = (config.pool[0], 1) if pooled else (1, config.pool[0])
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (P, D)."""
-        p = self.inside
-        x = 2 * sum(image[:, i::p, j::p] for i in range(p) for j in range(p)) / p**2 - 1
+        x = 2 * image - 1
         for i in range(len(self.config.encoder_channels)):
             x = F.conv2d(x, *self.layer(f"encoder.convs.{i}"), padding="same").clamp(min=0)
-        x = (x + self.embedding("encoder.embedding", *x.shape[1:])).flatten(1).T
+        x = (x + self.embedding("encoder.embedding", *image.shape[1:])).flatten(1).T
         x = self.mlp("encoder.mlp.1", self.norm("encoder.mlp.0", x))
         return self.linear("encoder.keys", x), self.linear("encoder.values", x)
 
@@ -111,7 +107,7 @@ class Eager(Layers):
         # Unpadded convolutions of 3 x 3 cut off 2 pixels, those of 5 x 5 padded by 1 as well.
         margin = dict(iodine=2 * number + 2, small=2 * number).get(self.config.decoder, 0)
         x = z[:, None, None] + self.embedding(
-            "decoder.embedding", height + margin, width + margin, gain, self.outside)
+            "decoder.embedding", height + margin, width + margin, gain)
         padding = int(self.config.decoder in ("small", "padded"))
         activation = F.elu if self.config.decoder == "iodine" else F.relu
         for name in ("first", *(f"hidden.{i}" for i in range(number - 1))):
@@ -125,14 +121,13 @@ class Eager(Layers):
     def nll(self, image: Tensor, decoded: Tensor) -> Tensor:
         """image (C, H, W), decoded (K, C+1, H, W)."""
         means, logits = decoded[:, :-1], decoded[:, -1]  # (K, C, H, W), (K, H, W)
-        sigma, area = self.config.sigma, self.outside**2  # area: pixels that a pixel stands for
+        sigma = self.config.sigma
         if self.config.likelihood == "gaussian":
             mean = (logits.softmax(0)[:, None] * means).sum(0)
-            return -area * D.Normal(mean, sigma).log_prob(image).sum()
+            return -D.Normal(mean, sigma).log_prob(image).sum()
         slots = D.Categorical(logits=logits.permute(1, 2, 0))
         components = D.Independent(D.Normal(means.permute(2, 3, 0, 1), sigma), 1)
-        density = D.MixtureSameFamily(slots, components).log_prob(image.permute(1, 2, 0))
-        return -area * density.sum()
+        return -D.MixtureSameFamily(slots, components).log_prob(image.permute(1, 2, 0)).sum()
 
     def hierarchy_kl(self, posteriors, samples, noise: Tensor) -> tuple[Tensor, list | None]:
         """KL of all layers, and the prior of the refined slots; lists by layer of lists by slot."""
@@ -167,7 +162,7 @@ class Eager(Layers):
             z = list(map(draw, lam, epsilon))
             posteriors.append(lam)
             samples.append(z)
-            attention.append(shares.unflatten(1, (image.shape[1] // self.inside, -1)))
+            attention.append(shares.unflatten(1, image.shape[1:]))
 
         kl, prior = self.hierarchy_kl(posteriors, samples, fresh)
         states, steps = [torch.zeros_like(z_k) for z_k in z], []
@@ -245,16 +240,15 @@ def without_gradient(config) -> tuple[str, ...]:
 
 @double_precision()
 def check_eager(module: ModuleType = efficient_morl, shape=SHAPE, nll_weight=1.5, more=0,
-                pooled=False, **overrides):
+                **overrides):
     """AssertionError, which names the first quantity in which the two models differ."""
     config = small(**overrides)
     model = make_model(config, shape, module)
     model.geco.multiplier.fill_(nll_weight)
     model.shading.fill_(0.2)
     image, noise = make_inputs(config, shape, more=more)
-    image = F.avg_pool2d(image, config.pool[0]) if pooled else image
     copies = copies_of(model)
-    eager = Eager(config, copies, nll_weight, pooled)
+    eager = Eager(config, copies, nll_weight)
     expected = [eager.run(*inputs) for inputs in zip(image, noise, strict=True)]
 
     found = model.encode(image, noise)
@@ -299,8 +293,6 @@ CASES: dict[str, dict] = {
     "one layer of a decoder": dict(decoder_channels=(3,), coordinate_gain=4.0),
     "flat": dict(flat_half_life=10, num_steps=1),
     "sum": dict(normalise="sum", num_steps=1, more=1),  # and a slot more than in training
-    "pool": dict(pool=(2, 1), shape=(3, 6, 4), num_steps=1),
-    "pooled": dict(pool=(2, 1), shape=(3, 6, 4), num_steps=1, pooled=True, decoder="padded"),
     "mixture": dict(likelihood="mixture"),
     "mixture of grey images": dict(likelihood="mixture", shape=(1, 4, 7)),
     "one GRU": dict(dual_gru=False, num_steps=3),
@@ -511,18 +503,12 @@ def check_schedules(module: ModuleType = efficient_morl) -> None:
 
 
 def check_curriculum(module: ModuleType = efficient_morl) -> None:
-    """A run of four steps: refinement begins after one, and then shading halves twice. The decoder
-    draws three pooled images, then a whole one."""
+    """A run of four steps: refinement begins after one, and then shading halves twice."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "evaluate", functools.partial(module.evaluate, count=4))
         config = tiny(folder, steps=4, num_steps=2, num_steps_final=1, curriculum_step=1,
-                      flat_half_life=1, pool=(2, 3))  # fmt: skip
-        drawn, reconstruct = [], module.reconstruct
-        patch.setattr(module, "reconstruct", lambda decoded: (
-            drawn.append(decoded.shape[-1]), reconstruct(decoded))[1])
+                      flat_half_life=1)  # fmt: skip
         module.train(config)
-        sizes = drawn[:13]  # 4 + 3 + 3 decodes of the first steps, 3 of the last
-        assert sizes == [6] * 10 + [12] * 3, f"sizes are off: {sizes}"
         records = runs.read_log(Path(folder))
         steps, shading = [r["num_steps"] for r in records], module.load_model(folder).shading
     assert steps == [2, 1, 1, 1], f"curriculum is off: {steps}"
@@ -576,8 +562,8 @@ def test_a_scene_that_diverges_has_no_score(monkeypatch):
     model = efficient_morl.build(tiny(), scenes)
     decode = model.decode
 
-    def broken(z, pool):
-        decoded = decode(z, pool).clone()
+    def broken(z):
+        decoded = decode(z).clone()
         decoded[1] = math.nan
         return decoded
 
@@ -616,7 +602,7 @@ CHECKS: dict[str, Callable[..., None]] = {
 }
 MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     # Encoder and attention
-    "image in [0, 1]": ("eager", "self.shape[-1]) - 1", "self.shape[-1])"),
+    "image in [0, 1]": ("eager", "x = 2 * image - 1", "x = image"),
     "embedding missing": ("eager", "rearrange(x + self.embedding()", "rearrange(x"),
     "columns mirrored": ("eager", "[1 - x, x, y, 1 - y]", "[x, 1 - x, y, 1 - y]"),
     "softmax over pixels": ("eager", "softmax(1)  # over slots", "softmax(2)  # over slots"),
@@ -659,20 +645,16 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "state not carried": ("eager", "update, state = ker", "update, _ = ker"),
     "lambda replaced": ("eager", "lam = lam + update", "lam = update"),
     "lambda stopped": ("eager", "lam = lam + update", "lam = lam.detach() + update"),
-    "the same noise in every step": ("eager", "self.decode(sample(lam, epsilon), pool)",
-                                     "self.decode(sample(lam, for_steps[:, 0]), pool)"),
+    "the same noise in every step": ("eager", "self.decode(sample(lam, epsilon))",
+                                     "self.decode(sample(lam, for_steps[:, 0]))"),
     # Likelihood, decoder, loss
     "a mixture for each colour": ("mixture", ":-1], sigma).sum(2)", ":-1], sigma).mean(2)"),
     "masks not normalised": ("mixture", "decoded[:, :, -1].log_softmax(1)", "decoded[:, :, -1]"),
-    "pooled pixels count once": ("pooled", "-(pool**2) *", "-"),
     "nll a mean": ("eager", '"b h w -> b", "sum"', '"b h w -> b", "mean"'),
     "colours not squashed": ("eager", "means.sigmoid()", "means"),
     "flat colours not bounded": ("flat", "(means / (4 * self.shading)).tanh()", "means / 4"),
     "flat colours squashed": ("flat", "(self.flat, z)", "(self.flat, z).sigmoid()"),
     "padded by as much as keeps the size": ("small", ", first.padding[0])", ")"),
-    "coordinates of every other pixel": (
-        "pooled", 'reduce(self.grid, "(h i) (w j) c -> h w c", "mean", i=pool, j=pool)',
-        "self.grid[::pool, ::pool]"),
     "embedding without its gain": ("small", "grid = gain * ", "grid = 0.5 * "),
     "no discount": ("eager", "(len(steps) - i) / len(steps)", "1.0"),
     "the released code's discount": ("eager", "(len(steps) - i)", "(len(steps) - i + 2)"),
@@ -692,7 +674,6 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "halving overlaps the warm-up": ("schedules", "max(0, step - config.lr_warmup)", "step"),
     "shading falls twice as fast": ("curriculum", "(0.5 ** (max(", "(0.25 ** (max("),
     "shading falls from the start": ("curriculum", "max(0, later)", "step"),
-    "pooled a step too long": ("curriculum", "step < config.pool[1]", "step <= config.pool[1]"),
     "no warm-up": ("schedules", "config.lr * warmup", "config.lr"),
 }  # fmt: skip
 mutated = functools.partial(mutants.mutated, efficient_morl)
