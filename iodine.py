@@ -141,10 +141,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", **DSPRITES),
     "multi_dsprites_binarized": dict(dataset="multi_dsprites_binarized", **DSPRITES),
 }
-for name, pool in dict(tetrominoes=1, multi_dsprites=2, multi_dsprites_binarized=2).items():
-    PRESETS[f"{name}_long"] = PRESETS[f"{name}_short"] | dict(  # Adam starts anew
-        init=f"notebooks/weights/iodine-{name}_short.pt", pool=pool, sigma_steps=(0, 1),
-        color_steps=(0, 1), lr_steps=(500, 4000))
+PRESETS |= {f"{name}_long": PRESETS[f"{name}_short"] | dict(  # Adam starts anew
+    init=f"notebooks/weights/iodine-{name}_short.pt", pool=pool, sigma_steps=(0, 1),
+    color_steps=(0, 1), lr_steps=(500, 4000),
+) for name, pool in dict(tetrominoes=1, multi_dsprites=2, multi_dsprites_binarized=2).items()}
 
 
 def make_config(preset: str = "quick", **overrides: Any) -> Config:
