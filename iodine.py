@@ -144,7 +144,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS |= {f"{name}_long": PRESETS[f"{name}_short"] | dict(  # Adam starts anew
     init=f"notebooks/weights/iodine-{name}_short.pt", pool=pool, sigma_steps=(0, 1),
     color_steps=(0, 1), lr_steps=(500, 4000),
-) for name, pool in dict(tetrominoes=1, multi_dsprites=2, multi_dsprites_binarized=2).items()}
+) for name, pool in dict(tetrominoes=1, multi_dsprites=2).items()}
 
 
 def make_config(preset: str = "quick", **overrides: Any) -> Config:
