@@ -93,7 +93,6 @@ class Config(runs.RunConfig):
     normalise: Literal["mean", "sum"] = "mean"  # of pixels' values; sum: also tells their number
     encoder_channels: tuple[int, ...] = (64, 64, 64, 64)  # of the convolutions
     encoder_kernel: int = 5  # pixels, odd
-    mlp_size: int = 0  # hidden units of the MLPs in a layer of attention; 0: 2 D
     dual_gru: bool = True  # else the ablation: one GRU for means and scales
     hidden_size: int = 128  # units of the refinement's and the prior's hidden layer
     num_steps: int = 3  # I, steps of refinement, in training before curriculum_step
@@ -135,6 +134,9 @@ PRESETS["quick_same_color"] = PRESETS["quick"] | dict(  # tested where hue says 
 PRESETS["mini_tetrominoes"] = PRESETS["quick"] | dict(  # small cells: the decoder sees neighbours
     dataset="mini_tetrominoes", num_slots=5, decoder="padded", coordinate_gain=3.0, lr=1.2e-3,
     num_steps_final=2, curriculum_step=6000, flat_half_life=3000, lr_half_life=3000, steps=12_000)
+PRESETS["tetrominoes_short"] = PRESETS["quick"] | dict(  # larger images: a larger kernel
+    dataset="tetrominoes", train_dataset="tetrominoes_distinct", num_slots=5, encoder_kernel=5,
+    lr=2e-3, curriculum_step=2000, flat_half_life=1000, lr_half_life=1000, steps=4000)
 CLEVR6 = PRESETS["multi_dsprites"] | dict(num_slots=7, likelihood="mixture", geco=True)  # sizes
 
 
@@ -233,14 +235,13 @@ class SlotAttention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         size, self.config = config.latent_size, config
-        hidden = config.mlp_size or 2 * size
         self.norm = nn.LayerNorm(size)
         self.queries = nn.Linear(size, size, bias=False)
         # The ablation, as in the released code: gates of one GRU mix means and raw scales.
         self.input = nn.Identity() if config.dual_gru else nn.Linear(size, 2 * size)
         self.gru = DualGRU(size) if config.dual_gru else nn.GRUCell(2 * size, 2 * size)
         self.loc, self.raw = (nn.Sequential(
-            nn.LayerNorm(size), mlp(size, hidden, size, nn.ReLU)) for _ in range(2))
+            nn.LayerNorm(size), mlp(size, 2 * size, size, nn.ReLU)) for _ in range(2))
 
     def forward(self, keys: Tensor, values: Tensor, z: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
         """z (B, K, D), lambda (B, K, 2D) of the layer below -> lambda, attention (B, K, P)."""
@@ -559,7 +560,7 @@ def check(config: Config) -> None:
     runs.at_least(config, 1, "num_slots", "latent_size", "num_layers", "lr_half_life",
                   "encoder_channels", "encoder_kernel", "decoder_channels", "hidden_size")
     runs.at_least(config, 0, "num_steps", "num_steps_final", "flat_half_life", "lr_warmup",
-                  "mlp_size", "gru_std")
+                  "gru_std")
     runs.positive(config, "sigma", "clip", "kl_weight", "init_gain", "coordinate_gain")
     runs.require(config.encoder_kernel % 2, "--encoder-kernel must be odd")
     try:

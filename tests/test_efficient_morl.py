@@ -298,7 +298,7 @@ CASES: dict[str, dict] = {
     "one GRU": dict(dual_gru=False, num_steps=3),
     "one layer": dict(num_layers=1),
     "four layers": dict(num_layers=4, num_steps=1, encoder_kernel=5),
-    "six slots": dict(num_slots=6, mlp_size=7),
+    "six slots": dict(num_slots=6),
     "KL of weight 1": dict(kl_weight=1.0, nll_weight=1.0),
 }  # fmt: skip
 
