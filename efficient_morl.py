@@ -30,7 +30,7 @@ of the loss. lambda: mean and raw scale of each latent's q. Weights of the terms
     minimise sum_i (I - i + 1) / (I + 1) loss^(i),   i = 0 .. I   eq. 8 (slides: no brackets)
 
     python efficient_morl.py                                 the quick preset, two CPU cores
-    python efficient_morl.py --preset tetrominoes --minutes 60
+    python efficient_morl.py --preset tetrominoes_short      eleven minutes; no _short: the paper's
     python efficient_morl.py --prior bottom_up --no-dual-gru
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
