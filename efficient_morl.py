@@ -17,20 +17,26 @@
 # ///
 """EfficientMORL: hierarchical inference of slots by attention, then a few steps of refinement.
 
-Emami, He, Ranka and Rangarajan, ICML 2021. Scenes are K slots with masks, as in IODINE. L layers of
-attention assign pixels to slots; each layer is a latent variable, given the layer below. Then I
-steps of a recurrent network f refine the last layer's posterior; f reads no image, but the gradient
-of the loss. lambda: mean and raw scale of each latent's q. Weights of the terms: see `objective`.
+Emami, He, Ranka and Rangarajan, ICML 2021. L layers of attention assign pixels to K slots; each
+layer is a latent variable, given the layer below. Then I steps of a recurrent network f refine the
+last layer's posterior; f reads no image, but the gradient of the loss. lambda: mean and raw
+variance of each latent's q (see `normal`). Superscripts: l a layer, (i) a step of refinement.
 
+    p(x|z) = N(x; sum_k m_k mu_k, sigma^2),   mu_k, a_k = decoder(z_k),   m = softmax_k(a)
     q(z|x) = prod_l q(z^l | z^(l-1), x),   lambda^l = layer(z^(l-1), lambda^(l-1), pixels)      (a)
-    p(z) = p(z^L) prod_l p(z^l | z^(l+1)),   p(z^L) = N(0, 1)               the reversed prior  (b)
-    loss^(0) = sum_l KL(q(z^l) || p(z^l|z^(l+1))) - log p(x|z^L)                                (c)
+    p(z) = p(z^L) prod_(l<L) p(z^l | z^(l+1)),   p(z^L) = N(0, 1)           the reversed prior  (b)
+    loss^(0) = sum_l KL(q(z^l) || p(z^l|z^(l+1))) - log p(x|z^L)        l = L: against p(z^L)   (c)
     lambda^(i) = lambda^(i-1) + f(lambda^(i-1), dloss^(i-1)/dlambda),   lambda^(0) = lambda^L   (d)
-    loss^(i) = KL(q(z; lambda^(i)) || p(z^1|z^2)) - log p(x|z)              prior reversed++    (e)
-    minimise sum_i (I - i + 1) / (I + 1) loss^(i),   i = 0 .. I   eq. 8 (slides: no brackets)
+    loss^(i) = KL(q(z; lambda^(i)) || p(z^1|z^2)) - log p(x|z),   z ~ q(z; lambda^(i))          (e)
+    minimise sum_i (I - i + 1) / (I + 1) loss^(i),   i = 0 .. I                              eq. 8
+
+(a) has the paper's notation; lambda^(l-1) carries z^0 .. z^(l-2) along. (e) has prior reversed++.
+z^0 ~ N(lambda^0), learned, pays no KL. The two terms have weights: `objective`. In the slides eq. 8
+weighs the likelihood alone.
 
     python efficient_morl.py                                 the quick preset, two CPU cores
-    python efficient_morl.py --preset tetrominoes_short      eleven minutes; no _short: the paper's
+    python efficient_morl.py --preset tetrominoes_short      eleven minutes, ARI-FG 0.71
+    python efficient_morl.py --preset tetrominoes            the paper's settings, no result here
     python efficient_morl.py --prior bottom_up --no-dual-gru
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
@@ -45,8 +51,8 @@ runs/efficient_morl-<preset>-<seed>/. `quick` (ten seeds): ARI-FG 0.955 (0.908 t
     flat_half_life                               0: off         1500           masks draw the shapes
     normalise                                    mean           sum            spare slots are empty
     num_steps, num_steps_final, curriculum_step  3, 3, 1e5      0, 1, 3000     less work
-    sigma, kl_weight                             0.3, 1         0.1, 0.2       more: z has less use
-    geco, geco_target                            on, ours       off, -1.287    fixed weight suffices
+    sigma, kl_weight                             0.3, 1         0.1, 0.2       larger: z says little
+    geco                                         on             off            fixed weight suffices
     init_gain, gru_std                           0.02, 1        1.4, PyTorch's 0.02: no signal
     lr, lr_warmup, lr_half_life, steps           4e-4 1e4 1e5 2e5  3.65e-3 100 1500 6000
 """
@@ -87,10 +93,10 @@ class Config(runs.RunConfig):
     decoder: Literal["iodine", "small", "padded", "pixel"] = "small"  # see DECODERS
     decoder_channels: tuple[int, ...] = (32, 32, 32)  # of the hidden layers
     coordinate_gain: float = 1.0  # the decoder's coordinates run from 0 to this
-    flat_half_life: int = 0  # training steps in which `shading` halves; 0: off, means are sigmoids
+    flat_half_life: int = 0  # training steps in which `shading` halves, see `decode`; 0: sigmoids
     # inference
     num_layers: int = 3  # L
-    normalise: Literal["mean", "sum"] = "mean"  # of pixels' values; sum: also tells their number
+    normalise: Literal["mean", "sum"] = "mean"  # of pixels' values; sum: times K / P, 0 if empty
     encoder_channels: tuple[int, ...] = (64, 64, 64, 64)  # of the convolutions
     encoder_kernel: int = 5  # pixels, odd
     dual_gru: bool = True  # else the ablation: one GRU for means and scales
@@ -101,7 +107,9 @@ class Config(runs.RunConfig):
     # optimisation
     kl_weight: float = 1.0  # of the KL in what is minimised; `elbo` always has weight 1
     geco: bool = True  # raise the weight of the NLL until it reaches its target
-    geco_target: float = -0.274  # nats per value (a colour of a pixel); ours: see PRESETS
+    # Nats per value (a colour of a pixel). Released code: below any NLL. Here: what a squared error
+    # of 1.9e-3 costs, that of CLEVR6's target.
+    geco_target: float = -0.274
     init_gain: float = 0.02  # of Xavier's normal initialisation
     gru_std: float = 1.0  # of the DualGRU's initial weights and biases; 0: PyTorch's initialisation
     batch_size: int = 32  # B, scenes per step
@@ -120,7 +128,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         kl_weight=0.2, geco=False, geco_target=-1.287, init_gain=1.4, gru_std=0.0, lr=3.65e-3,
         batch_size=16, lr_warmup=100, lr_half_life=1500, steps=6000,
     ),
-    # GECO's target: the paper's is below any NLL; ours allows the error of CLEVR6's, 1.9e-3.
     "tetrominoes": dict(),
     "multi_dsprites": dict(
         dataset="multi_dsprites_colored_on_grayscale", num_slots=6, latent_size=64, sigma=0.1,
@@ -137,7 +144,8 @@ PRESETS["mini_tetrominoes"] = PRESETS["quick"] | dict(  # small cells: the decod
 PRESETS["tetrominoes_short"] = PRESETS["quick"] | dict(  # larger images: a larger kernel
     dataset="tetrominoes", train_dataset="tetrominoes_distinct", num_slots=5, encoder_kernel=5,
     lr=2e-3, curriculum_step=2000, flat_half_life=1000, lr_half_life=1000, steps=4000)
-CLEVR6 = PRESETS["multi_dsprites"] | dict(num_slots=7, likelihood="mixture", geco=True)  # sizes
+# No preset, as there is no CLEVR here: the sizes for kernels/benchmark.py and the tests.
+CLEVR6 = PRESETS["multi_dsprites"] | dict(num_slots=7, likelihood="mixture", geco=True)
 
 
 def make_config(preset: str = "quick", **overrides: Any) -> Config:
@@ -153,7 +161,7 @@ def mlp(inputs: int, hidden: int, outputs: int, activation: type[nn.Module]) -> 
 
 
 class Embedding(nn.Linear):
-    """Of each pixel's 1 - column, column, row, 1 - row, each from 0 to `gain`."""
+    """A linear map of 1 - x, x, y, 1 - y at each pixel: x its column, y its row, 0 to `gain`."""
 
     def __init__(self, size: int, height: int, width: int, gain: float = 1.0):
         super().__init__(4, size)
@@ -187,7 +195,7 @@ class BroadcastDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
         # The first layer sees z plus the embedding at every pixel, an image that is never built:
-        first = self.first  # it is linear, and its response to the embedding is that of every z
+        first = self.first  # it is linear; the response to the embedding is the same for every z
         response = first.layout(first(self.embedding()[None]))[0]  # (O, H, W)
         x = kernels.broadcast_conv(z, first.weight, response, first.padding[0])
         x = self.activation(x, inplace=True)
@@ -218,7 +226,7 @@ class Encoder(nn.Module):
 
 
 class DualGRU(nn.Module):
-    """One GRU for the means and one for the raw scales, both with the same input."""
+    """One GRU for the means and one for the raw variances, both with the same input."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -237,8 +245,8 @@ class SlotAttention(nn.Module):
         size, self.config = config.latent_size, config
         self.norm = nn.LayerNorm(size)
         self.queries = nn.Linear(size, size, bias=False)
-        # The ablation, as in the released code: gates of one GRU mix means and raw scales.
-        self.input = nn.Identity() if config.dual_gru else nn.Linear(size, 2 * size)
+        # The ablation, as in the released code: gates of one GRU mix means and raw variances.
+        self.input = nn.Identity() if config.dual_gru else nn.Linear(size, 2 * size)  # theta
         self.gru = DualGRU(size) if config.dual_gru else nn.GRUCell(2 * size, 2 * size)
         self.loc, self.raw = (nn.Sequential(
             nn.LayerNorm(size), mlp(size, 2 * size, size, nn.ReLU)) for _ in range(2))
@@ -251,36 +259,40 @@ class SlotAttention(nn.Module):
         number = weights.sum(2, keepdim=True)  # of a slot's pixels, (B, K, 1)
         if self.config.normalise == "sum":  # of a slot's pixels on average: an empty one gets 0
             number = keys.shape[1] / self.config.num_slots
-        theta = self.input(weights / number @ values)  # what a slot has found, (B, K, D)
-        lam = self.gru(theta.flatten(0, 1), lam.flatten(0, 1)).unflatten(0, z.shape[:2])
-        loc, raw = lam.chunk(2, -1)
+        theta = self.input(weights / number @ values)  # what a slot has found, (B, K, D or 2D)
+        hidden = self.gru(theta.flatten(0, 1), lam.flatten(0, 1)).unflatten(0, z.shape[:2])
+        loc, raw = hidden.chunk(2, -1)
         return torch.cat([loc + self.loc(loc), raw + self.raw(raw)], -1), attention
 
 
 class RefinementNetwork(nn.Module):
-    """f of (d): from lambda and the gradient of the loss with respect to it, to lambda's update."""
+    """f of (d): from lambda and the gradient of the loss with respect to it, to lambda's update.
+
+    f is recurrent: its state goes from step to step.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
         size = config.latent_size
         self.mlp = mlp(4 * size, config.hidden_size, size, nn.ELU)
+        # Released code: a layer each for means and raw variances, so larger initial values.
         self.gru, self.head = nn.GRUCell(size, size), nn.Linear(size, 2 * size)
 
     def forward(self, lam: Tensor, gradient: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """lambda, gradient (B, K, 2D), GRU's state (N, D) -> update (B, K, 2D), state (N, D)."""
-        parts = gradient.unflatten(-1, (2, -1))  # means and raw scales apart, (B, K, 2, D)
-        # Paper: LayerNorm with gains. Released code, and here: without; so 666K weights (CLEVR6).
+        parts = gradient.unflatten(-1, (2, -1))  # means and raw variances apart, (B, K, 2, D)
+        # Paper: LayerNorm with gains. Released code, and here: without.
         normed = F.layer_norm(parts, parts.shape[-1:]).flatten(-2)  # (B, K, 2D)
         x = self.mlp(torch.cat([lam, normed], -1)).flatten(0, 1)  # (N, D)
         state = self.gru(x, state)
-        # Paper: softplus of the raw scales' update, which only widens q. Released code, here: none.
+        # Paper: softplus of the raw variances' update, which only widens q. Released code: none.
         return self.head(state).unflatten(0, lam.shape[:2]), state
 
 
 def normal(lam: Tensor) -> Normal:
-    """lambda (..., 2D), means and raw scales, as N (..., D); softplus makes the variance."""
+    """lambda (..., 2D) as N (..., D): means, and variances softplus(raw) + 1e-5."""
     loc, raw = lam.chunk(2, -1)
-    return Normal(loc, (F.softplus(raw) + 1e-5).sqrt(), validate_args=False)  # 1e-5: never 0
+    return Normal(loc, (F.softplus(raw) + 1e-5).sqrt(), validate_args=False)
 
 
 def sample(lam: Tensor, noise: Tensor) -> Tensor:
@@ -290,7 +302,7 @@ def sample(lam: Tensor, noise: Tensor) -> Tensor:
 
 
 def log_normal(x: Tensor, mean: Tensor, sigma: float) -> Tensor:
-    """log N(x; mean, sigma^2) of every value, nats."""
+    """log N(x; mean, sigma^2) of every value, nats. Released code: without 2 pi, also in GECO."""
     return -((x - mean) / sigma).square() / 2 - math.log(sigma * math.sqrt(2 * math.pi))
 
 
@@ -298,15 +310,16 @@ class GECO(nn.Module):
     """The weight of the NLL: minimise the KL subject to NLL <= target (Rezende & Viola 2018).
 
         constraint = moving average of target - NLL;   zeta <- max(.55, zeta - rate constraint)
-        loss = KL + multiplier NLL,   multiplier = softplus(zeta) >= 1, or 1 before `start`
+        loss = KL + multiplier NLL,   multiplier = softplus(zeta) >= 1.005, or 1 before `start`
     """
 
-    start, rate = 1000, 1e-6  # the paper's: training steps before it; of the updates of zeta
+    start, rate = 1000, 1e-6  # the released code's: training steps; zeta's step size
 
     def __init__(self, config: Config, num_values: int):  # C H W
         super().__init__()
         self.config, self.target = config, num_values * config.geco_target
-        for name, value in dict(constraint=math.inf, zeta=0.55, multiplier=1.0).items():
+        initial = dict(constraint=math.inf, zeta=0.55, multiplier=1.0)  # inf: no average yet
+        for name, value in initial.items():
             self.register_buffer(name, torch.tensor(value))
 
     @torch.no_grad()
@@ -341,11 +354,12 @@ class EfficientMORL(nn.Module):
         self.decoder = BroadcastDecoder(config, channels, height, width)
         self.encoder = Encoder(config, channels, height, width)
         self.layer = SlotAttention(config)
-        self.prior = mlp(latent, config.hidden_size, 2 * latent, nn.ELU)
+        self.prior = mlp(latent, config.hidden_size, 2 * latent, nn.ELU)  # to a lambda
         self.refinement = RefinementNetwork(config)
         self.flat = nn.Linear(latent, channels + 1) if config.flat_half_life else None
         self.register_buffer("shading", torch.tensor(1.0))
-        self.initial = nn.Parameter(torch.tensor([0.0, 1.0]).repeat_interleave(latent))  # lambda^0
+        # lambda^0 (2D,): mean 0, raw variance 1
+        self.initial = nn.Parameter(torch.tensor([0.0, 1.0]).repeat_interleave(latent))
         self.geco = GECO(config, channels * height * width)
         # As the released code: PyTorch's for the encoder's embedding and the refinement's GRU.
         for module in self.modules():
@@ -354,7 +368,7 @@ class EfficientMORL(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         self.encoder.embedding.reset_parameters()
-        if config.flat_half_life:  # colours near black, without shading
+        if config.flat_half_life:  # small colours, without shading
             nn.init.normal_(self.flat.weight, std=0.3 * latent**-0.5)
             nn.init.zeros_(self.decoder.last.weight[:-1])
         if config.gru_std and config.dual_gru:
@@ -362,8 +376,8 @@ class EfficientMORL(nn.Module):
                 nn.init.normal_(parameter, std=config.gru_std)
 
     def noise(self, scenes: data.Scenes, index: Tensor, num_steps: int) -> Tensor:
-        """(B, 2L + I, K, D) standard normal, a function of seed, split and scene: L - 1 samples for
-        the priors' conditions, then one for z^0 and each layer, then one for each step."""
+        """(B, 2L + I, K, D) standard normal, a function of seed, split and scene. On axis 1: 0 to
+        L - 2 the priors' conditions; L - 1 to 2L - 1 z^0, z^1 .. z^L; from 2L on the steps."""
         c = self.config
         key = draws.make_key("efficient_morl noise", scenes.split, c.seed)
         return draws.normal(key, index, (2 * c.num_layers + num_steps, c.num_slots, c.latent_size))
@@ -376,28 +390,28 @@ class EfficientMORL(nn.Module):
         keys, values = self.encoder(image)
         lam = self.initial.expand(*first.shape[:2], -1)  # lambda^0 (B, K, 2D)
         z = sample(lam, first)  # z^0
-        posteriors, samples, attention = [], [], []
+        posteriors, samples, attentions = [], [], []
         for epsilon in others:
-            lam, shares = kernels.full_precision(self.layer, keys, values, z, lam)
+            lam, attention = kernels.full_precision(self.layer, keys, values, z, lam)
             z = sample(lam, epsilon)
             posteriors.append(lam)
             samples.append(z)
-            attention.append(shares.unflatten(-1, image.shape[-2:]))
-        return posteriors, samples, attention
+            attentions.append(attention.unflatten(-1, image.shape[-2:]))
+        return posteriors, samples, attentions
 
     def decode(self, z: Tensor) -> Tensor:
         """p(x|z), every slot alone: z (B, K, D) -> means and mask logits (B, K, C+1, H, W).
 
-        With flat_half_life, a slot's colour is linear in z (as is a part of its mask logit), and
-        the decoder changes it by at most `shading`. As that falls, black and an object's colour no
-        longer fit into one slot.
+        Free means let a slot draw its object on black, and its mask need not know the shape. With
+        flat_half_life, a slot has one colour, linear in z (as is a part of its mask logit), which
+        the decoder changes by at most `shading`; as that falls, only masks can draw shapes.
         """
         decoded = self.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
         means, mask_logits = decoded[:, :, :-1], decoded[:, :, -1:]
         if self.flat is None:
             return torch.cat([means.sigmoid(), mask_logits], 2)
-        means = self.shading * (means / (4 * self.shading)).tanh()
-        flat = kernels.full_precision(self.flat, z)[..., None, None]
+        means = self.shading * (means / (4 * self.shading)).tanh()  # slope 1/4 at 0, as a sigmoid
+        flat = kernels.full_precision(self.flat, z)[..., None, None]  # (B, K, C+1, 1, 1)
         return torch.cat([means, mask_logits], 2) + flat
 
     def nll(self, image: Tensor, decoded: Tensor) -> Tensor:
@@ -414,22 +428,24 @@ class EfficientMORL(nn.Module):
         else:
             densities = log_normal(image[:, None], decoded[:, :, :-1], sigma).sum(2)  # (B, K, H, W)
             log_likelihood = (decoded[:, :, -1].log_softmax(1) + densities).logsumexp(1)
-        return -reduce(log_likelihood, "b h w -> b", "sum")
+        return -reduce(log_likelihood, "b h w -> b", "sum")  # log_likelihood (B, H, W)
 
     def hierarchy_kl(self, posteriors: list[Tensor], samples: list[Tensor],
                      noise: Tensor) -> tuple[Tensor, Normal]:
         """KL of all layers, nats (B,), and the prior (B, K, D) of the refined q.
 
-        reversed: (b), each z^(l+1) a fresh sample, from noise (B, L-1, K, D). bottom_up: p(z^1) =
-        N(0, 1), p(z^l | z^(l-1)). Both: the refined q has the prior N(0, 1). reversed++: as
-        reversed, but the refined q has p(z^1 | z^2). All p(.|.) are one network.
+        reversed: (b), each z^(l+1) a fresh sample of its q, as in the released code, from noise
+        (B, L-1, K, D). bottom_up: p(z^1) = N(0, 1), p(z^l | z^(l-1)). Both: the refined q has the
+        prior N(0, 1). reversed++: as reversed, but the refined q has p(z^1 | z^2). All p(.|.) are
+        one network.
         """
         standard = Normal(torch.zeros_like(samples[0]), 1.0, validate_args=False)
         bottom_up = self.config.prior == "bottom_up"
         given = samples[:-1] if bottom_up else map(sample, posteriors[1:], noise.unbind(1))
         priors = [normal(kernels.full_precision(self.prior, z)) for z in given]  # of L - 1 layers
         priors = [standard, *priors] if bottom_up else [*priors, standard]
-        kl = sum(map(kl_divergence, map(normal, posteriors), priors))  # (B, K, D)
+        pairs = zip(posteriors, priors, strict=True)
+        kl = sum(kl_divergence(normal(q), prior) for q, prior in pairs)  # (B, K, D)
         refined = priors[0] if self.config.prior == "reversed++" else standard
         return reduce(kl, "b k d -> b", "sum"), refined
 
@@ -506,7 +522,7 @@ def evaluate(model: EfficientMORL, scenes: data.Scenes, count: int = 320) -> dic
         batch = scenes.scenes(index)
         noise = model.noise(scenes, index, num_steps)
         steps = model.infer(batch.image, noise, all_layers=True)
-        for i, (result, step) in enumerate(zip(results, steps, strict=True), 1):
+        for stage, (result, step) in enumerate(zip(results, steps, strict=True), 1):
             mean, masks, _ = reconstruct(step.decoded.nan_to_num())
             # More steps than in training can diverge: such a scene has no score.
             finite = step.decoded.isfinite().flatten(1).all(1).cpu()
@@ -516,13 +532,13 @@ def evaluate(model: EfficientMORL, scenes: data.Scenes, count: int = 320) -> dic
                                ari=metrics.ari(batch.masks, masks, foreground=False),
                                miou=metrics.miou(batch.masks, batch.present, masks))
             if step.nll is not None:
-                kl = "kl_hierarchy" if i == layers else "kl"
+                kl = "kl_hierarchy" if stage == layers else "kl"
                 values |= {"elbo": -step.nll - step.kl, "nll": step.nll, kl: step.kl}
             for name, value in values.items():
                 result.setdefault(name, []).append(value.cpu().double().where(finite, math.nan))
     scores = [{n: metrics.mean_stderr(torch.cat(v)) for n, v in r.items()} for r in results]
-    settings = [dict(layer=min(i, layers), num_steps=max(i - layers, 0), metrics=m)
-                for i, m in enumerate(scores, 1)]
+    settings = [dict(layer=min(stage, layers), num_steps=max(stage - layers, 0), metrics=score)
+                for stage, score in enumerate(scores, 1)]
     return dict(metrics=settings[layers - 1 + trained]["metrics"], settings=settings)
 
 
@@ -555,7 +571,7 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def check(config: Config) -> None:
-    """UserError, in one line, where the options cannot be."""
+    """UserError, in one line, for options that cannot work."""
     runs.check(config)
     runs.at_least(config, 1, "num_slots", "latent_size", "num_layers", "lr_half_life",
                   "encoder_channels", "encoder_kernel", "decoder_channels", "hidden_size")
@@ -600,9 +616,10 @@ def train(config: Config) -> dict[str, Any]:
                      kernels=kernels.describe(device), compiled=(model.encoder, model.decoder))
     for step, index in run.steps():
         batch = scenes.scenes(index)
-        later = step - config.curriculum_step  # steps since it, negative before
-        num_steps = config.num_steps if later < 0 else config.num_steps_final
-        model.shading.fill_(0.5 ** (max(0, later) / (config.flat_half_life or math.inf)))
+        since = step - config.curriculum_step  # negative before it
+        num_steps = config.num_steps if since < 0 else config.num_steps_final
+        halvings = max(0, since) / (config.flat_half_life or math.inf)
+        model.shading.fill_(0.5 ** min(halvings, 100))  # never 0: `decode` divides by it
         parts = run.update(model.loss, batch.image, model.noise(scenes, index, num_steps),
                            lr=learning_rate(config, step), clip=config.clip)
         if parts["grad_norm"].isfinite():

@@ -25,15 +25,18 @@ EfficientMORL's layer is one iteration made stochastic.
         A_ki = softmax_k(Wq LN(s_k) . Wk LN(h_i) / sqrt(D))        slots compete for every pixel
         u_k = sum_i A_ki Wv LN(h_i) / sum_i A_ki                   what slot k has found: a mean
         s_k = GRU(u_k, s_k);   s_k = s_k + MLP(LN(s_k))            the same weights every time
-    mu_k, a_k = decoder(s_k);   m = softmax_k(a);   minimise (x - sum_k m_k mu_k)^2, a mean
+    mu_k, a_k = decoder(s_k);   m = softmax_k(a);   minimise mean (x - sum_k m_k mu_k)^2
+
+x and mu are in [-1, 1]. `quick` adds the weighted entropy of the masks m.
 
     python slot_attention.py                                 the quick preset, two CPU cores
     python slot_attention.py --slots mlp                     the baseline Slot MLP: ordered slots
     python slot_attention.py --preset tetrominoes --minutes 60       no result here yet
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
-runs/slot_attention-<preset>-<seed>/. Measured (five seeds): ARI-FG 0.952 (0.937 to 0.970), mIoU
-0.961. Config's defaults are the released code's, in two ports' sizes for Tetrominoes:
+runs/slot_attention-<preset>-<seed>/. `quick` (five seeds): ARI-FG 0.952 (0.937 to 0.970), mIoU
+0.961. Config's defaults are the released code's; sizes for Tetrominoes, which it lacks, are two
+ports' (addtt/object-centric-library, adityabingi/Slot-Attention):
 
     field                              default          quick           why
     dataset, num_slots                 tetrominoes, 4   mini_sprites_16_shaded, 6
@@ -44,7 +47,7 @@ runs/slot_attention-<preset>-<seed>/. Measured (five seeds): ARI-FG 0.952 (0.937
     decoder_kernel, coordinate_gain    5, 1             1, 15           less work; unit: a pixel
     test_iterations                    3                4               mIoU rises by 0.01
     batch_size, clip                   64, none         16, 1           less work; no large step
-    lr, lr_warmup, lr_half_life, steps 4e-4 1e4 1e5 5e5 2e-3 300 2500 10500     minutes
+    lr, lr_warmup, lr_half_life, steps 4e-4 1e4 1e5 5e5 2e-3 300 2500 10500     minutes, not days
 """
 
 import math
@@ -78,9 +81,9 @@ class Config(runs.RunConfig):
     num_iterations: int = 3  # T in training
     test_iterations: int = 3  # T in tests
     normalise: Literal["mean", "sum"] = "mean"  # sum: a slot sees how many pixels it has
-    implicit: bool = False  # gradient of the last iteration alone, none of the initial slots
+    implicit: bool = False  # gradient of the last iteration alone; loc, log_scale are not trained
     encoder_channels: tuple[int, ...] = (32, 32, 32, 32)  # of the convolutions
-    encoder_kernel: int = 5  # pixels
+    encoder_kernel: int = 5  # pixels, odd
     decoder_channels: tuple[int, ...] = (32, 32, 32)  # of the hidden layers
     decoder_kernel: int = 5  # pixels, odd; of the last layer: at most 3
     coordinate_gain: float = 1.0  # the decoder's coordinates run from 0 to this
@@ -123,7 +126,7 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 class Embedding(nn.Linear):
-    """Of every pixel's position, from 1 - column, column, row, 1 - row, each from 0 to `gain`."""
+    """A linear map of 1 - x, x, y, 1 - y at each pixel: x its column, y its row, 0 to `gain`."""
 
     def __init__(self, size: int, height: int, width: int, gain: float = 1.0):
         super().__init__(4, size)
@@ -159,7 +162,7 @@ class SlotAttention(nn.Module):
         super().__init__()
         size, inputs = config.latent_size, config.encoder_channels[-1]
         self.config = config
-        # Of the initial slots' distribution, the same for all. A row: Xavier needs a matrix.
+        # Mean and log std of the initial slots, the same for all. (1, D): Xavier needs a matrix.
         self.loc, self.log_scale = (nn.Parameter(torch.empty(1, size)) for _ in range(2))
         self.norm_inputs, self.norm_slots = LayerNorm(inputs), LayerNorm(size)
         # Paper: silent. Released code, and here: no biases.
@@ -188,7 +191,8 @@ class SlotAttention(nn.Module):
         slots, results = self.loc + self.log_scale.exp() * noise, []
         for t in range(1, num_iterations + 1):
             if self.config.implicit and t == num_iterations:
-                slots = slots.detach()  # Chang et al. 2022: at a fixed point, (I - J)^-1 taken as I
+                # Chang et al. 2022: at a fixed point, (1 - J)^-1 taken as 1; J: its Jacobian.
+                slots = slots.detach()
             slots, attention = self.iterate(keys, values, slots)
             results.append((slots, attention))
         return results
@@ -200,10 +204,10 @@ class SlotMLP(nn.Module):
     def __init__(self, config: Config, height: int, width: int):
         super().__init__()
         self.shape, self.sizes = (height, width), (config.num_slots, config.latent_size)
-        # Paper: features "resized and flattened". Here: means, at most 16 x 16; our hidden size.
+        # Paper: features "resized and flattened". Here: averaged to at most 16 x 16.
         self.size = min(height, 16), min(width, 16)
         inputs = config.encoder_channels[-1] * math.prod(self.size)
-        self.mlp = mlp(inputs, 8 * config.latent_size, math.prod(self.sizes))
+        self.mlp = mlp(inputs, 8 * config.latent_size, math.prod(self.sizes))  # 8: ours
 
     def forward(self, features: Tensor, noise: Tensor, num_iterations: int) -> list[tuple]:
         """As SlotAttention, but the same after every iteration, whatever the noise."""
@@ -247,7 +251,7 @@ class SlotAutoencoder(nn.Module):
         self.decoder = BroadcastDecoder(config, channels, height, width)
         self.flat = nn.Linear(config.latent_size, channels + 1) if config.flat_colors else None
         self.register_buffer("entropy_weight", torch.tensor(0.0))
-        # Paper: silent. Released code, and here: Keras's initial values, but flat colours are grey.
+        # Paper: silent. Released code, and here: Keras's initial values; flat colours are smaller.
         for name, parameter in self.named_parameters():
             if name.endswith("weight_hh"):
                 nn.init.orthogonal_(parameter)
@@ -262,14 +266,14 @@ class SlotAutoencoder(nn.Module):
         return draws.normal(key, index, (self.config.num_slots, self.config.latent_size))
 
     def encode(self, image: Tensor, noise: Tensor, num_iterations: int) -> list[tuple]:
-        """Slots (B, K, D) and attention (B, K, P) after each of T iterations; noise for any K."""
+        """Slots (B, K, D) and attention (B, K, P) after each of T iterations; noise gives K."""
         return kernels.full_precision(self.slots, self.encoder(image), noise, num_iterations)
 
     def decode(self, slots: Tensor) -> Tensor:
         """Every slot alone: (B, K, D) -> means and mask logits (B, K, C+1, H, W).
 
         With flat_colors, a linear map of the slot is its colour and a logit, the same everywhere;
-        the decoder only adds to the logit, times 4, so that masks alone draw shapes.
+        the decoder's own means are not used, and its logit, times 4, is added: a faster mask.
         """
         decoded = self.decoder(slots.flatten(0, 1)).unflatten(0, slots.shape[:2])
         means, mask_logits = decoded[:, :, :-1], decoded[:, :, -1:]
@@ -355,7 +359,9 @@ def check(config: Config) -> None:
                   "encoder_channels", "encoder_kernel", "decoder_channels", "decoder_kernel",
                   "entropy_steps", "lr_half_life")
     runs.at_least(config, 0, "mask_entropy", "lr_warmup", "clip")
-    runs.require(config.decoder_kernel % 2, "--decoder-kernel must be odd")
+    runs.positive(config, "coordinate_gain")
+    for name in ("encoder", "decoder"):
+        runs.require(getattr(config, f"{name}_kernel") % 2, f"--{name}-kernel must be odd")
     try:
         data.images(config.dataset)
         kernels.use(config.kernels)
@@ -392,9 +398,10 @@ def train(config: Config) -> dict[str, Any]:
         parts = run.update(model.loss, batch.image, model.noise(scenes, index),
                            lr=learning_rate(config, step), clip=config.clip or math.inf)
         if run.due(step):
-            _, masks, _ = reconstruct(parts["decoded"].nan_to_num())  # `ari` refuses NaN
-            known = batch.masks is not None
-            scores = dict(ari_fg=metrics.ari(batch.masks, masks).nanmean()) if known else {}
+            scores = {}
+            if batch.masks is not None:
+                _, masks, _ = reconstruct(parts["decoded"].nan_to_num())  # `ari` refuses NaN
+                scores["ari_fg"] = metrics.ari(batch.masks, masks).nanmean()
             run.log(parts, **scores)
     test = data.make(config.dataset, "test", config.seed, device)
     return run.finish(test, evaluate, draw, show=("ari_fg", "miou", "mse"),

@@ -515,6 +515,12 @@ def check_curriculum(module: ModuleType = efficient_morl) -> None:
     assert shading == 0.25, f"shading is off: {shading}"
 
 
+def test_shading_that_has_halved_too_often_stays_above_zero(tmp_path):
+    efficient_morl.train(tiny(tmp_path, steps=1, flat_half_life=1, curriculum_step=-200))
+    (record,) = runs.read_log(tmp_path)
+    assert math.isfinite(record["grad_norm"])
+
+
 # -- evaluation ------------------------------------------------------------------------------------
 
 TINY = dict(
@@ -616,8 +622,8 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
         "eager", "theta.flatten(0, 1), lam.flatten(0, 1))",
         "theta.flatten(0, 1), 0 * lam.flatten(0, 1))"),
     "no residual": ("eager", "loc + self.loc(loc)", "self.loc(loc)"),
-    "raw scales from means": ("eager", "raw + self.raw(raw)", "raw + self.raw(loc)"),
-    "GRU of the raw scales with the means' state": (
+    "raw variances from means": ("eager", "raw + self.raw(raw)", "raw + self.raw(loc)"),
+    "GRU of the raw variances with the means' state": (
         "eager", "self.raw(x, raw)]", "self.raw(x, loc)]"),
     "no linear layer before the single GRU": (
         "one GRU", "self.input(weights / number @ values)",
@@ -669,11 +675,10 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "no average": ("geco", "self.constraint.lerp(now, 0.01)", "now"),
     "starts at once": ("geco", " and step > self.start", ""),
     "zeta without softplus": ("geco", "copy_(F.softplus(self.zeta))", "copy_(self.zeta)"),
-    "curriculum a step late": ("curriculum", "later < 0 else",
-                               "later <= 0 else"),
+    "curriculum a step late": ("curriculum", "since < 0 else", "since <= 0 else"),
     "halving overlaps the warm-up": ("schedules", "max(0, step - config.lr_warmup)", "step"),
-    "shading falls twice as fast": ("curriculum", "(0.5 ** (max(", "(0.25 ** (max("),
-    "shading falls from the start": ("curriculum", "max(0, later)", "step"),
+    "shading falls twice as fast": ("curriculum", "0.5 ** min(h", "0.25 ** min(h"),
+    "shading falls from the start": ("curriculum", "max(0, since)", "step"),
     "no warm-up": ("schedules", "config.lr * warmup", "config.lr"),
 }  # fmt: skip
 mutated = functools.partial(mutants.mutated, efficient_morl)
