@@ -31,7 +31,7 @@ are the same for all n >= i: N steps, run once, give the likelihood of every n, 
 is a sum of N + 1 terms (`--estimator enumerate`). Estimators that draw n are here for comparison.
 
     python air.py                                            the quick preset, two CPU cores
-    python air.py --estimator vimco                          any of ESTIMATORS; 20 minutes
+    python air.py --estimator vimco                          any of ESTIMATORS; vimco: 20 minutes
     python air.py --dataset multi_mnist_grid --background    eq. 11, 12
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
@@ -47,7 +47,7 @@ layer of the encoder (Pyro: none), 1 added to the LSTM's forget gates (Pyro: 0),
     field                     default    quick
     lr, lr_final, lr_horizon  1e-4       1e-3, falling to 3e-4 over 3,500 steps
     prior_ratio               0.01       1e-9: one more object costs 21 nats at first
-    prior_ratio_final         0.01       1e-3 (notes, section 2: it falls; as good, seed 0) ...
+    prior_ratio_final         0.01       1e-3 (in the notes, section 2, it falls) ...
     prior_hold, _horizon      none       ... from step 500 over 1,500 steps (prior_horizon)
     exploration, _horizon     none       0.3, falling to 0 over 3,000 steps (exploration_horizon)
 """
