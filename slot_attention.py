@@ -11,7 +11,7 @@
 #     "scipy>=1.13",
 #     "scikit-learn>=1.5",
 #     "mlxtend>=0.23",
-#     "filelock>=3.12",
+#     "filelock>=3.14",
 #     "pillow>=10.0",
 # ]
 # ///

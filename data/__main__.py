@@ -9,7 +9,7 @@ import tyro
 from tyro.conf import Positional
 
 import data
-from data import figures
+from data import figures, runs
 
 
 def main(
@@ -31,7 +31,7 @@ def main(
     if not dataset:
         return list_datasets()
     scenes = data.make(dataset, split, seed)
-    image, masks, _, factors, _ = scenes.batch(0, count)
+    image, masks, _, factors, _ = scenes.batch(0, -(-count // scenes.length))
     if scenes.length > 1:
         image, masks = (value.flatten(0, 1)[:count] for value in (image, masks))
     path = Path(out or f"{Path(dataset).name}-{split}.png")
@@ -55,6 +55,6 @@ def list_datasets() -> None:
 if __name__ == "__main__":
     try:
         tyro.cli(main, prog="python -m data")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, runs.UserError) as error:
         print(f"data: {error}", file=sys.stderr)
         sys.exit(2)

@@ -66,7 +66,8 @@ class FromDisk(Scenes):
         stem, _, suffix = name.rpartition("@")
         size = int(suffix) if suffix.isdecimal() and not Path(name).exists() else 0
         path = Path(stem if size else name)
-        self.arrays = open_source(path.absolute(), size, path.stat().st_mtime_ns)
+        changed = max(p.stat().st_mtime_ns for p in (path, *path.glob("*")))
+        self.arrays = open_source(path.absolute(), size, changed)
         count, *shape = self.arrays["image"].shape
         self.num_channels, self.height, self.width = shape
         if count < 3:
@@ -104,7 +105,7 @@ def permutation(key: int, count: int) -> Tensor:
 
 @lru_cache(maxsize=8)  # the splits of a file share the work
 def open_source(path: Path, size: int, changed: int) -> Arrays:
-    """All scenes of a file or folder; `changed`: when it was, in nanoseconds."""
+    """All scenes of a file or folder; `changed`: when it (or a file in it) was, nanoseconds."""
     try:
         if path.is_dir():
             scenes = read_pictures(path)
@@ -135,7 +136,10 @@ def keep(scenes: Iterator[Arrays], path: Path, size: int, changed: int) -> Array
                 for scene in tqdm(chain([first], scenes), unit=" scenes", disable=None):
                     if scene["image"].shape != first["image"].shape:
                         raise ValueError(f"images of several sizes; {path.name}@64 resizes them")
-                    file.write(np.array(tuple(scene.values()), layout).tobytes())
+                    if scene.keys() != first.keys():
+                        raise ValueError("not all scenes have the same factors")
+                    values = tuple(scene[name] for name in layout.names)  # in any order in files
+                    file.write(np.array(values, layout).tobytes())
             os.utime(growing, ns=(changed, changed))
             growing.replace(kept)
         finally:
@@ -169,6 +173,8 @@ def read_pictures(folder: Path) -> Iterator[Arrays]:
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in (".png", ".jpg", ".jpeg"):
             with Image.open(file) as picture:
+                if picture.mode[0] in "IF":
+                    raise ValueError(f"{file.name}: more than 8 bits a channel")
                 yield dict(image=np.asarray(picture.convert("RGB")).transpose(2, 0, 1))
 
 
@@ -184,10 +190,11 @@ def read_arrays(path: Path) -> Arrays:
     image = image[..., None] if image.ndim == 3 else image
     image = np.moveaxis(image, -1, 1) if image.ndim == 4 and image.shape[3] in (1, 3) else image
     if image.ndim != 4 or image.shape[1] not in (1, 3) or not (
-        kind == np.uint8 or (kind.kind == "f" and ((image >= 0) & (image <= 1)).all())
+        image[:100].max(initial=0) != 1 if kind == np.uint8 else
+        kind.kind == "f" and image.min(initial=0) >= 0 and image.max(initial=0) <= 1
     ):
-        raise ValueError(f"image must be (N, H, W, 1 or 3) or (N, 1 or 3, H, W), of uint8 or of "
-                         f"floats in [0, 1], not {shape} of {kind}")  # fmt: skip
+        raise ValueError(f"image must be (N, H, W, 1 or 3) or (N, 1 or 3, H, W), of uint8 in 0 to "
+                         f"255 or of floats in [0, 1], not {shape} of {kind}")  # fmt: skip
     if masks is None:
         return {"image": image}
     if masks.shape[0] != shape[0] or masks.shape[-2:] != image.shape[2:]:
@@ -237,6 +244,8 @@ def parse_example(payload: bytes) -> Arrays:
         for _, entry in fields(entries):
             pair = dict(fields(entry))  # 1: the name, 2: the feature
             for kind, values in fields(pair[2]):  # one list: 1 of strings, 2 of floats
+                if kind == 3:
+                    raise ValueError(f"{pair[1].decode()}: whole numbers, which no known file has")
                 if kind == 1:  # each is 10, its length 1, the byte
                     array = np.frombuffer(values, np.uint8)[2::3]
                 else:

@@ -111,9 +111,10 @@ def identity_swaps(true: Values, present: Values, boxes: Values, identities: Val
     """Whether an object's box has another identity than its last box had: (B, T, E) float64, 1 or
     0; NaN where the object has no box.
 
-    A box stays with the object that had its identity before while their IoU is `least_iou` or more;
-    the others are matched one to one for the largest sum of IoU (CLEAR MOT's way). true (B, T, E,
-    4), boxes (B, T, K, 4) as in `box_iou`; present (B, T, E) bool; identities (B, T, K), 0: no box.
+    A box stays with the object that had its identity before while their IoU is `least_iou` or more
+    (CLEAR MOT's way); the others are matched one to one for the largest sum of IoU, however small
+    it is. true (B, T, E, 4), boxes (B, T, K, 4) as in `box_iou`; present (B, T, E) bool; identities
+    (B, T, K), 0: no box.
     """
     true, present, boxes, identities = map(_cpu, (true, present, boxes, identities))
     flat = (v.flatten(0, 1) for v in (true, present, boxes, identities > 0))

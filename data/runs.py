@@ -186,8 +186,9 @@ def set_up(config: RunConfig) -> torch.device:
         # Keep freed memory: by default every large tensor is new pages, at a page fault each
         # (glibc: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD).
         with contextlib.suppress(OSError, AttributeError):
-            for parameter in (-3, -1, -2):
-                ctypes.CDLL(None).mallopt(parameter, 1 << 28)
+            for size in (1 << 25, 1 << 28):  # the larger is refused where it is too large
+                for parameter in (-3, -1, -2):
+                    ctypes.CDLL(None).mallopt(parameter, size)
     if processes.world_size() > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -270,6 +271,8 @@ class Run:
                     saved = now
             stopped = processes.any_process(bool(raised), self.device)
         self.save()
+        if dist.is_initialized():  # a process that ends within a group may abort
+            dist.destroy_process_group()
         if stopped:
             raise KeyboardInterrupt(f"stopped after step {self.step}; "
                                     f"continue with --resume {shlex.quote(str(self.folder))}")
@@ -291,7 +294,7 @@ class Run:
         processes.average(gradients + [value for value in parts.values() if value.ndim == 0])
         parts["grad_norm"] = nn.utils.clip_grad_norm_(groups[0]["params"], clip)
         groups[0]["lr"] = lr
-        if parts["grad_norm"].isfinite():
+        if nn.utils.get_total_norm(gradients).isfinite():  # of all groups
             self.optimizer.step()
             self.nonfinite_streak = 0
         else:
@@ -316,9 +319,12 @@ class Run:
             inputs = [t.clone() for t in tensors]
             side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
             side.wait_stream(torch.cuda.current_stream())
+            buffers = [(own, own.clone()) for own in self.model.buffers()]
             with torch.cuda.stream(side):  # lazy initialisations must not be captured
                 for _ in range(3):
                     self.forward_backward(loss, *inputs)
+                for own, value in buffers:  # a loss may count its calls in them
+                    own.copy_(value)
             torch.cuda.current_stream().wait_stream(side)
             with torch.cuda.graph(graph):
                 parts = self.forward_backward(loss, *inputs)
@@ -382,11 +388,7 @@ class Run:
         if processes.rank() > 0:
             return {}
         print("evaluating test scenes, drawing figures", flush=True)
-        threads = torch.get_num_threads()
-        if scenes.height * scenes.width <= 32**2:  # on a busy machine threads mostly wait
-            torch.set_num_threads(1)
         results = evaluate(self.model, scenes)
-        torch.set_num_threads(threads)
         evaluation = dict(
             model=self.name, preset=self.config.preset, command=self.command,
             seed=self.config.seed, device=processes.describe(self.device),

@@ -28,27 +28,11 @@ from torch import Tensor
 from data import Batch, Scenes, draws, make_batch
 from data.mini_sprites import COLORS, stamp
 
-PIECES = {  # number: rows from top to bottom
-    1: "####",
-    2: "#/#/#/#",
-    3: "###/#..",
-    4: "#../###",
-    5: "..#/###",
-    6: "###/..#",
-    7: "##/.#/.#",
-    8: ".#/.#/##",
-    9: "##/#./#.",
-    10: "#./#./##",
-    11: "##./.##",
-    12: ".##/##.",
-    13: ".#/##/#.",
-    14: "#./##/.#",
-    15: ".#./###",
-    16: "###/.#.",
-    17: ".#/##/.#",
-    18: "#./##/#.",
-    19: "##/##",
-}
+PIECES = dict(enumerate((  # number: rows from top to bottom
+    "####", "#/#/#/#", "###/#..", "#../###", "..#/###", "###/..#", "##/.#/.#", ".#/.#/##",
+    "##/#./#.", "#./#./##", "##./.##", ".##/##.", ".#/##/#.", "#./##/.#", ".#./###", "###/.#.",
+    ".#/##/.#", "#./##/#.", "##/##",
+), 1))  # fmt: skip
 CELLS = [
     [(i, j) for i, line in enumerate(piece.split("/")) for j, c in enumerate(line) if c == "#"]
     for piece in PIECES.values()

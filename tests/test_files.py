@@ -127,6 +127,15 @@ def test_factors_are_those_of_the_file(tmp_path):
             assert values[batch.present][1:].numpy() == pytest.approx(expected[1:]), name
 
 
+def test_features_of_a_record_come_in_any_order(tmp_path):
+    plain, mixed = (features("tetrominoes", number) for number in (0, 1))
+    content = [plain, dict(reversed(mixed.items())), plain]
+    (tmp_path / "file").write_bytes(b"".join(record(example(f)) for f in content))
+    scenes = data.make(str(tmp_path / "file"))
+    for name in ("x", "y", "visibility"):
+        assert (scenes.arrays[name][1] == mixed[name].astype(np.float32)).all()
+
+
 def test_clevr_is_cropped_then_resized(tmp_path):
     path = write_records(tmp_path / "clevr.tfrecords", "clevr", 3)
     whole = data.make(f"{path}@192")
@@ -262,6 +271,13 @@ def test_pictures_of_all_sizes_are_resized(tmp_path):
         data.make(str(tmp_path))
 
 
+def test_a_picture_that_has_changed_is_read_again(tmp_path):
+    for value in (10, 200):
+        for number in range(3):
+            Image.new("L", (4, 4), value).save(tmp_path / f"{number}.png")
+        assert (data.make(str(tmp_path)).arrays["image"] == value).all()
+
+
 def test_the_centred_square_is_resized_with_its_masks():
     image = np.zeros((3, 4, 8), np.uint8)
     image[:, :, 2:4], image[:, :, 4:6] = 60, 200
@@ -282,6 +298,7 @@ def test_arrays_keep_their_size(tmp_path):
 
 
 SCENE = features("tetrominoes", 0)
+NUMBERS = delimited(2, delimited(3, delimited(1, b"\1\2\3\4")))  # an Int64List
 WHOLE = record(example(SCENE))
 IMAGE, MASKS = np.zeros((4, 8, 8, 3), np.uint8), np.zeros((4, 2, 8, 8), np.uint8)
 MASKS[:, 0] = 1
@@ -303,6 +320,10 @@ ERRORS = {  # what fails: the file's name, its bytes, arrays or picture (None: n
                 "record 0: masks must be 1 once"),
     "uncovered": ("file", record(example(SCENE | {"mask": SCENE["mask"] * 0})),
                   "record 0: masks must be 1 once"),
+    "whole numbers": ("file", record(delimited(1, delimited(1, delimited(1, b"x") + NUMBERS))),
+                      "record 0: x: whole numbers, which no known file has"),
+    "other factors": ("file", WHOLE + record(example({k: SCENE[k] for k in ("image", "mask")})),
+                      "not all scenes have the same factors"),
     "npz overlap": ("f.npz", dict(image=IMAGE, masks=MASKS | 1), "must be 1 once"),
     "npz uncovered": ("f.npz", dict(image=IMAGE, masks=MASKS * 0), "must be 1 once"),
     "npz 255": ("f.npz", dict(image=IMAGE, masks=MASKS * 255), "must be 1 once"),
@@ -312,6 +333,7 @@ ERRORS = {  # what fails: the file's name, its bytes, arrays or picture (None: n
     "npz no image": ("f.npz", dict(images=IMAGE), "no array `image`, but images"),
     "npz objects": ("f.npz", dict(image=IMAGE, masks=np.array([None] * 4)), "Object arrays"),
     "npz large floats": ("f.npz", dict(image=IMAGE + 254.5), "floats in [0, 1], not"),
+    "npz 0 and 1": ("f.npz", dict(image=IMAGE + np.uint8(1)), "of uint8 in 0 to 255"),
     "npz NaN": ("f.npz", dict(image=IMAGE * np.nan), "floats in [0, 1], not"),
     "npz int": ("f.npz", dict(image=IMAGE.astype(int)), "(4, 8, 8, 3) of int64"),
     "npz five channels": ("f.npz", dict(image=np.zeros((4, 8, 8, 5))), "not (4, 8, 8, 5)"),
@@ -319,6 +341,7 @@ ERRORS = {  # what fails: the file's name, its bytes, arrays or picture (None: n
     "truncated npy": ("f.npy", b"\x93NUMPY\1\0\x76\0", "EOF"),
     "no npz": ("f.npz", b"text", "pickled"),
     "no picture": ("a.png", b"text", "cannot identify image file"),
+    "deep picture": ("a.png", Image.new("I;16", (4, 4), 999), "a.png: more than 8 bits a channel"),
     "empty folder": ("a.txt", b"text", "no PNG or JPEG picture"),
     "missing": ("file", None, "no file or folder, and none of the names mini_sprites"),
 }  # fmt: skip
@@ -330,9 +353,11 @@ def test_what_cannot_be_read_is_one_clear_line(tmp_path, kind):
     path = tmp_path / name
     if isinstance(content, dict):
         np.savez(path, **content)
+    elif isinstance(content, Image.Image):
+        content.save(path)
     elif content is not None:
         path.write_bytes(content)
-    path = tmp_path if kind in ("no picture", "empty folder") else path
+    path = tmp_path if path.suffix in (".png", ".txt") else path
     with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
         data.make(str(path))
     assert str(path) in str(caught.value) and message in str(caught.value)

@@ -2,6 +2,7 @@
 several processes, options. Runs that must be killed are forked from a server that has imported
 torch already, so that one starts in milliseconds."""
 
+import contextlib
 import functools
 import json
 import math
@@ -523,6 +524,14 @@ def fast_clock(config: toy.Config) -> None:
     toy.train(config)
 
 
+def test_the_process_group_ends_with_the_training(monkeypatch):
+    ended = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: ended.append(True))
+    toy.train(tiny())
+    assert ended == [True]
+
+
 def test_processes_agree_on_when_the_time_is_up(context, tmp_path):
     """A process that trained on alone would wait for the others forever."""
     children = start_ranks(context, tmp_path, fast_clock, tiny("run", steps=10**6, minutes=0.01))
@@ -544,10 +553,44 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     assert log(Path("bad"))[2]["loss"] is None  # strict JSON
 
 
+def test_a_second_group_may_be_the_one(monkeypatch):
+    def loss(model, image, noise, weight):
+        parts = total(model, image, noise, torch.ones(()))
+        return parts | dict(loss=parts["loss"] + (weight - 1) * model.free.sum())
+
+    total = toy.Toy.loss
+    monkeypatch.setattr(toy.Toy, "loss", loss)
+    toy.train(tiny("bad", steps=3, nan_steps=(2,)))
+    toy.train(tiny("good", steps=2))
+    assert same(checkpoint(Path("bad"))["model"], checkpoint(Path("good"))["model"])
+
+
 def test_ten_in_a_row_stop_the_run():
     toy.train(tiny("nine", steps=20, nan_steps=(*range(1, 10), *range(11, 20))))
     with pytest.raises(runs.UserError, match=r"step 13: 10 gradients in a row .*nan.*run"):
         toy.train(tiny("run", steps=50, nan_steps=tuple(range(3, 50))))
+
+
+def test_the_warm_up_of_a_graph_leaves_no_trace(monkeypatch):
+    """Here the capture runs, and stands for the first replay."""
+
+    class Counter(toy.Toy):
+        def loss(self, image):
+            self.calls += 1
+            return dict(loss=self.free.square().sum() + image.sum())
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in dict(
+        Stream=lambda: stream, current_stream=lambda: stream, stream=contextlib.nullcontext,
+        graph=contextlib.nullcontext, CUDAGraph=lambda: types.SimpleNamespace(replay=lambda: None),
+    ).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    model = Counter(tiny())
+    model.register_buffer("calls", torch.zeros(()))
+    optimizer = torch.optim.Adam(model.parameters())
+    run = runs.Run("toy", tiny(cuda_graph=True), "", model, optimizer, torch.device("cpu"))
+    run.update(model.loss, torch.ones(1), lr=0.1)
+    assert model.calls == 1 and run.graph
 
 
 # -- what a run says about itself ------------------------------------------------------------------
