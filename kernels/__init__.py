@@ -9,13 +9,15 @@
 Nothing here needs triton to be installed, or a GPU. To learn Triton, read masks.py and mixture.py.
 """
 
-import importlib.util
 import os
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from kernels import launch
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 _choice = "auto"
@@ -101,12 +103,27 @@ def full_precision(layer: nn.Module, *inputs: Any) -> Any:
 def _triton_obstacle(device: torch.device | None = None) -> str | None:
     """The first reason why Triton cannot run, in one line; None if it can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed: pip install triton, Linux only"
+    if launch.triton is None:
+        return "the package triton cannot be imported: pip install triton, Linux only"
     if not interpreted and not torch.cuda.is_available():
         return "there is no CUDA device; TRITON_INTERPRET=1 runs the kernels on a CPU, slowly"
     if not interpreted and device is not None and device.type != "cuda":
         return f"the tensor is on {device.type}, not on CUDA"
+    return None if interpreted else _driver_obstacle()
+
+
+@torch.compiler.assume_constant_result
+def _driver_obstacle() -> str | None:
+    return _ask_driver()
+
+
+@cache
+def _ask_driver() -> str | None:
+    """What hinders Triton's driver, which compiles a file of C when it is first used."""
+    try:
+        launch.triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # without a compiler, or without Python's headers
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
     return None
 
 

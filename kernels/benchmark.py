@@ -13,25 +13,23 @@ between two events around the call, after a pass over a buffer larger than the c
 time of all threads, so that other programs do not count. MB: the peak of what a call allocates.
 
 Operations: "eager" is tests/baselines.py, as ports of the models write them; "fallback" and
-"triton" are the public operation, "compiled" is the fallback under torch.compile. GB/s counts
-inputs, cotangents, outputs and gradients once each, which is what a perfect kernel moves; "copy" is
-its share of what copying a large tensor reached in this process. Without a GPU a table says instead
-what the compiler makes of each kernel; "fused MB" is what it moves, each of its arguments once, and
-"bound us" the time at the card's nominal bandwidth; "eager MB" is of the operation in eager torch.
+"triton" are the public operation, "compiled" is the fallback under torch.compile. GB/s counts what
+a perfect kernel moves: inputs (backward: twice), cotangents, outputs and gradients; "copy" is its
+share of what copying a large tensor reached here. Without a GPU a table says what the compiler
+makes of each kernel: "fused MB" counts each argument once, "bound us" is the time at the card's
+nominal bandwidth, "eager MB" is of eager torch. (masks.py says why masks move more.)
 
 Models: ms is a step (loss, gradient, Adam), "fwd ms" the loss alone. `compare` is the timing figure
 of EfficientMORL's paper (Emami et al. 2021): models with the sizes of CLEVR6 in their own papers,
-but Slot Attention, which doubles 8 x 8 pixels there, with the decoder of the others. IODINE decodes
-T = 5 times, EfficientMORL once and once more after each of I = 0 .. 3 refinement steps, Slot
-Attention once after T = 3 iterations. `scale` is appendix A.2 of IODINE's paper: its Tetris model
-with K slots and T decodes; both times of inference are of one call. x: first row over this row.
+but Slot Attention, which doubles 8 x 8 pixels there, with the decoder of the others. `scale` is
+appendix A.2 of IODINE's paper: its Tetris model with K slots and T decodes; both times of inference
+are of one call. x: first row over this row.
 
 Axes: B batch, K slots, T decodes, D latent, O channels, H W image.
 """
 
 import csv
 import datetime
-import importlib.metadata
 import math
 import os
 import platform
@@ -40,9 +38,8 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -130,15 +127,14 @@ def interleave(calls: dict, repeats: int, device: torch.device) -> dict[Any, dic
                 elapsed = 1e3 * (time.process_time() - begin)
             if repeat >= 0:
                 times[name].append(elapsed)
-    quantiles = dict(ms=0.5, p20=0.2, p80=0.8)
-    return {name: {key: float(np.quantile(t, q)) for key, q in quantiles.items()}
+    return {name: dict(zip(("ms", "p20", "p80"), np.quantile(t, (0.5, 0.2, 0.8)), strict=True))
             for name, t in times.items()}
 
 
-def check(values: Callable[[], list[Tensor]], truth: list[Tensor], tolerance: float) -> dict:
+def check(values: Callable[[], list], truth: Callable[[], list], tolerance: float) -> dict:
     """`error`, and where that is too large (or there are no values) `wrong`, which says why."""
     try:
-        pairs = zip(values(), truth, strict=True)
+        pairs = zip(values(), truth(), strict=True)
         errors = [(v.double() - t).abs().max() / t.abs().max() for v, t in pairs]
     except Exception as error:  # one that breaks must not keep the others from us
         return dict(wrong=f"{type(error).__name__}: {error}".splitlines()[0])
@@ -187,15 +183,16 @@ def time_op(
 ) -> dict[str, dict[str, Any]]:
     """The row of every implementation."""
     public, eager = getattr(kernels, op), getattr(baselines, op)
-    functions = {"eager": eager, "fallback": partial(with_backend, "torch", public)}
+    functions = {"eager": partial(with_backend, "torch", eager),
+                 "fallback": partial(with_backend, "torch", public)}
     if device.type == "cuda":
         torch.compiler.reset()  # else it gives up after a few shapes
         functions["compiled"] = partial(with_backend, "torch", torch.compile(public, dynamic=False))
     if kernels.backend(device) == "triton" and op != "broadcast_conv":
         functions["triton"] = partial(with_backend, "triton", public)
     calls = {name: baselines.make_call(op, f, inputs, backward) for name, f in functions.items()}
-    truth = baselines.make_call(op, eager, move(inputs, torch.float64), backward)()
-    rows = {name: check(call, truth, OP_TOLERANCE) for name, call in calls.items()}
+    exact = cache(lambda: baselines.make_call(op, eager, move(inputs, torch.float64), backward)())
+    rows = {name: check(call, exact, OP_TOLERANCE) for name, call in calls.items()}
     right = {name: calls[name] for name, row in rows.items() if "wrong" not in row}
     for name, times in interleave(right, options.repeats or 30, device).items():
         traffic = baselines.perfect_bytes(inputs, calls[name](), backward)
@@ -269,7 +266,7 @@ class Candidate:
         self.backend = setting if setting in ("triton", "auto") else "torch"
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-6, fused=True)
         for network in self.model.children() if setting == "compiled" else ():
-            network.compile()
+            network.compile(dynamic=False)
 
     def loss(self) -> Tensor:
         return with_backend(self.backend, self.model.loss, *self.inputs)["loss"]
@@ -352,10 +349,11 @@ def benchmark_models(
     candidates, *axis = dict(step=[presets], compare=[rivals, "pixels a side", PIXELS],
                              scale=[grown, "decodes T", DECODES])[part]
     for title, makers in candidates(options, device):
+        torch.compiler.reset()  # as above
         group, rows, calls = {name: make() for name, make in makers.items()}, {}, {}
         for name, own in group.items():
-            truth = makers[name](setting="torch", dtype=torch.float64).backward()
-            rows[name] = check(own.backward, truth, STEP_TOLERANCE)
+            exact = lambda: makers[name](setting="torch", dtype=torch.float64).backward()  # noqa
+            rows[name] = check(own.backward, exact, STEP_TOLERANCE)
             if "wrong" not in rows[name]:
                 calls |= {(name, "loss"): own.loss, (name, "step"): own.step}
         times = interleave(calls, options.repeats or 5, device)
@@ -418,10 +416,11 @@ class Report:
 def benchmark(options: Options, arguments: Sequence[str]) -> bool:
     """All that is asked for; True where everything was right."""
     runs.at_least(options, 0, "batch", "repeats")
+    runs.require(options.sizes, "--sizes needs a name")
     device = runs.set_up(runs.RunConfig(device=options.device))
     versions = dict(python=platform.python_version(), torch=torch.__version__)
-    with suppress(importlib.metadata.PackageNotFoundError):
-        versions["triton"] = importlib.metadata.version("triton")
+    if triton := kernels.launch.triton:
+        versions["triton"] = triton.__version__
     info = dict(device=processes.describe(device), versions=versions, commit=processes.commit(),
                 date=datetime.date.today().isoformat(),
                 command=shlex.join(["python", "-m", "kernels.benchmark", *arguments]))

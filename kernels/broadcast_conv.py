@@ -111,5 +111,6 @@ def _check(z: Tensor, weight: Tensor, response: Tensor, padding: int | None) -> 
     if padding is not None and not 0 <= padding <= size // 2:
         raise ValueError(f"padding {padding} is not from 0 to {size // 2}, half of the kernel")
     height, width = response.shape[1:]
-    if min(height, width) < max(1, size - 1):  # more border cases than k²: both edges meet
+    border = size - 1 if padding is None else 2 * padding
+    if min(height, width) < max(1, border):  # more border cases than k²: both edges meet
         raise ValueError(f"kernel {size} is too large for images of {height}x{width} pixels")

@@ -39,6 +39,8 @@ def launch(
     """
     if 0 in grid:
         return
+    if max(grid[1:], default=0) > 65_535:  # CUDA's limit; blocks of 128 pixels
+        raise ValueError("kernels: images of more than 8 million pixels need kernels.use('torch')")
     first: Tensor = arguments[0]
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
         kernel[grid](*arguments, num_warps=num_warps, enable_fp_fusion=True, **constants)

@@ -111,7 +111,7 @@ def make_inputs(
 def make_call(op: str, function: Callable, inputs: list[Any], backward: bool) -> Callable:
     """A call that gives the outputs and, with `backward`, their cotangents and the gradients."""
     arguments, cotangents = list(inputs), []
-    leaves = [tensor.clone().requires_grad_(backward) for tensor in inputs[GRADIENTS[op]]]
+    leaves = [tensor.detach().requires_grad_(backward) for tensor in inputs[GRADIENTS[op]]]
     arguments[GRADIENTS[op]] = leaves
 
     def call() -> list[Tensor]:

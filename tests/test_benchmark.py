@@ -50,7 +50,16 @@ def test_baselines_and_operations_agree_in_float64(op, backward):
     inputs = benchmark.move(baselines.make_inputs(op, 2, 3, 6, 4, 5, 3), torch.float64)
     truth = baselines.make_call(op, getattr(baselines, op), inputs, backward)()
     values = baselines.make_call(op, getattr(kernels, op), inputs, backward)
-    assert "wrong" not in benchmark.check(values, truth, 1e-11)
+    assert "wrong" not in benchmark.check(values, lambda: truth, 1e-11)
+
+
+def test_masks_are_timed_on_the_view_that_models_have():
+    inputs, seen = baselines.make_inputs("masks", 2, 3, 6, 4, 5, 3), []
+    for backward in (False, True):
+        call = baselines.make_call("masks", lambda x: seen.append(x.stride()) or x.exp(), inputs,
+                                   backward)  # fmt: skip
+        call()
+    assert seen == [inputs[0].stride()] * 2 and seen[0][-1] == 4
 
 
 def test_operations_without_a_gpu(tmp_path, capsys):
@@ -116,7 +125,8 @@ def test_a_wrong_implementation_gets_no_number(tmp_path, capsys, monkeypatch, re
 
 
 def test_nan_is_wrong():
-    truth, nearly = [torch.ones(2, dtype=torch.float64)], [torch.tensor([1, 1 + 1e-6])]
+    truth = lambda: [torch.ones(2, dtype=torch.float64)]  # noqa: E731
+    nearly = [torch.tensor([1, 1 + 1e-6])]
     assert benchmark.check(lambda: nearly, truth, 1e-5).keys() == {"error"}
     for values in ([1, float("nan")], [1, 2], [float("inf"), 1]):
         assert "wrong" in benchmark.check(lambda v=values: [torch.tensor(v)], truth, 1e-5)
@@ -217,3 +227,5 @@ def test_options_that_cannot_be(tmp_path, capsys):
     assert run(tmp_path / "out", "--batch", "-1") == 2 and not (tmp_path / "out").exists()
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--batch must be at least 0" in error
+    assert run(tmp_path / "out", "--sizes") == 2 and not (tmp_path / "out").exists()
+    assert capsys.readouterr().err == "kernels.benchmark: --sizes needs a name\n"

@@ -71,7 +71,7 @@ def test_every_size(kernel, height, width, layout):
     check([z, weight, LAYOUTS[layout](response)])
 
 
-@pytest.mark.parametrize(("kernel", "padding"), [(3, 0), (5, 0), (5, 1)])
+@pytest.mark.parametrize(("kernel", "padding"), [(3, 0), (5, 0), (5, 1), (9, 1)])
 def test_less_padding_than_keeps_the_size(kernel, padding):
     z, weight, response = make_inputs(kernel, (7, 6))
     margin = kernel - 1 - 2 * padding

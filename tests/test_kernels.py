@@ -71,7 +71,7 @@ def test_without_triton_or_without_a_gpu_everything_runs_in_torch(without_triton
     assert run.returncode == 0, run.stderr
     before, error, after = run.stdout.splitlines()
     assert before == "5 operations on torch" and after == "torch (the device is cpu)"
-    reason = "triton is not installed" if without_triton else "there is no CUDA device"
+    reason = "triton cannot be imported" if without_triton else "there is no CUDA device"
     assert error.startswith("kernels: triton cannot run here:") and reason in error
 
 
@@ -167,12 +167,22 @@ def test_same_bits_every_time(triton_only, name):
 @pytest.fixture
 def machine(monkeypatch) -> SimpleNamespace:
     """A GPU and triton, which a test may take away."""
-    has = SimpleNamespace(triton=True, cuda=True)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if has.triton else None)
+    has = SimpleNamespace(triton=True, cuda=True, compiler=True)
+
+    def ask() -> None:
+        if not has.compiler:
+            raise RuntimeError("Failed to find C compiler.\nPlease set CC.")
+
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=ask))
+    triton = SimpleNamespace(runtime=SimpleNamespace(driver=driver))
+    there = property(lambda _: triton if has.triton else None)
+    monkeypatch.setattr(kernels, "launch", type("Launch", (), dict(triton=there))())
+    kernels._ask_driver.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has.cuda)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with kernels.use("auto"):
         yield has
+    kernels._ask_driver.cache_clear()
 
 
 def test_use_is_a_switch_and_a_context_manager(machine):
@@ -202,7 +212,7 @@ def test_triton_is_refused_where_it_cannot_run(machine):
     with pytest.raises(RuntimeError, match="no CUDA device"):
         kernels.use("triton")
     machine.triton = False
-    with pytest.raises(RuntimeError, match="triton is not installed"):
+    with pytest.raises(RuntimeError, match="triton cannot be imported"):
         kernels.use("triton")
 
 
@@ -210,7 +220,7 @@ def test_describe_says_which_kernels_run_and_why(machine):
     assert kernels.describe("cpu") == "torch (the device is cpu)"
     assert kernels.describe(torch.device("cuda", 1)) == "triton"
     machine.triton = False
-    assert kernels.describe("cuda").startswith("torch (the package triton is not installed")
+    assert kernels.describe("cuda").startswith("torch (the package triton cannot be imported")
     machine.triton = True
     with kernels.use("torch"):
         assert kernels.describe("cuda") == "torch (--kernels torch)"
@@ -218,6 +228,15 @@ def test_describe_says_which_kernels_run_and_why(machine):
         assert kernels.describe("cuda") == "triton (--kernels triton)"
         with pytest.raises(RuntimeError, match="on cpu, not on CUDA"):
             kernels.describe("cpu")
+
+
+def test_without_a_c_compiler_auto_takes_torch_and_says_why(machine):
+    machine.compiler = False
+    assert kernels.backend("cuda") == "torch"
+    assert kernels.describe("cuda") == "torch (RuntimeError: Failed to find C compiler.)"
+    machine.cuda = False  # else the next line would look for it
+    ask = torch.compile(lambda x: (x, kernels._driver_obstacle()), backend="eager", fullgraph=True)
+    assert "C compiler" in ask(torch.ones(1))[1]
 
 
 @pytest.mark.parametrize(
@@ -274,6 +293,8 @@ def test_launch_selects_the_device_and_says_that_multiply_adds_are_fused(monkeyp
     tensor = SimpleNamespace(is_cuda=True, device="cuda:1")
     host.launch(Kernel, (2, 3), tensor, 7, BLOCK=64)
     host.launch(Kernel, (2, 0), tensor, 7, BLOCK=64)  # an empty grid
+    with pytest.raises(ValueError, match="8 million pixels"):
+        host.launch(Kernel, (2, 65_536), tensor, 7, BLOCK=64)
     constants = dict(num_warps=4, enable_fp_fusion=True, BLOCK=64)
     assert selected == ["cuda:1"] and launches == [((2, 3), (tensor, 7), constants)]
 
