@@ -42,14 +42,15 @@ counted right, after 6.4 minutes (5.3 to 14.2) on one thread of an AMD EPYC.
 
 The defaults of Config are Pyro's published run except for: estimator (Pyro: nvil), second hidden
 layer of the encoder (Pyro: none), 1 added to the LSTM's forget gates (Pyro: 0), mean of q(z_where)
-(Pyro: prior mean + loc; here: prior mean + prior std * loc). `quick` differs from them in:
+(Pyro: prior mean + loc; here: prior mean + prior std * loc), KL of z (Pyro: of the sample; here:
+closed form), mean error in NVIL's baseline (Pyro: kept; here: subtracted). `quick`, beside steps:
 
     field                     default    quick
     lr, lr_final, lr_horizon  1e-4       1e-3, falling to 3e-4 over 3,500 steps
     prior_ratio               0.01       1e-9: one more object costs 21 nats at first
     prior_ratio_final         0.01       1e-3 (in the notes, section 2, it falls) ...
-    prior_hold, _horizon      none       ... from step 500 over 1,500 steps (prior_horizon)
-    exploration, _horizon     none       0.3, falling to 0 over 3,000 steps (exploration_horizon)
+    prior_hold, prior_horizon none       ... from step 500 over 1,500 steps
+    exploration, exploration_horizon     0.3, falling to 0 over 3,000 steps; default: none
 """
 
 import math
@@ -82,7 +83,7 @@ class Config(runs.RunConfig):
     sigma: float = 0.3  # standard deviation of a pixel
     scale_mean: float = 3.0  # of p(z_where); a window's side is the image's side / scale
     scale_std: float = 0.2  # of p(z_where); column and row have mean 0, standard deviation 1
-    # Notes, section 2: the ratio falls to 1e-5 .. 1e-10 in training. Here: any way; in `quick` up.
+    # Notes, section 2: the ratio falls to 1e-5 .. 1e-10 in training. Here: in `quick` it rises.
     prior_ratio: float = 0.01  # p(n) / p(n - 1), n in 1 .. N, at the first training step
     prior_ratio_final: float = 0.01  # it moves there, on a logarithmic scale, ...
     prior_hold: int = 0  # ... from this training step
@@ -131,10 +132,8 @@ def make_config(preset: str = "quick", **overrides: Any) -> Config:
 
 def mlp(sizes: tuple[int, ...]) -> nn.Sequential:
     """Linear layers of these sizes, ReLU between them."""
-    layers = nn.Sequential()
-    for inputs, outputs in pairwise(sizes):
-        layers += nn.Sequential(nn.Linear(inputs, outputs), nn.ReLU(inplace=True))
-    return layers[:-1]
+    layers = [m for pair in pairwise(sizes) for m in (nn.Linear(*pair), nn.ReLU(inplace=True))]
+    return nn.Sequential(*layers[:-1])
 
 
 def interpolation(scale: Tensor, shift: Tensor, outputs: int, inputs: int) -> Tensor:
@@ -434,14 +433,13 @@ def nvil(model: AIR, image: Tensor, u: Unrolled, uniform: Tensor) -> Tensor:
 
 
 def vimco(model: AIR, image: Tensor, u: Unrolled, uniform: Tensor) -> Tensor:
-    """Mnih & Rezende 2016: log mean_s w_s; its baseline: w_s is the others' geometric mean."""
+    """Mnih & Rezende 2016: the bound log mean_s w_s; a sample's baseline replaces its own w_s by
+    the geometric mean of the others."""
     z_pres = logistic(u.logits, uniform[..., 0]) > 0
-    n = z_pres.cumprod(1).sum(1, keepdim=True)  # (B*S, 1)
-    log_q = count_log_probs(u.logits).gather(1, n)
-    log_w = u.log_likelihood.gather(1, n) + sums(u.log_ratio).gather(1, n)
-    log_w = log_w + model.log_prior[n] - log_q  # the log in eq. 7, (B*S, 1)
-    samples = model.config.num_samples
-    log_w, log_q = (rearrange(v, "(b s) 1 -> b s", s=samples) for v in (log_w, log_q))
+    n, samples = z_pres.cumprod(1).sum(1, keepdim=True), model.config.num_samples  # (B*S, 1)
+    log_q = count_log_probs(u.logits)  # (B*S, N+1)
+    log_w = u.log_likelihood + sums(u.log_ratio) + model.log_prior - log_q  # the log in eq. 7
+    log_w, log_q = (v.gather(1, n).view(-1, samples) for v in (log_w, log_q))  # (B, S)
     bound = log_w.logsumexp(1, keepdim=True) - math.log(samples)  # (B, 1)
     others = (log_w.sum(1, keepdim=True) - log_w) / (samples - 1)  # geometric means, (B, S)
     own = torch.eye(samples, dtype=torch.bool, device=log_w.device)
@@ -510,8 +508,8 @@ ESTIMATORS = dict(enumerate=enumeration, nvil=nvil, vimco=vimco, mvd=mvd, concre
 def evaluate(model: AIR, scenes: data.Scenes, count: int = 2000) -> dict[str, Any]:
     """`metrics` over the first `count` scenes, and the `confusion` matrix of counts.
 
-    The predicted number is the most probable one. `iw_elbo`, of a tenth of the scenes: the bound of
-    100 samples of all z, each averaged over p(n) (nats; no bound with `--background`). `box_iou`:
+    The predicted number is the most probable one. `iw_elbo`, of a tenth of the scenes: log mean of
+    100 w = sum_n p(n) p(x|c_n) prod_{i<=n} p(z_i) / q(z_i), nats (--background: no bound). box_iou:
     windows against the true boxes. `count_chance`: accuracy of always the most frequent number.
     """
     values: dict[str, list] = {}
@@ -537,7 +535,7 @@ def evaluate(model: AIR, scenes: data.Scenes, count: int = 2000) -> dict[str, An
         image = repeat(scenes.scenes(index).image, "b c h w -> (b s) c h w", s=100)
         u = model.unroll(image, model.noise(scenes, index, 100)[0].flatten(0, 1))
         log_w = model.log_prior + sums(u.log_ratio) + u.log_likelihood  # (B*S, N+1)
-        log_w = log_w.logsumexp(1)  # eq. 1: the expectation of exp(log_w) is p(x)
+        log_w = log_w.logsumexp(1)  # eq. 1, from n = 0 on: the expectation of exp(log_w) is p(x)
         log_w = rearrange(log_w, "(b s) -> b s", s=100).logsumexp(1) - math.log(100)
         values.setdefault("iw_elbo", []).append(log_w.double().cpu())
     results = {name: metrics.mean_stderr(torch.cat(parts)) for name, parts in values.items()}
@@ -641,6 +639,9 @@ def check(config: Config) -> None:
     runs.require(config.exploration < 1, f"--exploration {config.exploration}: below 1")
     runs.require(config.estimator != "vimco" or config.num_samples > 1,
                  "--estimator vimco needs --num-samples 2 or more")
+    runs.require(math.isfinite(config.decoder_bias), "--decoder-bias must be a number")
+    runs.require(not config.mnist_dir or config.dataset.startswith("multi_mnist"),
+                 f"--mnist-dir: --dataset {config.dataset} has no digits of MNIST")
     runs.require(config.kernels == "auto", "--kernels: AIR uses none; leave it out")
     try:
         factors = make_scenes(config, "train").batch(0, 1).factors

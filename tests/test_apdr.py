@@ -527,8 +527,9 @@ def test_renaming_identities_changes_nothing():
 
 
 def test_samples_of_the_prior_are_of_the_prior():
-    """The number of new objects, and of survivors where psi does not depend on the object."""
-    config = small(prior_ratio=0.5)
+    """The number of new objects, and of survivors where psi does not depend on the object; q's
+    exploration is none of p's."""
+    config = small(prior_ratio=0.5, exploration=0.3)
     model = make_model(config)
     with torch.no_grad():
         model.prior_head.weight[0] = 0
@@ -579,7 +580,7 @@ def test_evaluation(monkeypatch):
     dict(estimator="vimco", num_samples=1), dict(estimator="fivo", num_samples=1),
     dict(hidden_size=0), dict(exploration=1.0), dict(sigma=0.0), dict(stage_steps=(5,)),
     dict(stage_steps=(), lengths=(3,)),
-    dict(dataset="moving_mnist_enter", crossing=0.5),
+    dict(crossing=2.0), dict(dataset="runs/moving_mnist"),
 ], ids=str)  # fmt: skip
 def test_what_cannot_be_is_refused(changes):
     """By an error that names the last option."""
