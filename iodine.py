@@ -18,7 +18,7 @@
 """IODINE: Multi-Object Representation Learning with Iterative Variational Inference.
 
 Greff et al., ICML 2019. A scene is K slots. Each slot is decoded alone into a picture of an object
-and a mask, the masks compete for pixels, and a network f refines all slots' posteriors T times:
+and a mask, the masks compete for pixels; a network f refines all slots' posteriors T - 1 times:
 
     z_k ~ N(0, 1);   mu_k, a_k = decoder(z_k);   m = softmax_k(a)
     p(x|z) = prod_i sum_k m_ik prod_c N(x_ic; mu_ikc, sigma^2)                            eq. 1
@@ -36,8 +36,7 @@ runs/iodine-<preset>-<seed>/. `quick` (ten seeds): ARI-FG 0.969 (0.965 to 0.978)
     field                                 paper            quick
     dataset, num_slots                    tetrominoes, 4   mini_sprites_16_shaded, 6: a spare slot
     flat_colors, color_steps              0, none          0.5, 1320 to 1760: masks draw; logits x 4
-    sigma, sigma_start, sigma_steps       0.1, 0, none     0.2, 0.4, 660 to 2200: sharp loses slots;
-                                                           the KL's weight is that of 0.1
+    sigma, sigma_start, sigma_steps       0.1, 0, none     0.2, 0.4, 660 to 2200: sharp loses slots
     num_steps, test_steps                 5, the same      6, 8: more decodes help at test time
     step_weights                          t/T              from_zero: the first decode is blind
     latent_size, refinement_channels      32, 3 x 32       16, (32, 64)
@@ -81,18 +80,18 @@ class Config(runs.RunConfig):
     latent_size: int = 32  # D, of one slot; the tables of C.2 and C.3 print 2 D, the size of lambda
     sigma: float = 0.1  # standard deviation of a pixel's colours in a slot
     sigma_start: float = 0.0  # sigma of the first decode and of early training; 0: always sigma
-    sigma_steps: tuple[int, int] = (0, 1)  # training steps between which sigma falls
+    sigma_steps: tuple[int, int] = (0, 1)  # training steps between which sigma falls, exponentially
     decoder: Literal["broadcast", "deconv"] = "broadcast"  # deconv: the ablation of section 4.3
     decoder_channels: tuple[int, ...] = (32, 32, 32, 32)  # hidden layers
-    decoder_kernel: int = 5  # pixels
+    decoder_kernel: int = 5  # pixels; as the line before and the next, of broadcast alone
     coordinate_gain: float = 1.0  # the decoder's coordinates run from -this to this
     flat_colors: float = 0.0  # 0: off; colours are flat at first, their final shading is this
     color_steps: tuple[int, int] = (0, 1)  # training steps between which shading fades in
     # inference
     num_steps: int = 5  # T, decodes of a training step
-    test_steps: int = 0  # T of evaluation; 0: num_steps
+    test_steps: int = 0  # T of evaluation; 0: num_steps. Training's noise depends on it, too
     step_weights: Literal["t/T", "from_zero"] = "t/T"  # from_zero, as released: (t-1)/(T-1)
-    pool: int = 1  # images are pooled by this, in training and inference; see `infer`
+    pool: int = 1  # images are pooled by this before all else; see `infer`
     refinement_channels: tuple[int, ...] = (32, 32, 32)  # convolutions of the refinement network
     refinement_kernel: int = 5  # pixels
     refinement_stride: int = 1  # of each of them
@@ -310,7 +309,7 @@ class RefinementNetwork(nn.Module):
         coordinates = coordinate_maps(height // c.pool, width // c.pool)
         self.register_buffer("coordinates", coordinates, persistent=False)
         widths = input_widths(channels)
-        # An input that is left out is fed as zeros: the network without its weights.
+        # An input that is left out is all zeros, so that its weights have no effect.
         keep = [torch.full((w, 1, 1), float(n not in c.drop_inputs)) for n, w in widths.items()]
         self.register_buffer("keep", torch.cat(keep) if c.drop_inputs else None, persistent=False)
         self.keep_lam, self.keep_gradient = (n not in c.drop_inputs for n in INPUTS[10:])
@@ -353,7 +352,7 @@ class Step(NamedTuple):
     """One decode of Algorithm 1."""
 
     decoded: Tensor  # (B, K, C+1, H, W) means and mask logits; in training of the pooled size
-    posterior: Tensor  # (B, K, 2D) lambda that z was drawn from: means and raw scales of q(z|x)
+    posterior: Tensor  # (B, K, 2D) lambda of z's q: means, raw scales; `posterior()` reads it
     nll: Tensor  # (B,) -log p(x|z), nats per pooled image
     kl: Tensor  # (B,) KL(q(z|x) || p(z)), nats per image
 
@@ -413,11 +412,11 @@ class IODINE(nn.Module):
 
     def sigmas(self, num_steps: int) -> list[Tensor]:
         """Of each decode: from sigma_start to `sigma`, reached at the last but one in training."""
-        start, last = self.config.sigma_start or self.sigma, max(self.config.num_steps - 2, 1)
-        return [start * (self.sigma / start) ** min(t / last, 1.0) for t in range(num_steps)]
+        start, between = self.config.sigma_start or self.sigma, (0, self.config.num_steps - 2)
+        return [start * (self.sigma / start) ** share(t, between) for t in range(num_steps)]
 
     def kl_weight(self, sigma: Tensor) -> Tensor | float:
-        """1; with sigma_start errors and KL weigh as in the paper, at its sigma of 0.1, always."""
+        """1; with sigma_start, the KL weighs against squared errors as it does at sigma 0.1."""
         return (0.1 / sigma) ** 2 if self.config.sigma_start else 1.0
 
     def infer(self, image: Tensor, noise: Tensor, num_steps: int = 0,
@@ -472,12 +471,12 @@ class IODINE(nn.Module):
         return draws.normal(draws.make_key("iodine noise", scenes.split, c.seed), index, shape)
 
     def loss(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Eq. 4, mean of the batch, and of the last decode: nll, kl, elbo (nats), decoded."""
+        """Eq. 4 with kl_weight, a batch's mean; the last decode's nll, kl, elbo (nats), decoded."""
         c, total = self.config, image.new_zeros(())
         steps = self.infer(image, noise, training=True)
-        blind = c.step_weights == "from_zero" and c.num_steps > 1  # the first decode has weight 0
+        blind = c.step_weights == "from_zero" and len(steps) > 1  # the first decode has weight 0
         for t, (step, sigma) in enumerate(zip(steps, self.sigmas(len(steps)), strict=True), 1):
-            weight = (t - blind) / (c.num_steps - blind)  # t/T
+            weight = (t - blind) / (len(steps) - blind)  # t/T
             total = total + weight * (step.nll + self.kl_weight(sigma) * step.kl).mean()
         nll, kl = step.nll.detach().mean(), step.kl.detach().mean()
         return dict(loss=total, nll=nll, kl=kl, elbo=-nll - kl, decoded=step.decoded.detach())
@@ -493,7 +492,7 @@ def reconstruct(decoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def score(model: IODINE, scenes: data.Scenes, num_steps: int, num_slots: int, count: int) -> list:
-    """Means and standard errors over the first `count` scenes, after each decode."""
+    """{metric: mean, standard error} over the first `count` scenes, after each decode."""
     results: list[dict[str, list]] = [{} for _ in range(num_steps)]
     for index in torch.arange(count, device=scenes.device).split(32):
         batch = scenes.scenes(index)
@@ -572,6 +571,7 @@ def check(config: Config) -> None:
         runs.require(other == shape, f"--train-dataset: images of {other}, not {shape}")
         runs.require(not any(size % config.pool for size in shape[1:]),
                      f"--pool {config.pool} does not divide images of {shape}")
+        runs.require(config.decoder_kernel <= min(shape[1:]) + 1, "--decoder-kernel: too large")
         kernels.use(config.kernels)
         kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:

@@ -598,8 +598,9 @@ def test_inference_on_pooled_images_draws_whole_ones():
 @pytest.mark.parametrize(("overrides", "message"), [
     (dict(pool=3), "does not divide"), (dict(pool=2, decoder_kernel=3), "--decoder-kernel 1"),
     (dict(pool=2, decoder="deconv"), "no deconv"),
+    (dict(decoder_kernel=19), "--decoder-kernel: too large"),
 ])  # fmt: skip
-def test_pooling_that_cannot_be_is_refused(overrides, message):
+def test_what_cannot_be_is_refused(overrides, message):
     with pytest.raises(runs.UserError, match=message):
         iodine.check(iodine.make_config("quick", device="cpu", **overrides))
 
@@ -711,9 +712,9 @@ MUTANTS: dict[str, tuple[str, str, dict]] = {  # name: (text of iodine.py, its m
     "KL of mean and scale exchanged": ("/ 2 - scale.log()", "/ 2 - loc.exp().log()", {}),
     "nll a mean over the pixels": (
         'log_p, "b h w -> b", "sum")', 'log_p, "b h w -> b", "mean")', {}),
-    "weights reversed": ("(t - blind) / (c.num_steps - blind)",
+    "weights reversed": ("(t - blind) / (len(steps) - blind)",
                          "(c.num_steps + 1 - t) / c.num_steps", {}),
-    "last loss left out": ("(t - blind) / (c.num_steps - blind)",
+    "last loss left out": ("(t - blind) / (len(steps) - blind)",
                            "t / c.num_steps * (t < c.num_steps)", {}),
     "weights that start at zero": ('c.step_weights == "from_zero"', "True", {}),
     "hidden state not carried": ("update, state = f(", "update, _ = f(", {}),
@@ -736,11 +737,11 @@ MUTANTS: dict[str, tuple[str, str, dict]] = {  # name: (text of iodine.py, its m
     "flat colours left out": ("if flat is None", "if True", QUICK),
     "sigma of the last decode in the inputs": ("f.coordinates, s", "f.coordinates, self.s", QUICK),
     "sigma of the next decode": ("sigmas(len(frames))", "sigmas(len(frames) + 1)[1:]", QUICK),
-    "sigma final in the last decode only": ("num_steps - 2, 1)", "num_steps - 1, 1)", QUICK),
+    "sigma final in the last decode only": ("num_steps - 2)", "num_steps - 1)", QUICK),
     "sigma of the end of training": (
-        "(self.sigma / start) ** min", "torch.tensor(self.config.sigma / start) ** min", QUICK),
+        "(self.sigma / start) ** share", "torch.tensor(self.config.sigma / start) ** share", QUICK),
     "sigma falls linearly": (
-        "start * (self.sigma / start) ** min(", "start + (self.sigma - start) * min(", QUICK),
+        "start * (self.sigma / start) ** share", "start + (self.sigma - start) * share", QUICK),
     "KL weight not tempered in the gradient": ("= self.kl_weight(sigma) *", "=", QUICK),
     "KL weight not tempered in the loss": ("+ self.kl_weight(sigma) *", "+", QUICK),
     "KL weight of the last decode": ("+ self.kl_weight(s", "+ self.kl_weight(self.s", QUICK),
