@@ -271,7 +271,7 @@ ROWS = [
     ("efficient_morl", "tetrominoes_short", "ari_fg", 0.98, "0.982 ± 0.018"),
     ("slot_attention", "quick", "ari_fg", 0.9, "–"),
     ("slot_attention", "quick", "miou", 0.9, "–"),
-    ("slot_attention", "tetrominoes", "ari_fg", 0.9, "0.995 ± 0.002"),
+    ("slot_attention", "tetrominoes_short", "ari_fg", 0.9, "0.995 ± 0.002"),
     ("slot_attention", "multi_dsprites", "ari_fg", 0.9, "0.913 ± 0.003"),
     ("air", "quick", "count_accuracy", 0.97, "–"),
     ("air", "multi_mnist", "count_accuracy", 0.97, "0.987 (Pyro)"),
@@ -377,7 +377,11 @@ def ablations_table() -> str:
              "EfficientMORL": "efficient_morl-quick",
              "EfficientMORL, colours never flat": "efficient_morl-quick-no-flat",
              "EfficientMORL, no spare slot": "efficient_morl-quick-no-spare",
-             "EfficientMORL, mean of values": "efficient_morl-quick-no-sum"}
+             "EfficientMORL, mean of values": "efficient_morl-quick-no-sum",
+             "EfficientMORL, bottom-up prior": "efficient_morl-quick-bottom-up",
+             "EfficientMORL, reversed prior, not ++": "efficient_morl-quick-reversed",
+             "EfficientMORL, one GRU": "efficient_morl-quick-no-dual-gru",
+             "EfficientMORL, KL weight 1, GECO": "efficient_morl-quick-geco"}
     rows = {label: f"{name}-cpu-?.json:" for label, name in names.items()}
     return table(rows, SEGMENTATION, "`quick`, and one change")
 
