@@ -269,6 +269,7 @@ ROWS = [
     ("efficient_morl", "mini_tetrominoes", "ari_fg", 0.95, "–"),
     ("efficient_morl", "mini_tetrominoes", "miou", 0.85, "–"),
     ("efficient_morl", "tetrominoes_short", "ari_fg", 0.98, "0.982 ± 0.018"),
+    ("efficient_morl", "solids_short", "ari_fg", 0.9, "–"),
     ("slot_attention", "quick", "ari_fg", 0.9, "–"),
     ("slot_attention", "quick", "miou", 0.9, "–"),
     ("slot_attention", "tetrominoes_short", "ari_fg", 0.9, "0.995 ± 0.002"),
