@@ -52,7 +52,7 @@ runs/efficient_morl-<preset>-<seed>/. `quick` (ten seeds): ARI-FG 0.955 (0.908 t
     normalise                                    mean           sum            spare slots are empty
     num_steps, num_steps_final, curriculum_step  3, 3, 1e5      0, 1, 3000     less work
     sigma, kl_weight                             0.3, 1         0.1, 0.2       larger: z says little
-    geco                                         on             off            fixed weight suffices
+    geco, geco_target                            on, -0.274     off, -1.287    fixed weight suffices
     init_gain, gru_std                           0.02, 1        1.4, PyTorch's 0.02: no signal
     lr, lr_warmup, lr_half_life, steps           4e-4 1e4 1e5 2e5  3.65e-3 100 1500 6000
 """
