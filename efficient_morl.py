@@ -144,7 +144,7 @@ PRESETS["mini_tetrominoes"] = PRESETS["quick"] | dict(  # small cells: the decod
 PRESETS["tetrominoes_short"] = PRESETS["quick"] | dict(  # larger images: a larger kernel
     dataset="tetrominoes", train_dataset="tetrominoes_distinct", num_slots=5, encoder_kernel=5,
     lr=2e-3, curriculum_step=2000, flat_half_life=1000, lr_half_life=1000, steps=4000)
-PRESETS["solids_short"] = PRESETS["tetrominoes_short"] | dict(  # a shaded ground: never flat
+PRESETS["solids_short"] = PRESETS["tetrominoes_short"] | dict(  # a shaded ground: shading stays 1
     dataset="solids_32", train_dataset="", num_slots=8, coordinate_gain=31.0,
     flat_half_life=100_000, curriculum_step=2500, lr_half_life=2000, steps=8000)
 # No preset, as there is no CLEVR here: the sizes for kernels/benchmark.py and the tests.

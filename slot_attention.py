@@ -113,7 +113,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", num_slots=6),
 }
-
 PRESETS["tetrominoes_long"] = PRESETS["tetrominoes_short"] | dict(  # Adam starts anew
     init="notebooks/weights/slot_attention-tetrominoes_short.pt", test_iterations=4, lr=5e-4,
     lr_warmup=300, lr_half_life=3000, steps=9000)

@@ -114,6 +114,7 @@ def _triton_obstacle(device: torch.device | None = None) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _driver_obstacle() -> str | None:
+    """The answer of `_ask_driver`, which torch.compile takes as it is and does not trace."""
     return _ask_driver()
 
 

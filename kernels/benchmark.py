@@ -349,11 +349,11 @@ def benchmark_models(
     candidates, *axis = dict(step=[presets], compare=[rivals, "pixels a side", PIXELS],
                              scale=[grown, "decodes T", DECODES])[part]
     for title, makers in candidates(options, device):
-        torch.compiler.reset()  # as above
+        torch.compiler.reset()  # else it gives up after a few models
         group, rows, calls = {name: make() for name, make in makers.items()}, {}, {}
         for name, own in group.items():
-            exact = lambda: makers[name](setting="torch", dtype=torch.float64).backward()  # noqa
-            rows[name] = check(own.backward, exact, STEP_TOLERANCE)
+            exact = partial(makers[name], setting="torch", dtype=torch.float64)
+            rows[name] = check(own.backward, lambda new=exact: new().backward(), STEP_TOLERANCE)
             if "wrong" not in rows[name]:
                 calls |= {(name, "loss"): own.loss, (name, "step"): own.step}
         times = interleave(calls, options.repeats or 5, device)
