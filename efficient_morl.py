@@ -141,11 +141,12 @@ PRESETS["quick_same_color"] = PRESETS["quick"] | dict(  # tested where hue says 
 PRESETS["mini_tetrominoes"] = PRESETS["quick"] | dict(  # small cells: the decoder sees neighbours
     dataset="mini_tetrominoes", num_slots=5, decoder="padded", coordinate_gain=3.0, lr=1.2e-3,
     num_steps_final=2, curriculum_step=6000, flat_half_life=3000, lr_half_life=3000, steps=12_000)
-PRESETS["tetrominoes_short"] = PRESETS["quick"] | dict(  # larger images: a larger kernel
-    dataset="tetrominoes", train_dataset="tetrominoes_distinct", num_slots=5, encoder_kernel=5,
-    lr=2e-3, curriculum_step=2000, flat_half_life=1000, lr_half_life=1000, steps=4000)
-PRESETS["solids_short"] = PRESETS["tetrominoes_short"] | dict(  # a shaded ground: shading stays 1
-    dataset="solids_32", train_dataset="", num_slots=8, coordinate_gain=31.0,
+PRESETS["tetrominoes_short"] = PRESETS["quick"] | dict(  # nearly the paper's sizes: 35 x 35
+    dataset="tetrominoes", num_slots=4, latent_size=64, normalise="mean",
+    encoder_channels=(32, 32, 32, 32), encoder_kernel=5, decoder="padded", coordinate_gain=3.0,
+    flat_half_life=0, lr=1e-3, lr_warmup=500, lr_half_life=4000, curriculum_step=8000, steps=14_000)
+PRESETS["solids_short"] = PRESETS["quick"] | dict(  # a shaded ground: shading stays 1
+    dataset="solids_32", num_slots=8, encoder_kernel=5, coordinate_gain=31.0, lr=2e-3,
     flat_half_life=100_000, curriculum_step=2500, lr_half_life=2000, steps=8000)
 # No preset, as there is no CLEVR here: the sizes for kernels/benchmark.py and the tests.
 CLEVR6 = PRESETS["multi_dsprites"] | dict(num_slots=7, likelihood="mixture", geco=True)
