@@ -93,6 +93,7 @@ class Config(runs.RunConfig):
     decoder: Literal["iodine", "small", "padded", "pixel"] = "small"  # see DECODERS
     decoder_channels: tuple[int, ...] = (32, 32, 32)  # of the hidden layers
     coordinate_gain: float = 1.0  # the decoder's coordinates run from 0 to this
+    pool: int = 1  # encoder and decoder work on squares of pool x pool pixels, enlarged smoothly
     flat_half_life: int = 0  # training steps in which `shading` halves, see `decode`; 0: sigmoids
     # inference
     num_layers: int = 3  # L
@@ -136,8 +137,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }
 PRESETS["quick_same_color"] = PRESETS["quick"] | dict(  # tested where hue says nothing
-    dataset="mini_sprites_16_same_color", train_dataset="mini_sprites_16_shaded",
-    num_steps_final=2)
+    dataset="mini_sprites_16_same_color", train_dataset="mini_sprites_16_shaded", num_steps_final=2)
 PRESETS["mini_tetrominoes"] = PRESETS["quick"] | dict(  # small cells: the decoder sees neighbours
     dataset="mini_tetrominoes", num_slots=5, decoder="padded", coordinate_gain=3.0, lr=1.2e-3,
     num_steps_final=2, curriculum_step=6000, flat_half_life=3000, lr_half_life=3000, steps=12_000)
@@ -145,6 +145,9 @@ PRESETS["tetrominoes_short"] = PRESETS["quick"] | dict(  # nearly the paper's si
     dataset="tetrominoes", num_slots=4, latent_size=64, normalise="mean",
     encoder_channels=(32, 32, 32, 32), encoder_kernel=5, decoder="padded", coordinate_gain=3.0,
     flat_half_life=0, lr=1e-3, lr_warmup=500, lr_half_life=4000, curriculum_step=8000, steps=14_000)
+PRESETS["multi_dsprites_short"] = PRESETS["tetrominoes_short"] | dict(
+    dataset="multi_dsprites_colored_on_grayscale", num_slots=6, pool=4, kl_weight=0.6,
+    lr_half_life=3000, curriculum_step=4000, steps=9000)
 PRESETS["solids_short"] = PRESETS["quick"] | dict(  # a shaded ground: shading stays 1
     dataset="solids_32", num_slots=8, encoder_kernel=5, coordinate_gain=31.0, lr=2e-3,
     flat_half_life=100_000, curriculum_step=2500, lr_half_life=2000, steps=8000)
@@ -188,7 +191,7 @@ class BroadcastDecoder(nn.Module):
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
         kernel, last_kernel, padding, self.activation = DECODERS[config.decoder]
-        sizes = config.decoder_channels
+        self.pool, sizes = config.pool, config.decoder_channels
         margin = len(sizes) * (kernel - 1 - 2 * padding) + last_kernel - 1 - 2 * padding
         grid = height + margin, width + margin
         self.embedding = Embedding(config.latent_size, *grid, config.coordinate_gain)
@@ -197,7 +200,7 @@ class BroadcastDecoder(nn.Module):
         self.hidden = nn.ModuleList(conv(*pair, kernel) for pair in pairwise(sizes))
         self.last = conv(sizes[-1], channels + 1, last_kernel)
 
-    def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
+    def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, C+1, pool H, pool W)
         # The first layer sees z plus the embedding at every pixel, an image that is never built:
         first = self.first  # it is linear; the response to the embedding is the same for every z
         response = first.layout(first(self.embedding()[None]))[0]  # (O, H, W)
@@ -205,7 +208,8 @@ class BroadcastDecoder(nn.Module):
         x = self.activation(x, inplace=True)
         for conv in self.hidden:
             x = self.activation(conv(x), inplace=True)
-        return kernels.full_precision(self.last, x)
+        x = kernels.full_precision(self.last, x)
+        return x if self.pool == 1 else F.interpolate(x, scale_factor=self.pool, mode="bilinear")
 
 
 class Encoder(nn.Module):
@@ -355,6 +359,8 @@ class EfficientMORL(nn.Module):
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
         self.config, latent = config, config.latent_size
+        self.geco = GECO(config, channels * height * width)
+        height, width = height // config.pool, width // config.pool
         self.decoder = BroadcastDecoder(config, channels, height, width)
         self.encoder = Encoder(config, channels, height, width)
         self.layer = SlotAttention(config)
@@ -364,7 +370,6 @@ class EfficientMORL(nn.Module):
         self.register_buffer("shading", torch.tensor(1.0))
         # lambda^0 (2D,): mean 0, raw variance 1
         self.initial = nn.Parameter(torch.tensor([0.0, 1.0]).repeat_interleave(latent))
-        self.geco = GECO(config, channels * height * width)
         # As the released code: PyTorch's for the encoder's embedding and the refinement's GRU.
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -388,8 +393,9 @@ class EfficientMORL(nn.Module):
 
     def encode(self, image: Tensor, noise: Tensor) -> tuple[list[Tensor], ...]:
         """The first stage, layers 1 .. L: lambda^l (B, K, 2D) of q(z^l | z^(l-1), x), its sample
-        z^l (B, K, D), and attention to pixels, a list of (B, K, H, W); the sum over slots is 1."""
+        z^l (B, K, D), and attention to (pooled) pixels, (B, K, H, W); the sum over slots is 1."""
         num_layers = self.config.num_layers
+        image = F.avg_pool2d(image, self.config.pool)
         first, *others = noise[:, num_layers - 1 : 2 * num_layers].unbind(1)  # (B, K, D) each
         keys, values = self.encoder(image)
         lam = self.initial.expand(*first.shape[:2], -1)  # lambda^0 (B, K, 2D)
@@ -577,7 +583,7 @@ def learning_rate(config: Config, step: int) -> float:
 def check(config: Config) -> None:
     """UserError, in one line, for options that cannot work."""
     runs.check(config)
-    runs.at_least(config, 1, "num_slots", "latent_size", "num_layers", "lr_half_life",
+    runs.at_least(config, 1, "num_slots", "latent_size", "num_layers", "lr_half_life", "pool",
                   "encoder_channels", "encoder_kernel", "decoder_channels", "hidden_size")
     runs.at_least(config, 0, "num_steps", "num_steps_final", "flat_half_life", "lr_warmup",
                   "gru_std")
@@ -587,6 +593,8 @@ def check(config: Config) -> None:
         shape = data.images(config.dataset).shape
         other = data.images(config.train_dataset or config.dataset).shape
         runs.require(other == shape, f"--train-dataset: images of {other}, not {shape}")
+        runs.require(not any(size % config.pool for size in shape[1:]),
+                     f"--pool {config.pool} does not divide images of {shape}")
         kernels.use(config.kernels)
         kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:
