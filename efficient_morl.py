@@ -151,6 +151,9 @@ PRESETS["multi_dsprites_short"] = PRESETS["tetrominoes_short"] | dict(
 PRESETS["solids_short"] = PRESETS["quick"] | dict(  # a shaded ground: shading stays 1
     dataset="solids_32", num_slots=8, encoder_kernel=5, coordinate_gain=31.0, lr=2e-3,
     flat_half_life=100_000, curriculum_step=2500, lr_half_life=2000, steps=8000)
+PRESETS["tetrominoes_long"] = PRESETS["tetrominoes_short"] | dict(  # Adam starts anew
+    init="notebooks/weights/efficient_morl-tetrominoes_short.pt", num_steps=1, lr=5e-4,
+    lr_warmup=300, lr_half_life=2500, steps=7000)
 # No preset, as there is no CLEVR here: the sizes for kernels/benchmark.py and the tests.
 CLEVR6 = PRESETS["multi_dsprites"] | dict(num_slots=7, likelihood="mixture", geco=True)
 
