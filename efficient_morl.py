@@ -154,6 +154,9 @@ PRESETS["solids_short"] = PRESETS["quick"] | dict(  # a shaded ground: shading s
 PRESETS["tetrominoes_long"] = PRESETS["tetrominoes_short"] | dict(  # Adam starts anew
     init="notebooks/weights/efficient_morl-tetrominoes_short.pt", num_steps=1, lr=5e-4,
     lr_warmup=300, lr_half_life=2500, steps=7000)
+PRESETS["multi_dsprites_long"] = PRESETS["multi_dsprites_short"] | dict(
+    init="notebooks/weights/efficient_morl-multi_dsprites_short.pt", pool=2, lr_warmup=300,
+    curriculum_step=6000, steps=8000)
 # No preset, as there is no CLEVR here: the sizes for kernels/benchmark.py and the tests.
 CLEVR6 = PRESETS["multi_dsprites"] | dict(num_slots=7, likelihood="mixture", geco=True)
 
