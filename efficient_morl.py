@@ -30,9 +30,8 @@ variance of each latent's q (see `normal`). Superscripts: l a layer, (i) a step 
     loss^(i) = KL(q(z; lambda^(i)) || p(z^1|z^2)) - log p(x|z),   z ~ q(z; lambda^(i))          (e)
     minimise sum_i (I - i + 1) / (I + 1) loss^(i),   i = 0 .. I                              eq. 8
 
-(a) has the paper's notation; lambda^(l-1) carries z^0 .. z^(l-2) along. (e) has prior reversed++.
-z^0 ~ N(lambda^0), learned, pays no KL. The two terms have weights: `objective`. In the slides eq. 8
-weighs the likelihood alone.
+(a): lambda^(l-1) brings z^0 .. z^(l-2) into q(z^l), too. (e): prior reversed++. z^0 ~ N(lambda^0),
+learned, pays no KL. `objective` weighs the two terms.
 
     python efficient_morl.py                                 the quick preset, two CPU cores
     python efficient_morl.py --preset tetrominoes_short      eleven minutes, ARI-FG 0.71
@@ -74,8 +73,7 @@ import data
 import kernels
 from data import draws, figures, metrics, processes, runs
 
-# B batch, K slots, N = B K, L layers, I refinement steps, D latent, P pixels = H W, C H W image,
-# O channels of a convolution, E entities of a scene (0: the background); lam: lambda, 2D
+# B batch, K slots, N = B K, L layers, I steps, D latent, P (pooled) pixels, C H W image, lam lambda
 
 
 @dataclass
@@ -93,11 +91,11 @@ class Config(runs.RunConfig):
     decoder: Literal["iodine", "small", "padded", "pixel"] = "small"  # see DECODERS
     decoder_channels: tuple[int, ...] = (32, 32, 32)  # of the hidden layers
     coordinate_gain: float = 1.0  # the decoder's coordinates run from 0 to this
-    pool: int = 1  # encoder and decoder work on squares of pool x pool pixels, enlarged smoothly
+    pool: int = 1  # the encoder sees means of pool x pool pixels, decodes are enlarged bilinearly
     flat_half_life: int = 0  # training steps in which `shading` halves, see `decode`; 0: sigmoids
     # inference
     num_layers: int = 3  # L
-    normalise: Literal["mean", "sum"] = "mean"  # of pixels' values; sum: times K / P, 0 if empty
+    normalise: Literal["mean", "sum"] = "mean"  # over a slot's pixels; sum: times K / P
     encoder_channels: tuple[int, ...] = (64, 64, 64, 64)  # of the convolutions
     encoder_kernel: int = 5  # pixels, odd
     dual_gru: bool = True  # else the ablation: one GRU for means and scales
@@ -108,8 +106,8 @@ class Config(runs.RunConfig):
     # optimisation
     kl_weight: float = 1.0  # of the KL in what is minimised; `elbo` always has weight 1
     geco: bool = True  # raise the weight of the NLL until it reaches its target
-    # Nats per value (a colour of a pixel). Released code: below any NLL. Here: what a squared error
-    # of 1.9e-3 costs, that of CLEVR6's target.
+    # Nats per value (a colour of a pixel). Released code's is below any NLL. Here: a squared error
+    # of 1.9e-3, as its target for CLEVR6 allows.
     geco_target: float = -0.274
     init_gain: float = 0.02  # of Xavier's normal initialisation
     gru_std: float = 1.0  # of the DualGRU's initial weights and biases; 0: PyTorch's initialisation
@@ -141,14 +139,14 @@ PRESETS["quick_same_color"] = PRESETS["quick"] | dict(  # tested where hue says 
 PRESETS["mini_tetrominoes"] = PRESETS["quick"] | dict(  # small cells: the decoder sees neighbours
     dataset="mini_tetrominoes", num_slots=5, decoder="padded", coordinate_gain=3.0, lr=1.2e-3,
     num_steps_final=2, curriculum_step=6000, flat_half_life=3000, lr_half_life=3000, steps=12_000)
-PRESETS["tetrominoes_short"] = PRESETS["quick"] | dict(  # nearly the paper's sizes: 35 x 35
+PRESETS["tetrominoes_short"] = PRESETS["quick"] | dict(  # the paper's slots, smaller networks
     dataset="tetrominoes", num_slots=4, latent_size=64, normalise="mean",
     encoder_channels=(32, 32, 32, 32), encoder_kernel=5, decoder="padded", coordinate_gain=3.0,
     flat_half_life=0, lr=1e-3, lr_warmup=500, lr_half_life=4000, curriculum_step=8000, steps=14_000)
 PRESETS["multi_dsprites_short"] = PRESETS["tetrominoes_short"] | dict(
     dataset="multi_dsprites_colored_on_grayscale", num_slots=6, pool=4, kl_weight=0.6,
     lr_half_life=3000, curriculum_step=4000, steps=9000)
-PRESETS["solids_short"] = PRESETS["quick"] | dict(  # a shaded ground: shading stays 1
+PRESETS["solids_short"] = PRESETS["quick"] | dict(  # a shaded ground: shading hardly falls
     dataset="solids_32", num_slots=8, encoder_kernel=5, coordinate_gain=31.0, lr=2e-3,
     flat_half_life=100_000, curriculum_step=2500, lr_half_life=2000, steps=8000)
 PRESETS["tetrominoes_long"] = PRESETS["tetrominoes_short"] | dict(  # Adam starts anew
@@ -174,7 +172,7 @@ def mlp(inputs: int, hidden: int, outputs: int, activation: type[nn.Module]) -> 
 
 
 class Embedding(nn.Linear):
-    """A linear map of 1 - x, x, y, 1 - y at each pixel: x its column, y its row, 0 to `gain`."""
+    """A linear map of 1 - x, x, y, 1 - y, times `gain`: x a pixel's column, y its row, 0 to 1."""
 
     def __init__(self, size: int, height: int, width: int, gain: float = 1.0):
         super().__init__(4, size)
@@ -192,7 +190,7 @@ DECODERS = {"iodine": (3, 3, 0, F.elu), "small": (5, 3, 1, F.relu),
 
 
 class BroadcastDecoder(nn.Module):
-    """Spatial broadcast decoder, on a grid that is larger by what unpadded convolutions cut off."""
+    """Spatial broadcast decoder, on a grid 1 / pool as fine, plus what its convolutions cut off."""
 
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
@@ -206,10 +204,11 @@ class BroadcastDecoder(nn.Module):
         self.hidden = nn.ModuleList(conv(*pair, kernel) for pair in pairwise(sizes))
         self.last = conv(sizes[-1], channels + 1, last_kernel)
 
-    def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, C+1, pool H, pool W)
+    def forward(self, z: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
         # The first layer sees z plus the embedding at every pixel, an image that is never built:
-        first = self.first  # it is linear; the response to the embedding is the same for every z
-        response = first.layout(first(self.embedding()[None]))[0]  # (O, H, W)
+        # it is linear, and its response to the embedding is the same for every z.
+        first = self.first
+        response = first.layout(first(self.embedding()[None]))[0]  # (channels, rows, columns)
         x = kernels.broadcast_conv(z, first.weight, response, first.padding[0])
         x = self.activation(x, inplace=True)
         for conv in self.hidden:
@@ -219,7 +218,7 @@ class BroadcastDecoder(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image (B, C, H, W) in [0, 1] -> keys and values of its pixels, each (B, P, D)."""
+    """Pooled image (B, C, H/pool, W/pool) in [0, 1] -> keys and values of its pixels (B, P, D)."""
 
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
@@ -280,10 +279,7 @@ class SlotAttention(nn.Module):
 
 
 class RefinementNetwork(nn.Module):
-    """f of (d): from lambda and the gradient of the loss with respect to it, to lambda's update.
-
-    f is recurrent: its state goes from step to step.
-    """
+    """f of (d), recurrent: lambda and the gradient of the loss with respect to it -> an update."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -366,9 +362,9 @@ class EfficientMORL(nn.Module):
         super().__init__()
         self.config, latent = config, config.latent_size
         self.geco = GECO(config, channels * height * width)
-        height, width = height // config.pool, width // config.pool
-        self.decoder = BroadcastDecoder(config, channels, height, width)
-        self.encoder = Encoder(config, channels, height, width)
+        size = height // config.pool, width // config.pool
+        self.decoder = BroadcastDecoder(config, channels, *size)
+        self.encoder = Encoder(config, channels, *size)
         self.layer = SlotAttention(config)
         self.prior = mlp(latent, config.hidden_size, 2 * latent, nn.ELU)  # to a lambda
         self.refinement = RefinementNetwork(config)
@@ -376,7 +372,7 @@ class EfficientMORL(nn.Module):
         self.register_buffer("shading", torch.tensor(1.0))
         # lambda^0 (2D,): mean 0, raw variance 1
         self.initial = nn.Parameter(torch.tensor([0.0, 1.0]).repeat_interleave(latent))
-        # As the released code: PyTorch's for the encoder's embedding and the refinement's GRU.
+        # Xavier's, as the released code, except for the encoder's embedding and refinement's GRU.
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_normal_(module.weight, config.init_gain)
@@ -399,7 +395,7 @@ class EfficientMORL(nn.Module):
 
     def encode(self, image: Tensor, noise: Tensor) -> tuple[list[Tensor], ...]:
         """The first stage, layers 1 .. L: lambda^l (B, K, 2D) of q(z^l | z^(l-1), x), its sample
-        z^l (B, K, D), and attention to (pooled) pixels, (B, K, H, W); the sum over slots is 1."""
+        z^l (B, K, D), attention (B, K, H/pool, W/pool), whose sum over slots is 1: lists of L."""
         num_layers = self.config.num_layers
         image = F.avg_pool2d(image, self.config.pool)
         first, *others = noise[:, num_layers - 1 : 2 * num_layers].unbind(1)  # (B, K, D) each
@@ -433,8 +429,8 @@ class EfficientMORL(nn.Module):
     def nll(self, image: Tensor, decoded: Tensor) -> Tensor:
         """-log p(x|z), nats per image, (B,).
 
-        gaussian: N(x; sum_k m_k mu_k, sigma^2) of every value. mixture: sum_k m_k N(x; mu_k,
-        sigma^2) of every pixel, as in IODINE (eq. 1). Released code: of every colour of a pixel.
+        gaussian: N(x; sum_k m_k mu_k, sigma^2) of every value. mixture, the slides': sum_k m_k
+        N(x; mu_k, sigma^2) of every pixel (IODINE, eq. 1). Released code: of every colour.
         """
         sigma = self.config.sigma
         if self.config.likelihood == "gaussian":
@@ -508,7 +504,7 @@ class EfficientMORL(nn.Module):
         """Eq. 8. Of the last step also `decoded`, nll, kl (I > 0) and elbo (no bound for I > 0
         and reversed++: that prior has seen the image); kl_hierarchy of all layers. Means, nats."""
         steps, total = self.infer(image, noise, training=True), 0.0
-        # Paper, for I = 3: weights 1, .75, .5, .25. Released code: 1.5, 1.25, 1, .75.
+        # Slides: these weights on the NLL alone. Released code, for I = 3: 1.5, 1.25, 1, .75.
         for i, step in enumerate(steps):
             weight = (len(steps) - i) / len(steps)  # (I - i + 1) / (I + 1)
             total = total + weight * self.objective(step.nll, step.kl)
@@ -527,10 +523,7 @@ def reconstruct(decoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def evaluate(model: EfficientMORL, scenes: data.Scenes, count: int = 320) -> dict[str, Any]:
-    """`metrics` with the test's I; `settings`: after each layer (no refinement) and each step.
-
-    `kl_hierarchy` is the KL of all layers, `kl` that of the refined q alone: not comparable.
-    """
+    """`metrics` with the test's I; `settings`: after each layer (no refinement) and each step."""
     layers, trained = model.config.num_layers, model.config.num_steps_final
     num_steps = max(3, trained)  # 3: as many as the paper's
     results: list[dict[str, list]] = [{} for _ in range(layers + num_steps)]
