@@ -592,8 +592,8 @@ def check(config: Config) -> None:
         shape = data.images(config.dataset).shape
         other = data.images(config.train_dataset or config.dataset).shape
         runs.require(other == shape, f"--train-dataset: images of {other}, not {shape}")
-        runs.require(not any(size % config.pool for size in shape[1:]),
-                     f"--pool {config.pool} does not divide images of {shape}")
+        runs.require(all(size % config.pool == 0 and size > config.pool for size in shape[1:]),
+                     f"--pool {config.pool} does not divide images of {shape} into several squares")
         kernels.use(config.kernels)
         kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:

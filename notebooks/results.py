@@ -268,7 +268,7 @@ ROWS = [
     ("efficient_morl", "quick_same_color", "ari_fg", 0.8, "–"),
     ("efficient_morl", "mini_tetrominoes", "ari_fg", 0.95, "–"),
     ("efficient_morl", "mini_tetrominoes", "miou", 0.85, "–"),
-    ("efficient_morl", "tetrominoes_short", "ari_fg", 0.98, "0.982 ± 0.018"),
+    ("efficient_morl", "tetrominoes_long", "ari_fg", 0.98, "0.982 ± 0.018"),
     ("efficient_morl", "solids_short", "ari_fg", 0.9, "–"),
     ("slot_attention", "quick", "ari_fg", 0.9, "–"),
     ("slot_attention", "quick", "miou", 0.9, "–"),

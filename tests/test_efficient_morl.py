@@ -605,6 +605,7 @@ def test_a_run_with_geco_and_one_without_refinement(num_steps, tmp_path, monkeyp
 @pytest.mark.parametrize(("changes", "message"), [
     (dict(encoder_kernel=4), "--encoder-kernel must be odd"),
     (dict(pool=5), r"--pool 5 does not divide images of \(3, 12, 12\)"),
+    (dict(pool=12), "--pool 12 does not divide .* into several squares"),
     (dict(pool=0), "--pool"),
 ])  # fmt: skip
 def test_options_that_cannot_work_are_refused(changes, message):
