@@ -73,7 +73,7 @@ import data
 import kernels
 from data import draws, figures, metrics, processes, runs
 
-# B batch, K slots, N = B K, L layers, I steps, D latent, P (pooled) pixels, C H W image, lam lambda
+# B batch, K slots, N = B K, L layers, I steps, D latent, P pixels = H W, C H W image, lam lambda
 
 
 @dataclass
@@ -91,7 +91,6 @@ class Config(runs.RunConfig):
     decoder: Literal["iodine", "small", "padded", "pixel"] = "small"  # see DECODERS
     decoder_channels: tuple[int, ...] = (32, 32, 32)  # of the hidden layers
     coordinate_gain: float = 1.0  # the decoder's coordinates run from 0 to this
-    pool: int = 1  # the encoder sees means of pool x pool pixels, decodes are enlarged bilinearly
     flat_half_life: int = 0  # training steps in which `shading` halves, see `decode`; 0: sigmoids
     # inference
     num_layers: int = 3  # L
@@ -143,18 +142,12 @@ PRESETS["tetrominoes_short"] = PRESETS["quick"] | dict(  # the paper's slots, sm
     dataset="tetrominoes", num_slots=4, latent_size=64, normalise="mean",
     encoder_channels=(32, 32, 32, 32), encoder_kernel=5, decoder="padded", coordinate_gain=3.0,
     flat_half_life=0, lr=1e-3, lr_warmup=500, lr_half_life=4000, curriculum_step=8000, steps=14_000)
-PRESETS["multi_dsprites_short"] = PRESETS["tetrominoes_short"] | dict(
-    dataset="multi_dsprites_colored_on_grayscale", num_slots=6, pool=4, kl_weight=0.6,
-    lr_half_life=3000, curriculum_step=4000, steps=9000)
 PRESETS["solids_short"] = PRESETS["quick"] | dict(  # a shaded ground: shading hardly falls
     dataset="solids_32", num_slots=8, encoder_kernel=5, coordinate_gain=31.0, lr=2e-3,
     flat_half_life=100_000, curriculum_step=2500, lr_half_life=2000, steps=8000)
 PRESETS["tetrominoes_long"] = PRESETS["tetrominoes_short"] | dict(  # Adam starts anew
     init="notebooks/weights/efficient_morl-tetrominoes_short.pt", num_steps=1, lr=5e-4,
     lr_warmup=300, lr_half_life=2500, steps=7000)
-PRESETS["multi_dsprites_long"] = PRESETS["multi_dsprites_short"] | dict(
-    init="notebooks/weights/efficient_morl-multi_dsprites_short.pt", pool=2, lr_warmup=300,
-    curriculum_step=6000, steps=8000)
 # No preset, as there is no CLEVR here: the sizes for kernels/benchmark.py and the tests.
 CLEVR6 = PRESETS["multi_dsprites"] | dict(num_slots=7, likelihood="mixture", geco=True)
 
@@ -190,12 +183,12 @@ DECODERS = {"iodine": (3, 3, 0, F.elu), "small": (5, 3, 1, F.relu),
 
 
 class BroadcastDecoder(nn.Module):
-    """Spatial broadcast decoder, on a grid 1 / pool as fine, plus what its convolutions cut off."""
+    """Spatial broadcast decoder, on a grid that is larger by what unpadded convolutions cut off."""
 
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
         kernel, last_kernel, padding, self.activation = DECODERS[config.decoder]
-        self.pool, sizes = config.pool, config.decoder_channels
+        sizes = config.decoder_channels
         margin = len(sizes) * (kernel - 1 - 2 * padding) + last_kernel - 1 - 2 * padding
         grid = height + margin, width + margin
         self.embedding = Embedding(config.latent_size, *grid, config.coordinate_gain)
@@ -213,12 +206,11 @@ class BroadcastDecoder(nn.Module):
         x = self.activation(x, inplace=True)
         for conv in self.hidden:
             x = self.activation(conv(x), inplace=True)
-        x = kernels.full_precision(self.last, x)
-        return x if self.pool == 1 else F.interpolate(x, scale_factor=self.pool, mode="bilinear")
+        return kernels.full_precision(self.last, x)
 
 
 class Encoder(nn.Module):
-    """Pooled image (B, C, H/pool, W/pool) in [0, 1] -> keys and values of its pixels (B, P, D)."""
+    """Image (B, C, H, W) in [0, 1] -> keys and values of its pixels, each (B, P, D)."""
 
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
@@ -361,10 +353,8 @@ class EfficientMORL(nn.Module):
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
         self.config, latent = config, config.latent_size
-        self.geco = GECO(config, channels * height * width)
-        size = height // config.pool, width // config.pool
-        self.decoder = BroadcastDecoder(config, channels, *size)
-        self.encoder = Encoder(config, channels, *size)
+        self.decoder = BroadcastDecoder(config, channels, height, width)
+        self.encoder = Encoder(config, channels, height, width)
         self.layer = SlotAttention(config)
         self.prior = mlp(latent, config.hidden_size, 2 * latent, nn.ELU)  # to a lambda
         self.refinement = RefinementNetwork(config)
@@ -372,6 +362,7 @@ class EfficientMORL(nn.Module):
         self.register_buffer("shading", torch.tensor(1.0))
         # lambda^0 (2D,): mean 0, raw variance 1
         self.initial = nn.Parameter(torch.tensor([0.0, 1.0]).repeat_interleave(latent))
+        self.geco = GECO(config, channels * height * width)
         # Xavier's, as the released code, except for the encoder's embedding and refinement's GRU.
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -395,9 +386,8 @@ class EfficientMORL(nn.Module):
 
     def encode(self, image: Tensor, noise: Tensor) -> tuple[list[Tensor], ...]:
         """The first stage, layers 1 .. L: lambda^l (B, K, 2D) of q(z^l | z^(l-1), x), its sample
-        z^l (B, K, D), attention (B, K, H/pool, W/pool), whose sum over slots is 1: lists of L."""
+        z^l (B, K, D), attention to pixels (B, K, H, W), whose sum over slots is 1: lists of L."""
         num_layers = self.config.num_layers
-        image = F.avg_pool2d(image, self.config.pool)
         first, *others = noise[:, num_layers - 1 : 2 * num_layers].unbind(1)  # (B, K, D) each
         keys, values = self.encoder(image)
         lam = self.initial.expand(*first.shape[:2], -1)  # lambda^0 (B, K, 2D)
@@ -582,7 +572,7 @@ def learning_rate(config: Config, step: int) -> float:
 def check(config: Config) -> None:
     """UserError, in one line, for options that cannot work."""
     runs.check(config)
-    runs.at_least(config, 1, "num_slots", "latent_size", "num_layers", "lr_half_life", "pool",
+    runs.at_least(config, 1, "num_slots", "latent_size", "num_layers", "lr_half_life",
                   "encoder_channels", "encoder_kernel", "decoder_channels", "hidden_size")
     runs.at_least(config, 0, "num_steps", "num_steps_final", "flat_half_life", "lr_warmup",
                   "gru_std")
@@ -592,8 +582,6 @@ def check(config: Config) -> None:
         shape = data.images(config.dataset).shape
         other = data.images(config.train_dataset or config.dataset).shape
         runs.require(other == shape, f"--train-dataset: images of {other}, not {shape}")
-        runs.require(all(size % config.pool == 0 and size > config.pool for size in shape[1:]),
-                     f"--pool {config.pool} does not divide images of {shape} into several squares")
         kernels.use(config.kernels)
         kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:

@@ -52,12 +52,6 @@ def draw(lam: Tensor, noise: Tensor) -> Tensor:
     return normal(lam).loc + normal(lam).scale * noise
 
 
-def enlargement(size: int, pool: int) -> Tensor:
-    """(size, size / pool): bilinear weights of a line's samples, at the middles of its pixels."""
-    middles = ((torch.arange(size) + 0.5) / pool - 0.5).clamp(0, size // pool - 1)
-    return (1 - (middles[:, None] - torch.arange(size // pool)).abs()).clamp(min=0)
-
-
 def kl_of_slots(lam: list[Tensor], priors: list[Tensor] | None) -> Tensor:
     """Of one layer; the prior N(0, 1) where there is none."""
     standard = D.Normal(torch.zeros(len(lam[0]) // 2), 1.0)
@@ -75,11 +69,10 @@ class Eager(Layers):
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (P, D)."""
-        p = self.config.pool
-        x = 2 * sum(image[:, i::p, j::p] for i in range(p) for j in range(p)) / p**2 - 1
+        x = 2 * image - 1
         for i in range(len(self.config.encoder_channels)):
             x = F.conv2d(x, *self.layer(f"encoder.convs.{i}"), padding="same").clamp(min=0)
-        x = (x + self.embedding("encoder.embedding", *x.shape[1:])).flatten(1).T
+        x = (x + self.embedding("encoder.embedding", *image.shape[1:])).flatten(1).T
         x = self.mlp("encoder.mlp.1", self.norm("encoder.mlp.0", x))
         return self.linear("encoder.keys", x), self.linear("encoder.values", x)
 
@@ -111,8 +104,6 @@ class Eager(Layers):
     def decode(self, z: Tensor, height: int, width: int) -> Tensor:
         """One slot, (C+1, H, W): its latent at every place, plus the embedding of the place."""
         number, gain = len(self.config.decoder_channels), self.config.coordinate_gain
-        rows, columns = (enlargement(size, self.config.pool) for size in (height, width))
-        height, width = rows.shape[1], columns.shape[1]
         # Unpadded convolutions of 3 x 3 cut off 2 pixels, those of 5 x 5 padded by 1 as well.
         margin = dict(iodine=2 * number + 2, small=2 * number).get(self.config.decoder, 0)
         x = z[:, None, None] + self.embedding(
@@ -121,7 +112,7 @@ class Eager(Layers):
         activation = F.elu if self.config.decoder == "iodine" else F.relu
         for name in ("first", *(f"hidden.{i}" for i in range(number - 1))):
             x = activation(F.conv2d(x, *self.layer(f"decoder.{name}"), padding=padding))
-        x = rows @ F.conv2d(x, *self.layer("decoder.last"), padding=padding) @ columns.T
+        x = F.conv2d(x, *self.layer("decoder.last"), padding=padding)
         if not self.config.flat_half_life:
             return torch.cat([1 / (1 + (-x[:-1]).exp()), x[-1:]])
         flat = self.linear("flat", z)[:, None, None]
@@ -171,8 +162,7 @@ class Eager(Layers):
             z = list(map(draw, lam, epsilon))
             posteriors.append(lam)
             samples.append(z)
-            height, width = (size // self.config.pool for size in image.shape[1:])
-            attention.append(shares.unflatten(1, (height, width)))
+            attention.append(shares.unflatten(1, image.shape[1:]))
 
         kl, prior = self.hierarchy_kl(posteriors, samples, fresh)
         states, steps = [torch.zeros_like(z_k) for z_k in z], []
@@ -300,7 +290,6 @@ CASES: dict[str, dict] = {
     "iodine's decoder": dict(decoder="iodine", decoder_channels=(3, 4, 2), num_steps=1),
     "small": dict(decoder="small", num_steps=1),
     "padded decoder": dict(decoder="padded", num_steps=1),
-    "pooled": dict(pool=3, shape=(3, 6, 9), decoder="padded", num_steps=1),
     "one layer of a decoder": dict(decoder_channels=(3,), coordinate_gain=4.0),
     "flat": dict(flat_half_life=10, num_steps=1),
     "sum": dict(normalise="sum", num_steps=1, more=1),  # and a slot more than in training
@@ -602,15 +591,9 @@ def test_a_run_with_geco_and_one_without_refinement(num_steps, tmp_path, monkeyp
     assert len(records) == 2 and records[1]["nll_weight"] > 1
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    (dict(encoder_kernel=4), "--encoder-kernel must be odd"),
-    (dict(pool=5), r"--pool 5 does not divide images of \(3, 12, 12\)"),
-    (dict(pool=12), "--pool 12 does not divide .* into several squares"),
-    (dict(pool=0), "--pool"),
-])  # fmt: skip
-def test_options_that_cannot_work_are_refused(changes, message):
-    with pytest.raises(runs.UserError, match=message):
-        efficient_morl.check(tiny(**changes))
+def test_an_even_encoder_kernel_is_refused():
+    with pytest.raises(runs.UserError, match="--encoder-kernel must be odd"):
+        efficient_morl.check(tiny(encoder_kernel=4))
 
 
 # -- mutants ---------------------------------------------------------------------------------------
@@ -678,9 +661,6 @@ MUTANTS = {  # name: (check, text of efficient_morl.py, its mutation)
     "flat colours not bounded": ("flat", "(means / (4 * self.shading)).tanh()", "means / 4"),
     "flat colours squashed": ("flat", "(self.flat, z)", "(self.flat, z).sigmoid()"),
     "padded by as much as keeps the size": ("small", ", first.padding[0])", ")"),
-    "every third pixel": ("pooled", "F.avg_pool2d(image, self.config.pool)",
-                          "image[..., ::3, ::3]"),
-    "enlarged in blocks": ("pooled", 'mode="bilinear")', 'mode="nearest")'),
     "embedding without its gain": ("small", "grid = gain * ", "grid = 0.5 * "),
     "no discount": ("eager", "(len(steps) - i) / len(steps)", "1.0"),
     "the released code's discount": ("eager", "(len(steps) - i)", "(len(steps) - i + 2)"),
