@@ -138,7 +138,7 @@ PRESETS["quick_same_color"] = PRESETS["quick"] | dict(  # tested where hue says 
 PRESETS["mini_tetrominoes"] = PRESETS["quick"] | dict(  # small cells: the decoder sees neighbours
     dataset="mini_tetrominoes", num_slots=5, decoder="padded", coordinate_gain=3.0, lr=1.2e-3,
     num_steps_final=2, curriculum_step=6000, flat_half_life=3000, lr_half_life=3000, steps=12_000)
-PRESETS["tetrominoes_short"] = PRESETS["quick"] | dict(  # the paper's slots, smaller networks
+PRESETS["tetrominoes_short"] = PRESETS["quick"] | dict(  # the paper's four slots, smaller networks
     dataset="tetrominoes", num_slots=4, latent_size=64, normalise="mean",
     encoder_channels=(32, 32, 32, 32), encoder_kernel=5, decoder="padded", coordinate_gain=3.0,
     flat_half_life=0, lr=1e-3, lr_warmup=500, lr_half_life=4000, curriculum_step=8000, steps=14_000)
