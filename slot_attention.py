@@ -78,6 +78,7 @@ class Config(runs.RunConfig):
     num_slots: int = 4  # K
     latent_size: int = 64  # D, of one slot
     slots: Literal["attention", "mlp"] = "attention"  # mlp: the baseline Slot MLP
+    pool: int = 1  # encoder and decoder work on squares of pool x pool pixels, enlarged smoothly
     num_iterations: int = 3  # T in training
     test_iterations: int = 3  # T in tests
     normalise: Literal["mean", "sum"] = "mean"  # sum: a slot sees how many pixels it has
@@ -251,7 +252,7 @@ class SlotAutoencoder(nn.Module):
 
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
-        self.config = config
+        self.config, height, width = config, height // config.pool, width // config.pool
         self.encoder = Encoder(config, channels, height, width)
         ordered = config.slots == "mlp"
         self.slots = SlotMLP(config, height, width) if ordered else SlotAttention(config)
@@ -274,7 +275,8 @@ class SlotAutoencoder(nn.Module):
 
     def encode(self, image: Tensor, noise: Tensor, num_iterations: int) -> list[tuple]:
         """Slots (B, K, D) and attention (B, K, P) after each of T iterations; noise gives K."""
-        return kernels.full_precision(self.slots, self.encoder(image), noise, num_iterations)
+        features = self.encoder(F.avg_pool2d(image, self.config.pool))
+        return kernels.full_precision(self.slots, features, noise, num_iterations)
 
     def decode(self, slots: Tensor) -> Tensor:
         """Every slot alone: (B, K, D) -> means and mask logits (B, K, C+1, H, W).
@@ -282,7 +284,10 @@ class SlotAutoencoder(nn.Module):
         With flat_colors, a linear map of the slot is its colour and a logit, the same everywhere;
         the decoder's own means are not used, and its logit, times 4, is added: a faster mask.
         """
-        decoded = self.decoder(slots.flatten(0, 1)).unflatten(0, slots.shape[:2])
+        decoded = self.decoder(slots.flatten(0, 1))
+        if self.config.pool > 1:
+            decoded = F.interpolate(decoded, scale_factor=self.config.pool, mode="bilinear")
+        decoded = decoded.unflatten(0, slots.shape[:2])
         means, mask_logits = decoded[:, :, :-1], decoded[:, :, -1:]
         if self.flat:
             flat = kernels.full_precision(self.flat, slots)[..., None, None]  # (B, K, C+1, 1, 1)
