@@ -525,11 +525,7 @@ def evaluate(model: EfficientMORL, scenes: data.Scenes, count: int = 320) -> dic
             mean, masks, _ = reconstruct(step.decoded.nan_to_num())
             # More steps than in training can diverge: such a scene has no score.
             finite = step.decoded.isfinite().flatten(1).all(1).cpu()
-            values = dict(mse=metrics.mse(batch.image, mean))
-            if batch.masks is not None:
-                values |= dict(ari_fg=metrics.ari(batch.masks, masks),
-                               ari=metrics.ari(batch.masks, masks, foreground=False),
-                               miou=metrics.miou(batch.masks, batch.present, masks))
+            values = metrics.segmentation(batch, mean, masks)
             if step.nll is not None:
                 kl = "kl_hierarchy" if stage == layers else "kl"
                 values |= {"elbo": -step.nll - step.kl, "nll": step.nll, kl: step.kl}

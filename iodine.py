@@ -501,12 +501,8 @@ def score(model: IODINE, scenes: data.Scenes, num_steps: int, num_slots: int, co
             mean, masks, _ = reconstruct(step.decoded.nan_to_num())
             # Far beyond the trained T inference can diverge: such a scene has no score.
             finite = (step.nll + step.kl + step.decoded.flatten(1).sum(1)).isfinite().cpu()
-            values = dict(mse=metrics.mse(batch.image, mean), elbo=-step.nll - step.kl,
-                          nll=step.nll, kl=step.kl)
-            if batch.masks is not None:
-                values = dict(ari_fg=metrics.ari(batch.masks, masks),
-                              ari=metrics.ari(batch.masks, masks, foreground=False),
-                              miou=metrics.miou(batch.masks, batch.present, masks)) | values
+            values = metrics.segmentation(batch, mean, masks)
+            values |= dict(elbo=-step.nll - step.kl, nll=step.nll, kl=step.kl)
             for name, value in values.items():
                 result.setdefault(name, []).append(value.cpu().double().where(finite, math.nan))
     return [{k: metrics.mean_stderr(torch.cat(v)) for k, v in r.items()} for r in results]

@@ -326,13 +326,8 @@ def evaluate(model: SlotAutoencoder, scenes: data.Scenes, count: int = 320) -> d
         trace = model.encode(batch.image, model.noise(scenes, index), len(results))
         for result, (slots, _) in zip(results, trace, strict=True):
             mean, masks, _ = reconstruct(model.decode(slots))
-            values = dict(mse=metrics.mse(batch.image, mean))
-            if batch.masks is not None:
-                values |= dict(ari_fg=metrics.ari(batch.masks, masks),
-                               ari=metrics.ari(batch.masks, masks, foreground=False),
-                               miou=metrics.miou(batch.masks, batch.present, masks))
-            for name, value in values.items():
-                result.setdefault(name, []).append(value.cpu())
+            for name, value in metrics.segmentation(batch, mean, masks).items():
+                result.setdefault(name, []).append(value)
     scores = [{n: metrics.mean_stderr(torch.cat(v)) for n, v in r.items()} for r in results]
     settings = [dict(num_iterations=t, metrics=m) for t, m in enumerate(scores, 1)]
     return dict(metrics=scores[test - 1], settings=settings)

@@ -189,10 +189,7 @@ class MultiMNIST(Scenes):
 
 
 def bounding_box(light: Tensor, least: int) -> Tensor:
-    """Top, left, height, width of what is `least` or lighter: (..., H, W) -> int64 (..., 4).
-
-    Zeros where nothing is.
-    """
+    """Top, left, height, width of what is `least` or lighter: (..., H, W) -> int64 (..., 4)."""
     inside, starts, extents = light >= least, [], []
     for line in (inside.any(-1), inside.any(-2)):  # (..., H), then (..., W)
         starts.append(draws.first_valid(line))

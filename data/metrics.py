@@ -27,6 +27,8 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
 
+from data import Batch
+
 Values = Tensor | np.ndarray
 
 
@@ -49,12 +51,12 @@ def ari(true_masks: Values, predicted: Values, foreground: bool = True) -> Tenso
     counts = _contingency(true_masks, predicted)  # (B, E, K)
     if foreground:
         counts = counts[:, 1:]
-    number = counts.sum((1, 2))  # pixels, (B,)
-    both = _pairs(counts).sum((1, 2))  # pairs of pixels together in truth and prediction, (B,)
-    only_true = _pairs(counts.sum(2)).sum(1) - both
-    only_predicted = _pairs(counts.sum(1)).sum(1) - both
-    neither = _pairs(number) - both - only_true - only_predicted
-    # The formula above times 2 total: these four are whole numbers, so equality below is exact.
+    # The number of pixels, and ordered pairs of them that are together, each with itself, too: (B,)
+    number, both = counts.sum((1, 2)), counts.square().sum((1, 2))
+    true, found = counts.sum(2).square().sum(1), counts.sum(1).square().sum(1)
+    only_true, only_predicted = true - both, found - both
+    neither, both = number.square() - true - found + both, both - number
+    # The formula above times 8 total: these four are whole numbers, so equality below is exact.
     numerator = 2 * (both * neither - only_true * only_predicted)
     denominator = (both + only_true) * (only_true + neither)
     denominator = denominator + (both + only_predicted) * (only_predicted + neither)
@@ -142,6 +144,15 @@ def mse(image: Values, reconstruction: Values) -> Tensor:
         raise ValueError(f"image and reconstruction must both be floats (B, C, H, W) without NaN, "
                          f"not {tuple(image.shape)} and {tuple(reconstruction.shape)}")  # fmt: skip
     return (image.double() - reconstruction.double()).square().mean((1, 2, 3))
+
+
+def segmentation(batch: Batch, mean: Tensor, masks: Tensor) -> dict[str, Tensor]:
+    """`mse` and, where true masks are known, `ari_fg`, `ari`, `miou` of each scene: (B,) each."""
+    scores, known = dict(mse=mse(batch.image, mean)), batch.masks
+    if known is not None:
+        scores |= dict(ari_fg=ari(known, masks), ari=ari(known, masks, foreground=False),
+                       miou=miou(known, batch.present, masks))
+    return scores
 
 
 def probe(latents: Values, targets: Mapping[str, Values]) -> dict[str, float]:
@@ -240,10 +251,6 @@ def _contingency(true_masks: Values, predicted: Values) -> Tensor:
         raise ValueError("the predicted masks hold NaN")
     segments = F.one_hot((predicted * 1.0).argmax(1), predicted.shape[1])  # (B, H, W, K)
     return torch.einsum("behw, bhwk -> bek", true.double(), segments.double())
-
-
-def _pairs(count: Tensor) -> Tensor:
-    return count * (count - 1) / 2
 
 
 def _iou(counts: Tensor) -> Tensor:

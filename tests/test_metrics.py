@@ -280,6 +280,19 @@ def test_mse():
     assert metrics.mse(image, image + 2).tolist() == [4, 4]  # a mean, and nothing is clipped
 
 
+def test_segmentation_is_all_that_the_truth_allows():
+    batch = data.make("mini_sprites_16_shaded", "test").batch(0, 4)
+    mean, masks = batch.image * 0.5, torch.rand(4, 3, 16, 16, generator=torch.manual_seed(0))
+    scores = metrics.segmentation(batch, mean, masks)
+    assert list(scores) == ["mse", "ari_fg", "ari", "miou"]
+    assert scores["mse"].equal(metrics.mse(batch.image, mean))
+    assert scores["ari_fg"].equal(metrics.ari(batch.masks, masks))
+    assert scores["ari"].equal(metrics.ari(batch.masks, masks, foreground=False))
+    assert scores["miou"].equal(metrics.miou(batch.masks, batch.present, masks))
+    unlabelled = Batch(batch.image, None, None, {})
+    assert list(metrics.segmentation(unlabelled, mean, masks)) == ["mse"]
+
+
 def test_mean_stderr():
     summary = metrics.mean_stderr(torch.tensor([1.0, NAN, 2.0, 4.0]))
     assert summary["n"] == 3 and summary["left_out"] == 1
