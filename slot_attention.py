@@ -105,18 +105,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         dataset="mini_sprites_16_shaded", num_slots=6, test_iterations=4, normalise="sum",
         encoder_channels=(32, 32, 32), encoder_kernel=3, decoder_kernel=1, coordinate_gain=15.0,
         flat_colors=True, mask_entropy=0.1, entropy_steps=10_000, batch_size=16, lr=2e-3, clip=1.0,
-        lr_warmup=300, lr_half_life=2500, steps=10_500,
-    ),
+        lr_warmup=300, lr_half_life=2500, steps=10_500),
     "tetrominoes": dict(),
     "tetrominoes_short": dict(
         decoder_kernel=3, coordinate_gain=3.0, batch_size=16, lr=1e-3, clip=1.0, lr_warmup=500,
-        lr_half_life=4000, steps=14_000,
-    ),
+        lr_half_life=4000, steps=14_000),
     "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", num_slots=6),
 }
 PRESETS["tetrominoes_long"] = PRESETS["tetrominoes_short"] | dict(  # Adam starts anew
     init="notebooks/weights/slot_attention-tetrominoes_short.pt", test_iterations=4, lr=5e-4,
     lr_warmup=300, lr_half_life=3000, steps=9000)
+PRESETS["multi_dsprites_short"] = PRESETS["quick"] | PRESETS["multi_dsprites"] | dict(pool=4)
 
 
 def make_config(preset: str = "quick", **overrides: Any) -> Config:
@@ -174,8 +173,7 @@ class SlotAttention(nn.Module):
         self.loc, self.log_scale = (nn.Parameter(torch.empty(1, size)) for _ in range(2))
         self.norm_inputs, self.norm_slots = LayerNorm(inputs), LayerNorm(size)
         # Paper: silent. Released code, and here: no biases.
-        self.keys = nn.Linear(inputs, size, bias=False)
-        self.values = nn.Linear(inputs, size, bias=False)
+        self.keys, self.values = (nn.Linear(inputs, size, bias=False) for _ in range(2))
         self.queries = nn.Linear(size, size, bias=False)
         self.gru = nn.GRUCell(size, size)
         self.mlp = nn.Sequential(LayerNorm(size), mlp(size, 2 * size, size))
@@ -235,8 +233,8 @@ class BroadcastDecoder(nn.Module):
         self.last = kernels.Conv2d(sizes[-1], channels + 1, min(k, 3))
 
     def forward(self, slots: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
-        # The first layer sees slot plus embedding at every pixel; that image is never built.
-        # The response to the embedding is the same for every slot, (O, H, W).
+        # The first layer sees slot plus embedding at every pixel, an image that is never built:
+        # the response to the embedding (O, H, W) is the same for every slot.
         response = self.first.layout(self.first(self.embedding()[None]))[0]
         x = F.relu(kernels.broadcast_conv(slots, self.first.weight, response), inplace=True)
         for conv in self.hidden:
@@ -285,8 +283,7 @@ class SlotAutoencoder(nn.Module):
         the decoder's own means are not used, and its logit, times 4, is added: a faster mask.
         """
         decoded = self.decoder(slots.flatten(0, 1))
-        if self.config.pool > 1:
-            decoded = F.interpolate(decoded, scale_factor=self.config.pool, mode="bilinear")
+        decoded = F.interpolate(decoded, scale_factor=self.config.pool, mode="bilinear")
         decoded = decoded.unflatten(0, slots.shape[:2])
         means, mask_logits = decoded[:, :, :-1], decoded[:, :, -1:]
         if self.flat:
@@ -364,13 +361,15 @@ def check(config: Config) -> None:
     runs.check(config)
     runs.at_least(config, 1, "num_slots", "latent_size", "num_iterations", "test_iterations",
                   "encoder_channels", "encoder_kernel", "decoder_channels", "decoder_kernel",
-                  "entropy_steps", "lr_half_life")
+                  "entropy_steps", "lr_half_life", "pool")
     runs.at_least(config, 0, "mask_entropy", "lr_warmup", "clip")
     runs.positive(config, "coordinate_gain")
     for name in ("encoder", "decoder"):
         runs.require(getattr(config, f"{name}_kernel") % 2, f"--{name}-kernel must be odd")
     try:
-        data.images(config.dataset)
+        shape = data.images(config.dataset).shape
+        runs.require(not any(size % config.pool for size in shape[1:]),
+                     f"--pool {config.pool} does not divide images of {shape}")
         kernels.use(config.kernels)
         kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:
