@@ -146,17 +146,18 @@ class Embedding(nn.Linear):
 
 
 class Encoder(nn.Module):
-    """Image (B, C, H, W) in [0, 1] -> a feature of every pixel, (B, P, O)."""
+    """Image (B, C, pool H, pool W) in [0, 1] -> a feature of every pooled pixel, (B, P, O)."""
 
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
-        sizes, k = (channels, *config.encoder_channels), config.encoder_kernel
+        self.pool, k = config.pool, config.encoder_kernel
+        sizes = (channels, *config.encoder_channels)
         self.convs = nn.ModuleList(kernels.Conv2d(*pair, k) for pair in pairwise(sizes))
         self.embedding = Embedding(sizes[-1], height, width)
         self.mlp = nn.Sequential(LayerNorm(sizes[-1]), mlp(sizes[-1], sizes[-1], sizes[-1]))
 
     def forward(self, image: Tensor) -> Tensor:
-        x = 2 * image - 1
+        x = F.avg_pool2d(2 * image - 1, self.pool)
         for conv in self.convs:
             x = F.relu(conv(x), inplace=True)
         return self.mlp(rearrange(x + self.embedding(), "b c h w -> b (h w) c"))
@@ -227,19 +228,21 @@ class BroadcastDecoder(nn.Module):
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
         size, sizes, k = config.latent_size, config.decoder_channels, config.decoder_kernel
+        self.pool = config.pool
         self.embedding = Embedding(size, height, width, config.coordinate_gain)
         self.first = kernels.Conv2d(size, sizes[0], k)
         self.hidden = nn.ModuleList(kernels.Conv2d(*pair, k) for pair in pairwise(sizes))
         self.last = kernels.Conv2d(sizes[-1], channels + 1, min(k, 3))
 
-    def forward(self, slots: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
+    def forward(self, slots: Tensor) -> Tensor:  # (N, D) -> (N, C+1, pool H, pool W)
         # The first layer sees slot plus embedding at every pixel, an image that is never built:
         # the response to the embedding (O, H, W) is the same for every slot.
         response = self.first.layout(self.first(self.embedding()[None]))[0]
         x = F.relu(kernels.broadcast_conv(slots, self.first.weight, response), inplace=True)
         for conv in self.hidden:
             x = F.relu(conv(x), inplace=True)
-        return kernels.full_precision(self.last, x)
+        x = kernels.full_precision(self.last, x)
+        return F.interpolate(x, scale_factor=self.pool, mode="bilinear")
 
 
 # -- the model -------------------------------------------------------------------------------------
@@ -273,8 +276,7 @@ class SlotAutoencoder(nn.Module):
 
     def encode(self, image: Tensor, noise: Tensor, num_iterations: int) -> list[tuple]:
         """Slots (B, K, D) and attention (B, K, P) after each of T iterations; noise gives K."""
-        features = self.encoder(F.avg_pool2d(image, self.config.pool))
-        return kernels.full_precision(self.slots, features, noise, num_iterations)
+        return kernels.full_precision(self.slots, self.encoder(image), noise, num_iterations)
 
     def decode(self, slots: Tensor) -> Tensor:
         """Every slot alone: (B, K, D) -> means and mask logits (B, K, C+1, H, W).
@@ -282,9 +284,7 @@ class SlotAutoencoder(nn.Module):
         With flat_colors, a linear map of the slot is its colour and a logit, the same everywhere;
         the decoder's own means are not used, and its logit, times 4, is added: a faster mask.
         """
-        decoded = self.decoder(slots.flatten(0, 1))
-        decoded = F.interpolate(decoded, scale_factor=self.config.pool, mode="bilinear")
-        decoded = decoded.unflatten(0, slots.shape[:2])
+        decoded = self.decoder(slots.flatten(0, 1)).unflatten(0, slots.shape[:2])
         means, mask_logits = decoded[:, :, :-1], decoded[:, :, -1:]
         if self.flat:
             flat = kernels.full_precision(self.flat, slots)[..., None, None]  # (B, K, C+1, 1, 1)

@@ -85,12 +85,23 @@ class Eager(Layers):
         for name in ("first", *(f"hidden.{i}" for i in hidden)):
             x = F.conv2d(x, *self.layer(f"decoder.{name}"), padding="same").clamp(min=0)
         x = F.conv2d(x, *self.layer("decoder.last"), padding="same")
+        rows, cols = (self.between(size) for size in (height, width))
+        x = torch.einsum("ij, cjk, lk -> cil", rows, x, cols)
+        height, width = x.shape[1:]
         if self.config.flat_colors:
             flat = self.linear("flat", slot)[:, None, None].expand(-1, height, width)
             x = torch.cat([flat[:-1], flat[-1:] + 4 * x[-1:]])
         return torch.cat([(x[:-1] + 1) / 2, x[-1:]])
 
+    def between(self, size: int) -> Tensor:
+        """Weights (pool size, size) of the values of a line: straight from middle to middle."""
+        p = self.config.pool
+        middles = ((torch.arange(p * size).double() + 0.5) / p - 0.5).clamp(0, size - 1)
+        return (1 - (middles[:, None] - torch.arange(size)).abs()).clamp(min=0)
+
     def run(self, image: Tensor, noise: Tensor) -> SimpleNamespace:
+        p = self.config.pool
+        image = sum(image[:, i::p, j::p] for i in range(p) for j in range(p)) / p**2
         features, size = self.encode(image), image.shape[1:]
         if self.config.slots == "mlp":
             trace = [(self.ordered(features, *size), None)] * self.config.num_iterations
@@ -179,6 +190,8 @@ CASES: dict[str, dict] = {
     "grey images": dict(shape=(1, 5, 7)),
     "flat": dict(flat_colors=True),
     "sum": dict(normalise="sum", mask_entropy=0.15),
+    "pool": dict(pool=2),
+    "pool, flat": dict(pool=3, flat_colors=True, shape=(3, 6, 9), slots="mlp", mask_entropy=0.15),
     "mlp": dict(slots="mlp"),
     "mlp of large images": dict(slots="mlp", shape=(3, 32, 4)),
 }
@@ -327,6 +340,7 @@ def test_the_gradient_of_the_entropy_is_finite_where_masks_are_zero(monkeypatch)
 @pytest.mark.parametrize(("changes", "message"), [
     (dict(decoder_kernel=4), "--decoder-kernel must be odd"),
     (dict(encoder_kernel=2), "--encoder-kernel must be odd"),
+    (dict(pool=5), "--pool 5 does not divide images of"), (dict(pool=0), "--pool"),
     (dict(coordinate_gain=math.nan), "--coordinate-gain must be"),
     (dict(mask_entropy=-0.1), "--mask-entropy must be at least 0"),
     (dict(num_iterations=0), "--num-iterations must be at least 1"),
@@ -373,9 +387,13 @@ CHECKS: dict[str, Callable[..., None]] = {
 } | {"implicit": check_implicit, "learning rate": check_learning_rate}
 MUTANTS = {  # name: (check, text of slot_attention.py, its mutation)
     # Encoder and attention
-    "image in [0, 1]": ("eager", "x = 2 * image - 1", "x = image"),
+    "image in [0, 1]": ("eager", "avg_pool2d(2 * image - 1", "avg_pool2d(image"),
     "embedding missing": ("eager", "rearrange(x + self.embedding()", "rearrange(x"),
     "columns mirrored": ("eager", "[1 - x, x, y, 1 - y]", "[x, 1 - x, y, 1 - y]"),
+    "every other pixel instead of means": ("pool", "F.avg_pool2d(2 * image - 1, self.pool)",
+                                           "2 * image[..., :: self.pool, :: self.pool] - 1"),
+    "enlarged from corner to corner": ("pool", 'mode="bilinear")',
+                                       'mode="bilinear", align_corners=True)'),
     "PyTorch's epsilon": ("eager", "eps=1e-3", "eps=1e-5"),
     "inputs not normalised": ("eager", "x = self.norm_inputs(features)", "x = features"),
     "slots not normalised": ("eager", "self.queries(self.norm_slots(slots))",
@@ -408,8 +426,8 @@ MUTANTS = {  # name: (check, text of slot_attention.py, its mutation)
     "decoder without positions": ("eager", "self.first(self.embedding()[None])",
                                   "self.first(0 * self.embedding()[None])"),
     "embedding without its gain": ("1 x 1", "grid = gain * ", "grid = 0.5 * "),
-    "no activation between layers": ("eager", "x = F.relu(conv(x), inplace=True)\n        return k",
-                                     "x = conv(x)\n        return k"),
+    "no activation between layers": ("eager", "x = F.relu(conv(x), inplace=True)\n        x = k",
+                                     "x = conv(x)\n        x = k"),
     "colours not moved to [0, 1]": ("eager", "[(means + 1) / 2, mask", "[means, mask"),
     "masks not normalised": ("eager", "kernels.masks(decoded[:, :, -1])", "decoded[:, :, -1]"),
     "error in [0, 1]": ("eager", "loss = 4 * mse", "loss = mse"),
