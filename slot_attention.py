@@ -27,11 +27,11 @@ EfficientMORL's layer is one iteration made stochastic.
         s_k = GRU(u_k, s_k);   s_k = s_k + MLP(LN(s_k))            the same weights every time
     mu_k, a_k = decoder(s_k);   m = softmax_k(a);   minimise mean (x - sum_k m_k mu_k)^2
 
-x and mu are in [-1, 1]. `quick` adds the weighted entropy of the masks m.
+x and mu are in [-1, 1]. With `mask_entropy` the loss has the weighted entropy of the masks m, too.
 
     python slot_attention.py                                 the quick preset, two CPU cores
     python slot_attention.py --slots mlp                     the baseline Slot MLP: ordered slots
-    python slot_attention.py --preset tetrominoes_short      65 minutes; _long: 39 from its weights
+    python slot_attention.py --preset tetrominoes_short      65 minutes; _long: 39 from kept weights
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
 runs/slot_attention-<preset>-<seed>/. `quick` (five seeds): ARI-FG 0.952 (0.937 to 0.970), mIoU
@@ -44,10 +44,10 @@ the sizes of two ports (addtt/object-centric-library, adityabingi/Slot-Attention
     normalise                          mean             sum             spare slots are empty
     mask_entropy, entropy_steps        0, 1             0.1, 10000      a pixel has one slot
     encoder_channels, encoder_kernel   4 x 32, 5        3 x 32, 3       smaller images
-    decoder_kernel, coordinate_gain    5, 1             1, 15           less work; unit: a pixel
+    decoder_kernel, coordinate_gain    5, 1             1, 15           less work; sharp edges
     test_iterations                    3                4               mIoU rises by 0.01
     batch_size, clip                   64, none         16, 1           less work; no large step
-    lr, lr_warmup, lr_half_life, steps 4e-4 1e4 1e5 5e5 2e-3 300 2500 10500     minutes, not days
+    lr, lr_warmup, lr_half_life, steps 4e-4, 1e4, 1e5, 5e5  2e-3, 300, 2500, 10500  minutes
 """
 
 import math
@@ -67,7 +67,7 @@ import kernels
 from data import draws, figures, metrics, processes, runs
 
 # B batch, K slots, N = B K, T iterations, D size of a slot, O channels of a convolution;
-# C H W image, P = H W its pixels
+# C H W image; h w its size after pooling, P = h w the pixels of which slots take their shares
 
 
 @dataclass
@@ -77,18 +77,18 @@ class Config(runs.RunConfig):
     dataset: str = "tetrominoes"  # one of data.DATASETS
     num_slots: int = 4  # K
     latent_size: int = 64  # D, of one slot
-    slots: Literal["attention", "mlp"] = "attention"  # mlp: the baseline Slot MLP
-    pool: int = 1  # encoder and decoder work on squares of pool x pool pixels, enlarged smoothly
+    slots: Literal["attention", "mlp"] = "attention"  # mlp: the baseline, see `SlotMLP`
+    pool: int = 1  # the encoder sees means of pool x pool pixels; decoded images are enlarged
     num_iterations: int = 3  # T in training
     test_iterations: int = 3  # T in tests
-    normalise: Literal["mean", "sum"] = "mean"  # sum: a slot sees how many pixels it has
-    implicit: bool = False  # gradient of the last iteration alone; loc, log_scale are not trained
+    normalise: Literal["mean", "sum"] = "mean"  # sum: times K / P, so that a slot sees its size
+    implicit: bool = False  # no gradient of earlier iterations; loc, log_scale are not trained
     encoder_channels: tuple[int, ...] = (32, 32, 32, 32)  # of the convolutions
     encoder_kernel: int = 5  # pixels, odd
     decoder_channels: tuple[int, ...] = (32, 32, 32)  # of the hidden layers
     decoder_kernel: int = 5  # pixels, odd; of the last layer: at most 3
     coordinate_gain: float = 1.0  # the decoder's coordinates run from 0 to this
-    flat_colors: bool = False  # one colour a slot, so that only masks draw shapes; see `decode`
+    flat_colors: bool = False  # one colour a slot, masks draw the shapes, and faster: see `decode`
     # optimisation
     mask_entropy: float = 0.0  # weight of the masks' entropy (nats per pixel) in the loss
     entropy_steps: int = 1  # training steps over which this weight rises linearly from 0
@@ -146,7 +146,7 @@ class Embedding(nn.Linear):
 
 
 class Encoder(nn.Module):
-    """Image (B, C, pool H, pool W) in [0, 1] -> a feature of every pooled pixel, (B, P, O)."""
+    """Image (B, C, H, W) in [0, 1] -> a feature of every pixel after pooling, (B, P, O)."""
 
     def __init__(self, config: Config, channels: int, height: int, width: int):
         super().__init__()
@@ -198,7 +198,7 @@ class SlotAttention(nn.Module):
         slots, results = self.loc + self.log_scale.exp() * noise, []
         for t in range(1, num_iterations + 1):
             if self.config.implicit and t == num_iterations:
-                # Chang et al. 2022: at a fixed point, (1 - J)^-1 taken as 1; J: its Jacobian.
+                # Chang et al. 2022: at a fixed point, (1 - J)^-1 as 1; J = d iterate / d slots.
                 slots = slots.detach()
             slots, attention = self.iterate(keys, values, slots)
             results.append((slots, attention))
@@ -206,7 +206,7 @@ class SlotAttention(nn.Module):
 
 
 class SlotMLP(nn.Module):
-    """The baseline: an MLP makes all slots at once, in an order, of an image of features."""
+    """The baseline: an MLP makes all slots at once, in an order; nothing to iterate, normalise."""
 
     def __init__(self, config: Config, height: int, width: int):
         super().__init__()
@@ -217,7 +217,7 @@ class SlotMLP(nn.Module):
         self.mlp = mlp(inputs, 8 * config.latent_size, math.prod(self.sizes))  # 8: ours
 
     def forward(self, features: Tensor, noise: Tensor, num_iterations: int) -> list[tuple]:
-        """As SlotAttention, but the same after every iteration, whatever the noise."""
+        """As SlotAttention, but the same after every iteration, K slots whatever the noise."""
         x = F.adaptive_avg_pool2d(features.mT.unflatten(2, self.shape), self.size)
         return [(self.mlp(x.flatten(1)).unflatten(1, self.sizes), None)] * num_iterations
 
@@ -234,9 +234,9 @@ class BroadcastDecoder(nn.Module):
         self.hidden = nn.ModuleList(kernels.Conv2d(*pair, k) for pair in pairwise(sizes))
         self.last = kernels.Conv2d(sizes[-1], channels + 1, min(k, 3))
 
-    def forward(self, slots: Tensor) -> Tensor:  # (N, D) -> (N, C+1, pool H, pool W)
+    def forward(self, slots: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
         # The first layer sees slot plus embedding at every pixel, an image that is never built:
-        # the response to the embedding (O, H, W) is the same for every slot.
+        # the response to the embedding (O, h, w) is the same for every slot.
         response = self.first.layout(self.first(self.embedding()[None]))[0]
         x = F.relu(kernels.broadcast_conv(slots, self.first.weight, response), inplace=True)
         for conv in self.hidden:
@@ -259,7 +259,7 @@ class SlotAutoencoder(nn.Module):
         self.slots = SlotMLP(config, height, width) if ordered else SlotAttention(config)
         self.decoder = BroadcastDecoder(config, channels, height, width)
         self.flat = nn.Linear(config.latent_size, channels + 1) if config.flat_colors else None
-        self.register_buffer("entropy_weight", torch.tensor(0.0))
+        self.register_buffer("entropy_weight", torch.tensor(0.0))  # a CUDA graph reads new values
         # Paper: silent. Released code, and here: Keras's initial values; flat colours are smaller.
         for name, parameter in self.named_parameters():
             if name.endswith("weight_hh"):
@@ -275,21 +275,21 @@ class SlotAutoencoder(nn.Module):
         return draws.normal(key, index, (self.config.num_slots, self.config.latent_size))
 
     def encode(self, image: Tensor, noise: Tensor, num_iterations: int) -> list[tuple]:
-        """Slots (B, K, D) and attention (B, K, P) after each of T iterations; noise gives K."""
+        """Slots (B, K, D) and attention (B, K, P; Slot MLP: None) after each of T iterations."""
         return kernels.full_precision(self.slots, self.encoder(image), noise, num_iterations)
 
     def decode(self, slots: Tensor) -> Tensor:
-        """Every slot alone: (B, K, D) -> means and mask logits (B, K, C+1, H, W).
+        """Every slot alone: (B, K, D) -> means in [0, 1] and mask logits (B, K, C+1, H, W).
 
         With flat_colors, a linear map of the slot is its colour and a logit, the same everywhere;
-        the decoder's own means are not used, and its logit, times 4, is added: a faster mask.
+        to it 4 times the decoder's logit is added, as masks learn faster so. Its means are unused.
         """
         decoded = self.decoder(slots.flatten(0, 1)).unflatten(0, slots.shape[:2])
         means, mask_logits = decoded[:, :, :-1], decoded[:, :, -1:]
         if self.flat:
             flat = kernels.full_precision(self.flat, slots)[..., None, None]  # (B, K, C+1, 1, 1)
             means, mask_logits = flat[:, :, :-1].expand_as(means), flat[:, :, -1:] + 4 * mask_logits
-        # Paper: means of images in [-1, 1]. Here: in [0, 1], the same but for the scale.
+        # Paper: images in [-1, 1]. Here: means of those in [0, 1], for scores and figures.
         return torch.cat([(means + 1) / 2, mask_logits], 2)
 
     def loss(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
@@ -300,7 +300,7 @@ class SlotAutoencoder(nn.Module):
         mean, masks, _ = reconstruct(decoded)
         mse = (image - mean).square().mean()
         entropy = -(masks * decoded[:, :, -1].log_softmax(1)).sum(1).mean()
-        loss = 4 * mse + self.entropy_weight * entropy
+        loss = 4 * mse + self.entropy_weight * entropy  # 4: from [0, 1] to [-1, 1]
         return dict(loss=loss, mse=mse, entropy=entropy, decoded=decoded)
 
 
@@ -370,6 +370,8 @@ def check(config: Config) -> None:
         shape = data.images(config.dataset).shape
         runs.require(not any(size % config.pool for size in shape[1:]),
                      f"--pool {config.pool} does not divide images of {shape}")
+        largest = min(shape[1:]) // config.pool + 1
+        runs.require(config.decoder_kernel <= largest, "--decoder-kernel: too large")
         kernels.use(config.kernels)
         kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:

@@ -341,6 +341,7 @@ def test_the_gradient_of_the_entropy_is_finite_where_masks_are_zero(monkeypatch)
     (dict(decoder_kernel=4), "--decoder-kernel must be odd"),
     (dict(encoder_kernel=2), "--encoder-kernel must be odd"),
     (dict(pool=5), "--pool 5 does not divide images of"), (dict(pool=0), "--pool"),
+    (dict(pool=6, decoder_kernel=7), "--decoder-kernel: too large"),
     (dict(coordinate_gain=math.nan), "--coordinate-gain must be"),
     (dict(mask_entropy=-0.1), "--mask-entropy must be at least 0"),
     (dict(num_iterations=0), "--num-iterations must be at least 1"),
