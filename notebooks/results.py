@@ -343,10 +343,10 @@ def table(rows: dict[str, str], columns: dict[str, tuple[str, str]], first: str)
     lines = []
     for label, source in rows.items():
         pattern, _, prefix = source.partition(":")
-        if any(RESULTS.glob(pattern)):
-            lines.append([label, *(spread(values(pattern, prefix + path), form)
-                                   for path, form in columns.values())])
-    return markdown([first, *columns], lines)
+        if seeds := len([*RESULTS.glob(pattern)]):
+            lines.append([label, str(seeds), *(spread(values(pattern, prefix + path), form)
+                                               for path, form in columns.values())])
+    return markdown([first, "seeds", *columns], lines)
 
 
 def stages_table() -> str:
