@@ -88,7 +88,7 @@ class Config(runs.RunConfig):
     decoder_channels: tuple[int, ...] = (32, 32, 32)  # of the hidden layers
     decoder_kernel: int = 5  # pixels, odd; of the last layer: at most 3
     coordinate_gain: float = 1.0  # the decoder's coordinates run from 0 to this
-    flat_colors: bool = False  # one colour a slot, masks draw the shapes, and faster: see `decode`
+    flat_colors: bool = False  # one colour a slot, so that only masks draw shapes; see `decode`
     # optimisation
     mask_entropy: float = 0.0  # weight of the masks' entropy (nats per pixel) in the loss
     entropy_steps: int = 1  # training steps over which this weight rises linearly from 0
@@ -138,10 +138,10 @@ class Embedding(nn.Linear):
     def __init__(self, size: int, height: int, width: int, gain: float = 1.0):
         super().__init__(4, size)
         y, x = torch.meshgrid(*(torch.linspace(0, 1, n) for n in (height, width)), indexing="ij")
-        grid = gain * torch.stack([1 - x, x, y, 1 - y], -1)  # (H, W, 4)
+        grid = gain * torch.stack([1 - x, x, y, 1 - y], -1)  # (h, w, 4)
         self.register_buffer("grid", grid, persistent=False)
 
-    def forward(self) -> Tensor:  # (size, H, W)
+    def forward(self) -> Tensor:  # (size, h, w)
         return super().forward(self.grid).movedim(-1, 0)
 
 
@@ -206,7 +206,7 @@ class SlotAttention(nn.Module):
 
 
 class SlotMLP(nn.Module):
-    """The baseline: an MLP makes all slots at once, in an order; nothing to iterate, normalise."""
+    """The baseline: an MLP makes all slots at once, in an order; `normalise` is not read."""
 
     def __init__(self, config: Config, height: int, width: int):
         super().__init__()
@@ -281,8 +281,8 @@ class SlotAutoencoder(nn.Module):
     def decode(self, slots: Tensor) -> Tensor:
         """Every slot alone: (B, K, D) -> means in [0, 1] and mask logits (B, K, C+1, H, W).
 
-        With flat_colors, a linear map of the slot is its colour and a logit, the same everywhere;
-        to it 4 times the decoder's logit is added, as masks learn faster so. Its means are unused.
+        With flat_colors, a linear map of the slot is its colour and a logit, the same everywhere.
+        4 times the decoder's logit is added to that one (masks learn faster); its means are unused.
         """
         decoded = self.decoder(slots.flatten(0, 1)).unflatten(0, slots.shape[:2])
         means, mask_logits = decoded[:, :, :-1], decoded[:, :, -1:]
@@ -371,7 +371,7 @@ def check(config: Config) -> None:
         runs.require(not any(size % config.pool for size in shape[1:]),
                      f"--pool {config.pool} does not divide images of {shape}")
         largest = min(shape[1:]) // config.pool + 1
-        runs.require(config.decoder_kernel <= largest, "--decoder-kernel: too large")
+        runs.require(config.decoder_kernel <= largest, f"--decoder-kernel: at most {largest}")
         kernels.use(config.kernels)
         kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:

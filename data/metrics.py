@@ -51,11 +51,11 @@ def ari(true_masks: Values, predicted: Values, foreground: bool = True) -> Tenso
     counts = _contingency(true_masks, predicted)  # (B, E, K)
     if foreground:
         counts = counts[:, 1:]
-    # The number of pixels, and ordered pairs of them that are together, each with itself, too: (B,)
-    number, both = counts.sum((1, 2)), counts.square().sum((1, 2))
+    # Pixels, and ordered pairs of them in one entity, in one segment, in both: (B,) each
+    number, together = counts.sum((1, 2)), counts.square().sum((1, 2))
     true, found = counts.sum(2).square().sum(1), counts.sum(1).square().sum(1)
-    only_true, only_predicted = true - both, found - both
-    neither, both = number.square() - true - found + both, both - number
+    only_true, only_predicted = true - together, found - together
+    both, neither = together - number, number.square() - true - found + together  # of two pixels
     # The formula above times 8 total: these four are whole numbers, so equality below is exact.
     numerator = 2 * (both * neither - only_true * only_predicted)
     denominator = (both + only_true) * (only_true + neither)

@@ -339,13 +339,16 @@ def floors_table() -> str:
 
 def table(rows: dict[str, str], columns: dict[str, tuple[str, str]], first: str) -> str:
     """Rows: label -> files, or files:prefix of the path. Columns: heading -> (path, format). A row
-    without any file is left out."""
+    without any file is left out; a number that some files lack says of how many it is."""
     lines = []
     for label, source in rows.items():
         pattern, _, prefix = source.partition(":")
         if seeds := len([*RESULTS.glob(pattern)]):
-            lines.append([label, str(seeds), *(spread(values(pattern, prefix + path), form)
-                                               for path, form in columns.values())])
+            lines.append([label, str(seeds)])
+            for path, form in columns.values():
+                found = values(pattern, prefix + path)
+                some = f", {len(found)} of {seeds} seeds" if 0 < len(found) < seeds else ""
+                lines[-1].append(spread(found, form) + some)
     return markdown([first, "seeds", *columns], lines)
 
 
@@ -376,9 +379,9 @@ def ablations_table() -> str:
              "IODINE, step weights t/T": "iodine-quick-linear-weights",
              "IODINE, decoder of 3 x 3": "iodine-quick-3x3",
              "IODINE, deconvolution decoder": "iodine-quick-deconv",
-             "IODINE, trained with 4 decodes": "iodine-quick-4-steps",
-             "IODINE, trained with 9 decodes": "iodine-quick-9-steps",
-             "IODINE, trained with 9 slots": "iodine-quick-9-slots",
+             "IODINE, 4 decodes in training, 8 in tests": "iodine-quick-4-steps",
+             "IODINE, 9 decodes in training, 8 in tests": "iodine-quick-9-steps",
+             "IODINE, 9 slots": "iodine-quick-9-slots",
              "EfficientMORL": "efficient_morl-quick",
              "EfficientMORL, colours never flat": "efficient_morl-quick-no-flat",
              "EfficientMORL, no spare slot": "efficient_morl-quick-no-spare",
