@@ -239,12 +239,13 @@ def values(pattern: str, path: str) -> list[float]:
     return found
 
 
-def spread(numbers: list[float], form: str = "{:.3f}") -> str:
-    """Median and range: 0.961 (0.945 to 0.972)."""
+def spread(numbers: list[float], form: str = "{:.3f}", seeds: int = 0) -> str:
+    """Median and range: 0.961 (0.945 to 0.972); of fewer numbers than `seeds` also how many."""
     if not numbers:
         return "–"
     middle, least, most = (form.format(f(numbers)) for f in (statistics.median, min, max))
-    return middle if len(numbers) == 1 else f"{middle} ({least} to {most})"
+    notes = [f"{least} to {most}"] * (len(numbers) > 1) + [f"{len(numbers)}"] * (len(numbers) < seeds)
+    return f"{middle} ({'; '.join(notes)})" if notes else middle
 
 
 def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -344,11 +345,8 @@ def table(rows: dict[str, str], columns: dict[str, tuple[str, str]], first: str)
     for label, source in rows.items():
         pattern, _, prefix = source.partition(":")
         if seeds := len([*RESULTS.glob(pattern)]):
-            lines.append([label, str(seeds)])
-            for path, form in columns.values():
-                found = values(pattern, prefix + path)
-                some = f", {len(found)} of {seeds} seeds" if 0 < len(found) < seeds else ""
-                lines[-1].append(spread(found, form) + some)
+            lines.append([label, str(seeds), *(spread(values(pattern, prefix + path), form, seeds)
+                                               for path, form in columns.values())])
     return markdown([first, "seeds", *columns], lines)
 
 
