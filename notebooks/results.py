@@ -244,7 +244,8 @@ def spread(numbers: list[float], form: str = "{:.3f}", seeds: int = 0) -> str:
     if not numbers:
         return "–"
     middle, least, most = (form.format(f(numbers)) for f in (statistics.median, min, max))
-    notes = [f"{least} to {most}"] * (len(numbers) > 1) + [f"{len(numbers)}"] * (len(numbers) < seeds)
+    notes = [f"{least} to {most}"] if len(numbers) > 1 else []
+    notes += [str(len(numbers))] if len(numbers) < seeds else []
     return f"{middle} ({'; '.join(notes)})" if notes else middle
 
 
