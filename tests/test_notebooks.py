@@ -121,6 +121,13 @@ def test_notebook_runs_from_top_to_bottom(path, monkeypatch):
 # -- results.py ------------------------------------------------------------------------------------
 
 
+def test_a_cell_is_a_median_a_range_and_of_how_many():
+    assert results.spread([0.1, 0.3, 0.25], "{:.2f}", seeds=3) == "0.25 (0.10 to 0.30)"
+    assert results.spread([0.1, 0.3, 0.25], "{:.2f}", seeds=10) == "0.25 (0.10 to 0.30; 3)"
+    assert results.spread([0.1], "{:.2f}", seeds=10) == "0.10 (1)"
+    assert [results.spread([0.1]), results.spread([], seeds=10)] == ["0.100", "–"]
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Path:
     """A small finished run, and empty folders for what is kept of it."""
