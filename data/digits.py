@@ -189,13 +189,13 @@ class MultiMNIST(Scenes):
 
 
 def bounding_box(light: Tensor, least: int) -> Tensor:
-    """Top, left, height, width of what is `least` or lighter: (..., H, W) -> int64 (..., 4)."""
+    """Top, left, height, width of what is `least` or lighter (0: none): (..., H, W) -> (..., 4)."""
     inside, starts, extents = light >= least, [], []
     for line in (inside.any(-1), inside.any(-2)):  # (..., H), then (..., W)
         starts.append(draws.first_valid(line))
         end = line.shape[-1] - draws.first_valid(line.flip(-1))
         extents.append((end - starts[-1]) * line.any(-1))
-    return torch.stack(starts + extents, -1)
+    return torch.stack(starts + extents, -1)  # int64
 
 
 def size_table() -> tuple[list[int], list[float]]:

@@ -377,7 +377,7 @@ def ablations_table() -> str:
              "IODINE, mean pooling": "iodine-quick-mean-pooling",
              "IODINE, step weights t/T": "iodine-quick-linear-weights",
              "IODINE, decoder of 3 x 3": "iodine-quick-3x3",
-             "IODINE, deconvolution decoder": "iodine-quick-deconv",
+             "IODINE, deconvolution decoder, bfloat16": "iodine-quick-deconv",
              "IODINE, 4 decodes in training, 8 in tests": "iodine-quick-4-steps",
              "IODINE, 9 decodes in training, 8 in tests": "iodine-quick-9-steps",
              "IODINE, 9 slots": "iodine-quick-9-slots",
