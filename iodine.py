@@ -141,9 +141,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "multi_dsprites_binarized": dict(dataset="multi_dsprites_binarized", **DSPRITES),
 }
 PRESETS |= {f"{name}_long": PRESETS[f"{name}_short"] | dict(  # Adam starts anew
-    init=f"notebooks/weights/iodine-{name}_short.pt", pool=pool, sigma_steps=(0, 1),
-    color_steps=(0, 1), lr_steps=(500, 4000),
-) for name, pool in dict(tetrominoes=1, multi_dsprites=2).items()}
+    init=f"notebooks/weights/iodine-{name}_short.pt", sigma_steps=(0, 1), color_steps=(0, 1),
+    lr_steps=(500, 4000), steps=4000,
+) | changes for name, changes in dict(
+    tetrominoes={}, multi_dsprites=dict(pool=2), solids=dict(test_steps=12)).items()}
 
 
 def make_config(preset: str = "quick", **overrides: Any) -> Config:
