@@ -130,10 +130,15 @@ def make_config(preset: str = "quick", **overrides: Any) -> Config:
 # -- building blocks -------------------------------------------------------------------------------
 
 
-def mlp(sizes: tuple[int, ...]) -> nn.Sequential:
-    """Linear layers of these sizes, ReLU between them."""
-    layers = [m for pair in pairwise(sizes) for m in (nn.Linear(*pair), nn.ReLU(inplace=True))]
-    return nn.Sequential(*layers[:-1])
+class MLP(nn.Sequential):
+    """Linear layers of these sizes, ReLU between them. Its outputs are not half: a KL sums them."""
+
+    def __init__(self, sizes: tuple[int, ...]):
+        pairs = pairwise(sizes)
+        super().__init__(*[m for p in pairs for m in (nn.Linear(*p), nn.ReLU(inplace=True))][:-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def interpolation(scale: Tensor, shift: Tensor, outputs: int, inputs: int) -> Tensor:
@@ -218,11 +223,11 @@ class AIR(nn.Module):
         self.see = nn.Linear(image_values, 4 * c.lstm_size)  # the image's part of the LSTM's gates
         self.gates = nn.Linear(c.lstm_size + z_size, 4 * c.lstm_size, bias=False)  # h's and z's
         self.initial = nn.Parameter(torch.zeros(2 * c.lstm_size + z_size))  # h^0, its cell, z^0
-        self.head = mlp((c.lstm_size, *c.head_sizes, 1 + 2 * 3))  # z_pres; loc, std of z_where
-        self.encoder = mlp((glimpse_values, *c.encoder_sizes, 2 * c.latent_size))
-        self.decoder = mlp((c.latent_size, *c.decoder_sizes, glimpse_values))
+        self.head = MLP((c.lstm_size, *c.head_sizes, 1 + 2 * 3))  # z_pres; loc, std of z_where
+        self.encoder = MLP((glimpse_values, *c.encoder_sizes, 2 * c.latent_size))
+        self.decoder = MLP((c.latent_size, *c.decoder_sizes, glimpse_values))
         # Eight hidden units: with 32 or more it draws the digits, too (on a gradient).
-        self.background = mlp((c.lstm_size, 8, image_values)) if c.background else None
+        self.background = MLP((c.lstm_size, 8, image_values)) if c.background else None
         self.baseline = Baseline(c, image_values + z_size) if c.estimator == "nvil" else None
         self.register_buffer("where_mean", torch.tensor([c.scale_mean, 0.0, 0.0]), persistent=False)
         self.register_buffer("where_std", torch.tensor([c.scale_std, 1.0, 1.0]), persistent=False)
@@ -328,7 +333,7 @@ class Baseline(nn.Module):
     def __init__(self, config: Config, inputs: int):
         super().__init__()
         self.lstm = nn.LSTM(inputs, config.lstm_size, batch_first=True)
-        self.head = mlp((config.lstm_size, 200, 1))
+        self.head = MLP((config.lstm_size, 200, 1))
         self.register_buffer("moments", torch.zeros(2))  # mean, mean square
 
     def forward(self, image: Tensor, u: Unrolled) -> Tensor:
@@ -510,12 +515,12 @@ def evaluate(model: AIR, scenes: data.Scenes, count: int = 2000) -> dict[str, An
 
     The predicted number is the most probable one. `iw_elbo`, of a tenth of the scenes: log mean of
     100 w = sum_n p(n) p(x|c_n) prod_{i<=n} p(z_i) / q(z_i), nats (--background: no bound). box_iou:
-    windows against the true boxes. `count_chance`: accuracy of always the most frequent number.
+    windows against the true boxes. `count_chance`: always these scenes' most frequent number.
     """
     values: dict[str, list] = {}
     most = max(model.config.max_objects, scenes.max_objects) + 1
     confusion = torch.zeros(most, most, dtype=torch.int64)
-    for index in torch.arange(count, device=scenes.device).split(256):
+    for index in scenes.first(count).split(256):
         batch = scenes.scenes(index)
         u = model.unroll(batch.image, model.noise(scenes, index, 1)[0][:, 0])
         bound, nll, kl = elbo(u, model.log_prior)
@@ -531,16 +536,16 @@ def evaluate(model: AIR, scenes: data.Scenes, count: int = 2000) -> dict[str, An
                                     taken),
         ).items():
             values.setdefault(name, []).append(value.double().cpu())
-    for index in torch.arange(math.ceil(count / 10), device=scenes.device).split(8):
+    for index in scenes.first(math.ceil(count / 10)).split(8):
         image = repeat(scenes.scenes(index).image, "b c h w -> (b s) c h w", s=100)
         u = model.unroll(image, model.noise(scenes, index, 100)[0].flatten(0, 1))
         log_w = model.log_prior + sums(u.log_ratio) + u.log_likelihood  # (B*S, N+1)
-        log_w = log_w.logsumexp(1)  # eq. 1, from n = 0 on: the expectation of exp(log_w) is p(x)
-        log_w = rearrange(log_w, "(b s) -> b s", s=100).logsumexp(1) - math.log(100)
+        # eq. 1, from n = 0 on: the expectation of the sum over n of exp(log_w) is p(x).
+        log_w = rearrange(log_w, "(b s) n -> b (s n)", s=100).logsumexp(1) - math.log(100)
         values.setdefault("iw_elbo", []).append(log_w.double().cpu())
     results = {name: metrics.mean_stderr(torch.cat(parts)) for name, parts in values.items()}
-    chance = confusion.sum(1).max().item() / count
-    results["count_chance"] = dict(mean=chance, stderr=0.0, n=count)
+    counts = torch.arange(most).repeat_interleave(confusion.sum(1))
+    results["count_chance"] = metrics.mean_stderr((counts == counts.mode()[0]).double())
     return dict(metrics=results, confusion=confusion.tolist())
 
 
@@ -605,8 +610,7 @@ def estimator_variance(model: AIR, scenes: data.Scenes, count: int = 100) -> dic
                 loss.backward()
                 optimizer.step()
                 continue
-            gradients = torch.autograd.grad(loss, parameters)
-            gradient = nn.utils.parameters_to_vector(gradients).double()
+            gradient = nn.utils.parameters_to_vector(torch.autograd.grad(loss, parameters)).double()
             exact = gradient if exact is None else exact  # enumerate is the first
             total = total + gradient - exact
             squares += (gradient - exact).square().sum().item()
@@ -640,23 +644,19 @@ def check(config: Config) -> None:
     runs.require(config.estimator != "vimco" or config.num_samples > 1,
                  "--estimator vimco needs --num-samples 2 or more")
     runs.require(math.isfinite(config.decoder_bias), "--decoder-bias must be a number")
-    runs.require(not config.mnist_dir or config.dataset.startswith("multi_mnist"),
-                 f"--mnist-dir: --dataset {config.dataset} has no digits of MNIST")
     runs.require(config.kernels == "auto", "--kernels: AIR uses none; leave it out")
+    known = config.dataset in data.DATASETS and "multi_mnist" in config.dataset
+    runs.require(known, f"--dataset {config.dataset}: choose one of the multi_mnist data sets")
     try:
-        factors = make_scenes(config, "train").batch(0, 1).factors
+        make_scenes(config, "train")
     except ValueError as error:
         raise runs.UserError(error) from None
-    runs.require("box" in factors, f"--dataset {config.dataset}: its objects have no boxes; "
-                 "choose one of the multi_mnist data sets")
 
 
-def make_scenes(
-    config: Config, split: str, device: str | torch.device = "cpu", dataset: str = ""
-) -> data.Scenes:
+def make_scenes(config: Config, split: str, device: str | torch.device = "cpu",
+                dataset: str = "") -> data.Scenes:
     """The config's scenes (or those of another data set, made of the same digits)."""
-    folder = dict(folder=config.mnist_dir) if config.mnist_dir else {}
-    return data.images(dataset or config.dataset, split, config.seed, device, **folder)
+    return data.make(dataset or config.dataset, split, config.seed, device, folder=config.mnist_dir)
 
 
 def build(config: Config, scenes: data.Scenes) -> AIR:

@@ -119,8 +119,7 @@ PRESETS = {
     "quick": QUICK,
     "moving_mnist": QUICK | dict(
         steps=9000, lr_horizon=9000, lengths=(1, 3, 10), stage_steps=(6000, 7000),
-        latent_size=50, lstm_size=128, hidden_size=256,
-    ),
+        latent_size=50, lstm_size=128, hidden_size=256),
 }
 
 
@@ -267,8 +266,7 @@ class APDR(nn.Module):
     def set_step(self, step: int) -> None:
         """Sets the buffers log_more and exploration to those of a training step.
         p(n) ~ ratio^n, n <= room, eq. 13: after i new objects, one more has odds sum_{n>i} p(n) /
-        p(i) = ratio + ratio^2 + .., a term for each that still fits.
-        """
+        p(i) = ratio + ratio^2 + .., a term for each that still fits."""
         c = self.config
         t = min(step / c.prior_horizon, 1.0)  # 0 to 1
         log_ratio = (1 - t) * math.log(c.prior_ratio) + t * math.log(c.prior_ratio_final)
@@ -579,7 +577,7 @@ def evaluate(model: APDR, scenes: data.Scenes, count: int = 200) -> dict[str, An
     iw_elbo and fivo of PARTICLES each, so of fewer sequences, count / 25: nats per frame.
     `.._alone`: each frame by itself, which is AIR, the order of discovery being the identity."""
     values: dict[str, list[Tensor]] = {}
-    for index in torch.arange(count, device=scenes.device).split(40):
+    for index in scenes.first(count).split(40):
         batch = scenes.scenes(index)
         true, present = batch.factors["box"][:, :, 1:], batch.present[..., 1:]
         for name in ("", "_alone"):
@@ -587,20 +585,20 @@ def evaluate(model: APDR, scenes: data.Scenes, count: int = 200) -> dict[str, An
                             for how in ("greedy", "sample"))
             discovered = found.born if name else found.born.diff(prepend=0 * index[:, None])
             tracks = true, present, model.boxes(found), found.objects.identity
+            ends = (v[:, [0, -1]] for v in tracks)  # the first and the last frame
             for score, value in dict(
                 count_accuracy=found.objects.count == present.sum(2), discovered=discovered,
                 propagated=found.objects.count - discovered, elbo=drawn.log_weight,
                 swaps=100 * metrics.identity_swaps(*tracks),
-                exchanged=100 * metrics.identity_swaps(*(v[:, [0, -1]] for v in tracks), 2)[:, 1:],
+                exchanged=100 * metrics.identity_swaps(*ends, 2).sum(1, True),  # NaN: not in both
                 nll=-drawn.log_likelihood, kl=drawn.log_likelihood - drawn.log_weight,
             ).items():
                 values.setdefault(score + name, []).append(value.double().cpu())
     values = {name: torch.cat(parts) for name, parts in values.items()}  # (count, T) or (.., T, E)
-    frames = {name: [metrics.mean_stderr(v)["mean"] for v in value.unbind(1)]
-              for name, value in values.items()}
+    frames = {k: [metrics.mean_stderr(f)["mean"] for f in v.unbind(1)] for k, v in values.items()}
     # One mean a sequence, as its frames are alike; of objects (swaps, exchanged), all values.
     values = {k: v.mean(1) if v.ndim == 2 else v for k, v in values.items()}
-    index = torch.arange(math.ceil(count / 25), device=scenes.device)
+    index = scenes.first(math.ceil(count / 25))
     inputs = model.inputs(scenes, scenes.scenes(index).image, index, PARTICLES)
     for name, resample in dict(iw_elbo=False, fivo=True).items():
         values[name] = particle_filter(model, inputs, resample) / len(frames["elbo"])
@@ -702,7 +700,9 @@ def train(config: Config) -> dict[str, Any]:
         batch = scenes.scenes(index)
         frames = config.lengths[sum(step >= first for first in config.stage_steps)]
         image = torch.cat(batch.image.split(frames, 1)[: max(config.lengths) // frames])
-        number = index[:1] * max(config.lengths) + torch.arange(len(image)).to(index)
+        first = index[:1] // config.batch_size * config.batch_size  # of the step, in any process
+        chunks = torch.arange(len(image) // len(index)).to(index)[:, None] * config.batch_size
+        number = (first * max(config.lengths) + chunks + index - first).flatten()
         model.set_step(step)
         lr = config.lr * config.lr_final ** min(step / config.lr_horizon, 1.0)
         exact = config.estimator == "enumerate" and frames <= EXACT  # one sample sums all

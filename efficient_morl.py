@@ -517,7 +517,7 @@ def evaluate(model: EfficientMORL, scenes: data.Scenes, count: int = 320) -> dic
     layers, trained = model.config.num_layers, model.config.num_steps_final
     num_steps = max(3, trained)  # 3: as many as the paper's
     results: list[dict[str, list]] = [{} for _ in range(layers + num_steps)]
-    for index in torch.arange(count, device=scenes.device).split(32):
+    for index in scenes.first(count).split(32):
         batch = scenes.scenes(index)
         noise = model.noise(scenes, index, num_steps)
         steps = model.infer(batch.image, noise, all_layers=True)
@@ -573,13 +573,12 @@ def check(config: Config) -> None:
     runs.at_least(config, 0, "num_steps", "num_steps_final", "flat_half_life", "lr_warmup",
                   "gru_std")
     runs.positive(config, "sigma", "clip", "kl_weight", "init_gain", "coordinate_gain")
-    runs.require(config.encoder_kernel % 2, "--encoder-kernel must be odd")
     try:
         shape = data.images(config.dataset).shape
         other = data.images(config.train_dataset or config.dataset).shape
         runs.require(other == shape, f"--train-dataset: images of {other}, not {shape}")
-        kernels.use(config.kernels)
-        kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
+        with kernels.use(config.kernels):
+            kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:
         raise runs.UserError(error) from None
     lowest = math.log(config.sigma * math.sqrt(2 * math.pi))  # of a perfect reconstruction
@@ -603,6 +602,7 @@ def load_model(path: str | Path, device: str = "cpu") -> EfficientMORL:
 def train(config: Config) -> dict[str, Any]:
     """Trains or resumes one run, evaluates it; returns the content of evaluation.json."""
     check(config)
+    kernels.use(config.kernels)
     device = runs.set_up(config)
     scenes = data.make(config.train_dataset or config.dataset, "train", config.seed, device)
     model = build(config, scenes)

@@ -37,6 +37,7 @@ runs/iodine-<preset>-<seed>/. `quick` (ten seeds): ARI-FG 0.969 (0.965 to 0.978)
     dataset, num_slots                    tetrominoes, 4   mini_sprites_16_shaded, 6: a spare slot
     flat_colors, color_steps              0, none          0.5, 1320 to 1760: masks draw; logits x 4
     sigma, sigma_start, sigma_steps       0.1, 0, none     0.2, 0.4, 660 to 2200: sharp loses slots
+    weight of the KL (`kl_weight`)        1                (0.1 / sigma)^2: 1/16, at the end 1/4
     num_steps, test_steps                 5, the same      6, 8: more decodes help at test time
     step_weights                          t/T              from_zero: the first decode is blind
     latent_size, refinement_channels      32, 3 x 32       16, (32, 64)
@@ -79,14 +80,14 @@ class Config(runs.RunConfig):
     num_slots: int = 4  # K
     latent_size: int = 32  # D, of one slot; the tables of C.2 and C.3 print 2 D, the size of lambda
     sigma: float = 0.1  # standard deviation of a pixel's colours in a slot
-    sigma_start: float = 0.0  # sigma of the first decode and of early training; 0: always sigma
-    sigma_steps: tuple[int, int] = (0, 1)  # training steps between which sigma falls, exponentially
+    sigma_start: float = 0.0  # of the first decode and of early training, see kl_weight; 0: sigma
+    sigma_steps: tuple[int, int] = (0, 0)  # training steps between which sigma falls, exponentially
     decoder: Literal["broadcast", "deconv"] = "broadcast"  # deconv: the ablation of section 4.3
     decoder_channels: tuple[int, ...] = (32, 32, 32, 32)  # hidden layers
     decoder_kernel: int = 5  # pixels; as the line before and the next, of broadcast alone
     coordinate_gain: float = 1.0  # the decoder's coordinates run from -this to this
     flat_colors: float = 0.0  # 0: off; colours are flat at first, their final shading is this
-    color_steps: tuple[int, int] = (0, 1)  # training steps between which shading fades in
+    color_steps: tuple[int, int] = (0, 0)  # training steps between which shading fades in
     # inference
     num_steps: int = 5  # T, decodes of a training step
     test_steps: int = 0  # T of evaluation; 0: num_steps. Training's noise depends on it, too
@@ -135,13 +136,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         dataset="multi_dsprites_binarized", train_dataset="multi_dsprites_levels"),
     "solids_short": SHORT | dict(  # the ground is brighter on one side: colours are never flat
         dataset="solids_32", num_slots=8, sigma=0.1, sigma_start=0.2, sigma_steps=(500, 2000),
-        color_steps=(0, 1), lr_steps=(1500, 3000), steps=3000),
+        color_steps=(0, 0), lr_steps=(1500, 3000), steps=3000),
     "tetrominoes": dict(),  # appendix C.3: the defaults
     "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", **DSPRITES),
     "multi_dsprites_binarized": dict(dataset="multi_dsprites_binarized", **DSPRITES),
 }
 PRESETS |= {f"{name}_long": PRESETS[f"{name}_short"] | dict(  # Adam starts anew
-    init=f"notebooks/weights/iodine-{name}_short.pt", sigma_steps=(0, 1), color_steps=(0, 1),
+    init=f"notebooks/weights/iodine-{name}_short.pt", sigma_steps=(0, 0), color_steps=(0, 0),
     lr_steps=(500, 4000), steps=4000,
 ) | changes for name, changes in dict(
     tetrominoes={}, multi_dsprites=dict(pool=2), solids=dict(test_steps=12)).items()}
@@ -493,9 +494,9 @@ def reconstruct(decoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def score(model: IODINE, scenes: data.Scenes, num_steps: int, num_slots: int, count: int) -> list:
-    """{metric: mean, standard error} over the first `count` scenes, after each decode."""
+    """{metric: mean, standard error} of the first scenes after each decode; nll at its sigma."""
     results: list[dict[str, list]] = [{} for _ in range(num_steps)]
-    for index in torch.arange(count, device=scenes.device).split(32):
+    for index in scenes.first(count).split(32):
         batch = scenes.scenes(index)
         noise = model.noise(scenes, index, num_steps, num_slots)
         for result, step in zip(results, model.infer(batch.image, noise, num_steps), strict=True):
@@ -525,7 +526,7 @@ def draw(model: IODINE, scenes: data.Scenes, folder: Path, results: dict[str, An
     """Writes decomposition.png, refinement.png and inference.gif."""
     batch = scenes.batch(0, 6)
     steps = model.infer(batch.image, model.noise(scenes, torch.arange(6, device=scenes.device)))
-    parts = zip(*(reconstruct(step.decoded) for step in steps), strict=True)
+    parts = zip(*(reconstruct(step.decoded.nan_to_num()) for step in steps), strict=True)
     mean, masks, means = map(torch.stack, parts)  # (T, B, ...)
     truth, title = batch.masks, "IODINE takes unseen scenes apart, without ever having seen a mask"
     first, ari = (None, None) if truth is None else (truth[0], metrics.ari(truth, masks[-1]))
@@ -541,7 +542,8 @@ def draw(model: IODINE, scenes: data.Scenes, folder: Path, results: dict[str, An
 
 def share(step: int, between: tuple[int, int]) -> float:
     """0 until the first of two steps, 1 from the second on, and linear between them."""
-    return min(max((step - between[0]) / max(between[1] - between[0], 1), 0.0), 1.0)
+    first, second = between
+    return 1.0 if step >= second else max(step - first, 0) / max(second - first, 1)
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -557,9 +559,7 @@ def check(config: Config) -> None:
     sizes.remove("lstm_size")
     runs.at_least(config, 1, "num_slots", "num_steps", "refinement_stride", "pool", *sizes)
     runs.at_least(config, 0, "test_steps", "lstm_size", "lr_warmup", "flat_colors", "sigma_start")
-    runs.positive(config, "sigma", "update_gain", "clip", "lr_final")
-    for name in ("decoder_kernel", "refinement_kernel"):
-        runs.require(getattr(config, name) % 2 == 1, f"{runs.option(name)} must be odd")
+    runs.positive(config, "sigma", "update_gain", "clip", "lr_final", "coordinate_gain")
     pixelwise = config.decoder == "broadcast" and config.decoder_kernel == 1
     runs.require(config.pool == 1 or pixelwise, "--pool needs --decoder-kernel 1, no deconv")
     try:
@@ -568,9 +568,10 @@ def check(config: Config) -> None:
         runs.require(other == shape, f"--train-dataset: images of {other}, not {shape}")
         runs.require(not any(size % config.pool for size in shape[1:]),
                      f"--pool {config.pool} does not divide images of {shape}")
-        runs.require(config.decoder_kernel <= min(shape[1:]) + 1, "--decoder-kernel: too large")
-        kernels.use(config.kernels)
-        kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
+        runs.require(config.decoder == "deconv" or config.decoder_kernel <= min(shape[1:]) + 1,
+                     f"--decoder-kernel: at most {min(shape[1:]) + 1}")
+        with kernels.use(config.kernels):
+            kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:
         raise runs.UserError(error) from None
 
@@ -591,6 +592,7 @@ def load_model(path: str | Path, device: str = "cpu") -> IODINE:
 def train(config: Config) -> dict[str, Any]:
     """Trains one run, or resumes it, and evaluates it; returns the content of evaluation.json."""
     check(config)
+    kernels.use(config.kernels)
     device = runs.set_up(config)
     scenes = data.make(config.train_dataset or config.dataset, "train", config.seed, device)
     model = build(config, scenes)

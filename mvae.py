@@ -152,8 +152,8 @@ def gaussian_kl(loc: Tensor, log_scale: Tensor) -> Tensor:
 
 
 def partner(x: Tensor) -> Tensor:
-    """The rows of x (B, ...) in the order 1 0 3 2 5 4 ...; B is even."""
-    return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    """The rows of x (B, ...) in the order 1 0 3 2 5 4 ...; the last of an odd number stays."""
+    return x[(torch.arange(len(x), device=x.device) ^ 1).clamp(max=len(x) - 1)]
 
 
 # -- the model -------------------------------------------------------------------------------------
@@ -370,7 +370,7 @@ def count_objects(seen: Tensor, seen_counts: Tensor, kl: Tensor, counts: Tensor)
 def kl_maps(model: MVAE, scenes: data.Scenes, count: int) -> tuple[Tensor, Tensor]:
     """KL maps (count, h, w) of the first scenes; numbers (count,) of objects, hidden ones too."""
     maps, counts = [], []
-    for batch in map(scenes.scenes, torch.arange(count, device=scenes.device).split(256)):
+    for batch in map(scenes.scenes, scenes.first(count).split(256)):
         maps.append(model.kl_map(batch.image).cpu())
         counts.append(batch.present[:, 1:].sum(1).cpu())
     return torch.cat(maps), torch.cat(counts)
@@ -380,12 +380,12 @@ def kl_maps(model: MVAE, scenes: data.Scenes, count: int) -> tuple[Tensor, Tenso
 def evaluate(model: MVAE, scenes: data.Scenes, count: int = 1000) -> dict[str, Any]:
     """`metrics` over the first `count` scenes, and of the MVAE the counting of section 4.3.
 
-    `mse` is that of the posterior means, `leak` that of an exchange; count is even. Thresholds are
-    chosen on 6.4 x count validation scenes (paper: 6,400 for training), tested on 12.8 x count.
+    `mse` is that of the posterior means, `leak` that of an exchange. Thresholds are chosen on
+    6.4 x count validation scenes (paper: 6,400 for training), tested on 12.8 x count.
     `count_accuracy` is of places, the literal reading; `count_chance` of the most frequent number.
     """
     values = defaultdict(list)
-    for index in torch.arange(count, device=scenes.device).split(64):
+    for index in scenes.first(count).split(64):
         batch = scenes.scenes(index)
         elbo, nll, kl, _ = model.elbo(batch.image, model.noise(scenes, index))
         before, after = model.exchange(batch.image)
@@ -400,7 +400,7 @@ def evaluate(model: MVAE, scenes: data.Scenes, count: int = 1000) -> dict[str, A
     if model.config.model == "vae" or batch.present is None:
         return dict(metrics=results)
 
-    validation = data.make(model.config.dataset, "validation", model.config.seed, scenes.device)
+    validation = data.make(scenes.name, "validation", scenes.seed, scenes.device)
     number = math.ceil(6.4 * count)
     maps = *kl_maps(model, validation, number), *kl_maps(model, scenes, 2 * number)
     counting, counts = count_objects(*maps), maps[-1]
@@ -475,7 +475,7 @@ def check(config: Config) -> None:
                  "pixels; the decoder's three upsamplings need multiples of 8")
     room = (height >> config.poolings) * (width >> config.poolings)  # places
     runs.require(config.poolings <= layers, f"--poolings {config.poolings}: {layers} layers")
-    runs.require(config.model == "vae" or room >= config.num_slots, f"--num-slots: at most {room}")
+    runs.require(room >= (config.model == "vae" or config.num_slots), f"--num-slots: up to {room}")
 
 
 def build(config: Config, scenes: data.Scenes) -> MVAE:

@@ -318,7 +318,7 @@ def evaluate(model: SlotAutoencoder, scenes: data.Scenes, count: int = 320) -> d
     """`metrics` after the test's T iterations; `settings`: after 1 to 2T of them."""
     test = model.config.test_iterations
     results: list[dict[str, list]] = [{} for _ in range(2 * test)]
-    for index in torch.arange(count, device=scenes.device).split(32):
+    for index in scenes.first(count).split(32):
         batch = scenes.scenes(index)
         trace = model.encode(batch.image, model.noise(scenes, index), len(results))
         for result, (slots, _) in zip(results, trace, strict=True):
@@ -364,16 +364,14 @@ def check(config: Config) -> None:
                   "entropy_steps", "lr_half_life", "pool")
     runs.at_least(config, 0, "mask_entropy", "lr_warmup", "clip")
     runs.positive(config, "coordinate_gain")
-    for name in ("encoder", "decoder"):
-        runs.require(getattr(config, f"{name}_kernel") % 2, f"--{name}-kernel must be odd")
     try:
         shape = data.images(config.dataset).shape
         runs.require(not any(size % config.pool for size in shape[1:]),
                      f"--pool {config.pool} does not divide images of {shape}")
         largest = min(shape[1:]) // config.pool + 1
         runs.require(config.decoder_kernel <= largest, f"--decoder-kernel: at most {largest}")
-        kernels.use(config.kernels)
-        kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
+        with kernels.use(config.kernels):
+            kernels.backend(processes.pick_device(config.device))  # no Triton on a CPU
     except (ValueError, RuntimeError) as error:
         raise runs.UserError(error) from None
 
@@ -394,6 +392,7 @@ def load_model(path: str | Path, device: str = "cpu") -> SlotAutoencoder:
 def train(config: Config) -> dict[str, Any]:
     """Trains or resumes one run, evaluates it; returns the content of evaluation.json."""
     check(config)
+    kernels.use(config.kernels)
     device = runs.set_up(config)
     scenes = data.make(config.dataset, "train", config.seed, device)
     model = build(config, scenes)

@@ -1,15 +1,16 @@
 """Scenes in: `data.make(name, split, seed, device)` gives scenes, `.batch(start, size)` a batch.
 
 A scene is a pure function of (dataset, split, seed, number), bitwise: alone, anywhere in a batch,
-on CUDA. So there is no loader and no loader state, and generated scenes never repeat. To keep that
-true, generators draw with `data.draws` and make images from + - *, comparisons, integer operations
-and look-ups only: sin, cos and exp differ between devices, einsum may use TF32, and CUDA multiplies
-by the rounded inverse of a Python number instead of dividing.
+on CUDA (`solids` there to 1e-4). So there is no loader and no loader state, and generated scenes
+never repeat. To keep that true, generators draw with `data.draws` and make images from operations
+that are rounded alike everywhere: not sin, cos, exp; no einsum, which may use TF32; no division by
+a Python number, as CUDA multiplies by its rounded inverse.
 
 Axes: B scenes, E entities (0 is the background), N = E - 1 objects, C H W image.
 """
 
 import importlib
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ class Scenes:
     width: int
     max_entities: int  # background included
     length: int = 1  # frames; of more than one, their axis comes after B
+    count: float = math.inf  # scenes of the split, before they come again
 
     def __init__(self, name: str, split: str, seed: int, device: str | torch.device):
         self.name, self.split, self.seed = name, split, seed
@@ -57,6 +59,10 @@ class Scenes:
         if start < 0 or size < 1:
             raise ValueError(f"batch needs start >= 0 and size >= 1, not {start} and {size}")
         return self.scenes(torch.arange(start, start + size, device=self.device))
+
+    def first(self, number: int) -> Tensor:
+        """The numbers of the first scenes, of a split that has fewer of all: int64, on `device`."""
+        return torch.arange(min(number, self.count), device=self.device)
 
     def scenes(self, index: Tensor) -> Batch:
         """The scenes whose numbers are in `index`, int64 (B,) on `device`, in that order."""

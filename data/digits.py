@@ -114,9 +114,8 @@ class MultiMNIST(Scenes):
         light = self.resize(digit, size) * exists[..., None, None]
         return digit, size, light, bounding_box(light, 1)
 
-    def paint(
-        self, digit: Tensor, size: Tensor, light: Tensor, offset: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def paint(self, digit: Tensor, size: Tensor, light: Tensor,
+              offset: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The digits in [0, 1], (B, N, SIZE, SIZE), of pictures with their top left at `offset`
         (B, N, 2), and their factors; frames may come after B."""
         stencils = F.pad(light.float() * (1 / 255), [1] * 4).flatten(0, -3)
@@ -136,10 +135,8 @@ class MultiMNIST(Scenes):
         for _ in range(2):  # rows, then columns, as each pass also transposes
             lines = pictures.flatten(0, -2)  # (pictures * SIDE, SIDE)
             chosen = (first[..., None, None] + taps).flatten(0, 2)  # (B*N*SIDE, T)
-            sums = sum(
-                lines.index_select(0, tap).int() * weight[:, None]
-                for tap, weight in zip(chosen.T, weights.flatten(0, 2).T, strict=True)
-            )
+            pairs = zip(chosen.T, weights.flatten(0, 2).T, strict=True)
+            sums = sum(lines.index_select(0, tap).int() * weight[:, None] for tap, weight in pairs)
             pictures = sums.unflatten(0, (*digit.shape, SIDE)).mT  # (B, N, SIDE, SIDE)
             first = torch.arange(digit.numel(), device=self.device).view_as(digit) * SIDE
         # All in integers, hence exact: weights sum to 2**BITS in each pass.

@@ -81,10 +81,7 @@ def pick(u: Tensor, high: int | Tensor) -> Tensor:
 
 
 def first_valid(valid: Tensor) -> Tensor:
-    """The number of the first True of each row: (..., A) bool -> (...) int64; 0 where none is.
-
-    The end of rejection sampling with a fixed number A of attempts.
-    """
+    """The number of the first True of each row: (..., A) bool -> (...) int64; 0 where none is."""
     return (valid * torch.arange(valid.shape[-1], 0, -1, device=valid.device)).argmax(-1)
 
 

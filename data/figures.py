@@ -15,11 +15,8 @@ C H W image.
 
 import io
 import math
-import os
-import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,20 +24,14 @@ import numpy as np
 import PIL.Image
 import torch
 from einops import rearrange, repeat
-
-from data import checkpoints, metrics
-
-if "MPLBACKEND" in os.environ and "matplotlib" not in sys.modules:
-    backend = os.environ.pop("MPLBACKEND")
-    import matplotlib
-    with suppress(ValueError):  # inherited from a notebook, it may name what is not installed here
-        matplotlib.rcParams["backend"] = os.environ["MPLBACKEND"] = backend
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.style import context
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
+
+from data import checkpoints, metrics
 
 # Okabe & Ito's seven hues, then colours far from white, the grey and each other for any eyes.
 PALETTE = (
@@ -237,8 +228,7 @@ def confusion(path: str | Path, matrix: Any, title: str) -> Path:
     """
     matrix = _array(matrix)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)  # (R, V)
-    width = max(130, 24 + 11 * len(f"{matrix.max():,.0f}"))  # dots, of a cell
-    axes = _axes(matrix.shape[1] * width, matrix.shape[0] * 84)
+    axes = _axes(matrix.shape[1] * 130, matrix.shape[0] * 84)
     colors = 1 - shares[..., None] * (1 - np.array(to_rgb(SHADE)))  # (R, V, 3)
     axes.pcolormesh(colors, edgecolors=HAIRLINE, linewidth=0.8)
     for r, v in np.ndindex(matrix.shape):

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -76,6 +76,7 @@ class FromDisk(Scenes):
         order = permutation(draws.make_key("splits of a file"), count)
         parts = order.split([held_out, held_out, count - 2 * held_out])
         self.numbers = parts[("test", "validation", "train").index(split)]  # in the file
+        self.count = len(self.numbers)
         self.key = draws.make_key("order of a file", count, split, seed)
         self.max_entities = int(self.arrays["max_entities"][0]) if "labels" in self.arrays else 0
 
@@ -109,7 +110,7 @@ def open_source(path: Path, size: int, changed: int) -> Arrays:
     try:
         if path.is_dir():
             scenes = read_pictures(path)
-        elif path.suffix in (".npy", ".npz"):
+        elif path.suffix.lower() in (".npy", ".npz"):
             if size:
                 raise ValueError(f"arrays keep their size, and are not cut to {size} x {size}")
             return read_arrays(path)
@@ -127,6 +128,7 @@ def keep(scenes: Iterator[Arrays], path: Path, size: int, changed: int) -> Array
     if first is None:
         raise ValueError("no scene, and no PNG or JPEG picture")
     layout = np.dtype([(name, np.asarray(v).dtype, np.shape(v)) for name, v in first.items()])
+    most = first.get("max_entities", 0)
     kept = path.with_name(path.name + f"@{size}" * bool(size) + ".scenes")
     if not kept.exists() or kept.stat().st_mtime_ns != changed:  # it bears the file's own time
         print(f"reading up to {MOST:,} scenes of {path}, once, into {kept}")
@@ -136,8 +138,8 @@ def keep(scenes: Iterator[Arrays], path: Path, size: int, changed: int) -> Array
                 for scene in tqdm(chain([first], scenes), unit=" scenes", disable=None):
                     if scene["image"].shape != first["image"].shape:
                         raise ValueError(f"images of several sizes; {path.name}@64 resizes them")
-                    if scene.keys() != first.keys():
-                        raise ValueError("not all scenes have the same factors")
+                    if scene.keys() != first.keys() or scene.get("max_entities", 0) != most:
+                        raise ValueError("not all scenes have the same factors and entities")
                     values = tuple(scene[name] for name in layout.names)  # in any order in files
                     file.write(np.array(values, layout).tobytes())
             os.utime(growing, ns=(changed, changed))
@@ -172,16 +174,20 @@ def unit(image: np.ndarray) -> np.ndarray:  # float32 in [0, 1]
 def read_pictures(folder: Path) -> Iterator[Arrays]:
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in (".png", ".jpg", ".jpeg"):
-            with Image.open(file) as picture:
-                if picture.mode[0] in "IF":
-                    raise ValueError(f"{file.name}: more than 8 bits a channel")
-                yield dict(image=np.asarray(picture.convert("RGB")).transpose(2, 0, 1))
+            try:
+                with Image.open(file) as picture:
+                    if picture.mode[0] in "IF":
+                        raise ValueError("more than 8 bits a channel")
+                    upright = ImageOps.exif_transpose(picture).convert("RGB")
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                raise ValueError(f"{file.name}: {error}") from None
+            yield dict(image=np.asarray(upright).transpose(2, 0, 1))
 
 
 def read_arrays(path: Path) -> Arrays:
     """Those of an .npz in memory, an .npy on the disk, where floats are read once, as a check."""
     arrays = np.load(path, mmap_mode="r")
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         arrays = {"image": arrays}
     if "image" not in arrays:
         raise ValueError(f"no array `image`, but {', '.join(arrays) or 'nothing'}")
@@ -197,7 +203,8 @@ def read_arrays(path: Path) -> Arrays:
                          f"255 or of floats in [0, 1], not {shape} of {kind}")  # fmt: skip
     if masks is None:
         return {"image": image}
-    if masks.shape[0] != shape[0] or masks.shape[-2:] != image.shape[2:]:
+    fits = (len(masks), *masks.shape[-2:]) == (len(image), *image.shape[2:])
+    if not fits or masks.ndim not in (3, 4):
         raise ValueError(f"masks {masks.shape} do not fit image {shape}")
     if masks.ndim == 4:
         labels, most = owners(masks), masks.shape[1]
@@ -299,6 +306,7 @@ def to_scene(features: Arrays) -> Arrays:
 def owners(masks: np.ndarray) -> np.ndarray:
     """The entity of each pixel, uint8 (..., H, W), from masks (..., E, H, W); ValueError unless it
     is one."""
-    if not ((masks.max(-3) == 1) & (masks.sum(-3) == 1)).all():
-        raise ValueError("masks must be 1 once in each pixel, and 0 elsewhere")
+    once = (masks.max(-3) == 1) & (masks.min(-3) >= 0) & (masks.sum(-3) == 1)
+    if not once.all() or masks.shape[-3] > 256:
+        raise ValueError("masks must be 1 once in each pixel and 0 elsewhere, 256 at most")
     return masks.argmax(-3).astype(np.uint8)

@@ -172,7 +172,7 @@ def probe(latents: Values, targets: Mapping[str, Values]) -> dict[str, float]:
     return scores
 
 
-def dci(codes: Values, factors: Mapping[str, Values], train: int | None = None) -> dict[str, Any]:
+def dci(codes: Values, factors: Mapping[str, Values]) -> dict[str, Any]:
     """Disentanglement, completeness, informativeness of codes (Eastwood & Williams 2018), 1 best.
 
     Gradient-boosted trees predict each factor j from all codes d; R_dj is how much they use d.
@@ -182,20 +182,19 @@ def dci(codes: Values, factors: Mapping[str, Values], train: int | None = None) 
         accuracy, r2    = informativeness: the mean score of the factors that are classes, numbers
 
     codes (N, D), D > 1; factors: integers (N,) for classes, floats (N,) or (N, C) for numbers, each
-    column a factor. The first `train` rows (half) fit the trees, the others score them. Left out:
+    column a factor. The first half of the rows fits the trees, the second scores them. Left out:
     what is constant, and `color` beside `color_id`; J > 1 must remain. None for the mean of a kind
     that is not there. (EfficientMORL's authors count exact hits of numbers too: there are none.)
     """
     codes, columns = _cpu(codes).double().numpy(), {}
-    train = train or len(codes) // 2
+    train = len(codes) // 2
     for name, values in factors.items():
         y = _cpu(values).numpy()
         if not (name == "color" and "color_id" in factors):
             columns |= {name: y} if y.ndim == 1 else {f"{name} {i}": v for i, v in enumerate(y.T)}
     columns = {name: y for name, y in columns.items() if len(np.unique(y[:train])) > 1}
-    if codes.ndim != 2 or codes.shape[1] < 2 or len(columns) < 2 or not 0 < train < len(codes):
-        raise ValueError(f"dci needs codes (N, D > 1), two factors that vary and 0 < train < N, "
-                         f"not codes {codes.shape}, {len(columns)} and train {train}")  # fmt: skip
+    if codes.ndim != 2 or codes.shape[1] < 2 or len(columns) < 2:
+        raise ValueError(f"dci needs codes (N, D > 1), two factors: {codes.shape}, {len(columns)}")
     importance, scores, means = [], {}, {"accuracy": [], "r2": []}
     for name, y in columns.items():
         numbers = y.dtype.kind == "f"

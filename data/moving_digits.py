@@ -22,8 +22,7 @@ A batch has a frame axis after B. Entity e is the same digit in all frames: its 
 identity. `present` means exists, and so visible unless another digit covers it. `coverage` is a
 digit's light, whether or not another one covers it too, and for the background what is left of 1.
 A pixel is in `masks` that digit's which is lightest there, if its light is at least INK.
-Factors (B, T, E): label; box (B, T, E, 4), row, col, size as in data/digits.py, of the whole digit;
-identity (int64), the entity's number.
+Factors (B, T, E): label; box (B, T, E, 4), row, col, size as in data/digits.py, of the whole digit.
 
 Axes: B scenes, T frames, E entities, N = E - 1 digits, A attempts, C H W image.
 """
@@ -79,7 +78,6 @@ class MovingDigits(MultiMNIST):
         first_wins = digits[:, :, :1] >= digits[:, :, 1:]
         inside = (digits >= INK) & torch.cat([first_wins, ~first_wins], 2)
         coverage = torch.cat([1 - covered, digits], 2)  # (B, T, E, H, W)
-        factors["identity"] = torch.arange(1, self.max_objects + 1, device=self.device)
         return make_batch(covered, inside, factors, there, coverage)
 
     def move(self, extent: Tensor, first: Tensor, crossing: Tensor, u: Tensor) -> Tensor:

@@ -100,12 +100,14 @@ def positive(config: Any, *names: str) -> None:
 
 
 def check(config: RunConfig) -> None:
-    """UserError where the options of RunConfig cannot be."""
+    """UserError where the options of RunConfig cannot be, or a kernel has no middle pixel."""
     at_least(config, 1, "steps", "batch_size", "log_every")
     at_least(config, 0, "minutes")
     positive(config, "lr")
     require(-(2**63) <= config.seed < 2**63, f"--seed must fit into 64 bits, not {config.seed}")
     require(config.resume or not config.eval_only, "--eval-only needs --resume CHECKPOINT")
+    for name in [name for name in vars(config) if name.endswith("_kernel")]:
+        require(getattr(config, name) % 2, f"{option(name)} must be odd")
     count = processes.world_size()
     require(config.batch_size % count == 0,
             f"--batch-size {config.batch_size} does not divide among {count} processes")
@@ -140,8 +142,9 @@ def parse(model_name: str, config_class: type, presets: dict[str, dict], argv: l
     if first.resume:
         for name, value in asdict(config).items():
             was = getattr(saved, name)
-            require(name in RUN_CONTROL or value == was,
-                    f"{option(name)} {value}: trained with {was}; only a new run can change it")
+            of_tests = config.eval_only and name.startswith("test_")
+            require(name in RUN_CONTROL or value == was or of_tests,
+                    f"{option(name)} {value}: trained with {was!r}; only a new run can change it")
         require("optimizer" in content or config.eval_only,
                 f"{first.resume}: weights alone; evaluate them with --eval-only, or train anew")
     return config
@@ -162,12 +165,10 @@ def typed(model_name: str, config: RunConfig, default: RunConfig) -> str:
 
 
 def main(model_name: str, config_class: type, presets: dict[str, dict], train: Callable) -> None:
-    """Parse and train. UserError and a full disk: one line, status 2; Ctrl-C and SIGTERM: 130."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # a closed stream is None
-        stream.reconfigure(errors="backslashreplace")  # folder names that it has no letters for
+    """Parse and train. UserError, no room on disk or GPU: one line, status 2; Ctrl-C: 130."""
     try:
         train(parse(model_name, config_class, presets, sys.argv[1:]))
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         print(f"{model_name}.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
@@ -290,11 +291,15 @@ class Run:
         run = self.replay if self.config.cuda_graph else self.forward_backward
         parts = {name: value.detach() for name, value in run(loss, *tensors).items()}
         groups = self.optimizer.param_groups
-        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        parameters = [p for group in groups for p in group["params"]]
+        for p in parameters * (processes.world_size() > 1):  # all processes send as much
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        gradients = [p.grad for p in parameters if p.grad is not None]
         processes.average(gradients + [value for value in parts.values() if value.ndim == 0])
+        finite = nn.utils.get_total_norm(gradients).isfinite()  # of all groups, before clipping
         parts["grad_norm"] = nn.utils.clip_grad_norm_(groups[0]["params"], clip)
         groups[0]["lr"] = lr
-        if nn.utils.get_total_norm(gradients).isfinite():  # of all groups
+        if finite:
             self.optimizer.step()
             self.nonfinite_streak = 0
         else:
@@ -344,7 +349,7 @@ class Run:
         averaged over processes; shown as a bar in a terminal, as a line elsewhere."""
         values = {name: value for name, value in parts.items() if value.ndim == 0}
         for name, value in scores.items():
-            values[name] = torch.as_tensor(value, dtype=torch.float32, device=self.device)
+            values[name] = torch.as_tensor(value, dtype=torch.float32, device=self.device).clone()
         processes.average([values[name] for name in scores])
         if processes.rank() > 0:
             return
@@ -437,7 +442,9 @@ def start(
         run.step = saved["step"]
         run.minutes, run.skipped = saved.get("minutes", 0.0), saved.get("skipped", 0)
     elif config.init:
-        checkpoints.load_state(model, checkpoints.load(config.init, name)["model"], config.init)
+        places = Path(config.init), processes.ROOT / config.init  # a preset's is in the latter
+        path = next((place for place in places if place.exists()), config.init)
+        checkpoints.load_state(model, checkpoints.load(path, name)["model"], path)
     if config.compile and not config.eval_only:
         for part in compiled:
             part.compile()

@@ -140,20 +140,17 @@ from kernels.leave_one_out import leave_one_out  # noqa: E402
 from kernels.masks import masks  # noqa: E402
 from kernels.mixture import mixture_log_likelihood  # noqa: E402
 from kernels.refinement_inputs import (  # noqa: E402
-    CHANNELS,
     RefinementInputs,
-    channel_slices,
     refinement_inputs,
 )
 
 __all__ = [
-    "CHANNELS",
     "Conv2d",
     "RefinementInputs",
     "backend",
     "broadcast_conv",
-    "channel_slices",
     "describe",
+    "full_precision",
     "leave_one_out",
     "masks",
     "mixture_log_likelihood",

@@ -16,8 +16,8 @@ L = −Σ log p(x|z); symbols and closed-form gradients as in mixture.py. SG: no
 LN: layer normalisation, over (C, H, W) of a slot for grad_means, else over (H, W); a gain and a
 bias for each of the C + 3 channels.
 
-Paper: ∂L/∂m_k, p(x|z), p(x|z∖k). Released code: the gradient of the mask logit, and logarithms.
-Here: as released; 1/m_k overflows and densities underflow in float32.
+Paper: ∂L/∂m_k, p(x|z), p(x|z∖k). Released code: ∂L/∂a_k, log p(x|z), log of the ratio of the last
+two. Here: ∂L/∂a_k and logarithms; 1/m_k overflows and densities underflow in float32.
 
 Backward, from the cotangents dμ dm da dP of the unstopped channels and dL of the likelihood:
 
@@ -424,18 +424,3 @@ def refinement_inputs(
         )
         return RefinementInputs(packed.movedim(-1, 2), log_likelihood, grad_decoded.movedim(-1, 2))
     return refinement_inputs_torch(image.to(sigma.dtype), decoded, *affine, coordinates, sigma)
-
-
-def channel_slices(num_channels: int, num_coordinates: int) -> dict[str, slice]:
-    """Where each input lies on the channel axis of `RefinementInputs.packed`."""
-    colours = num_channels
-    widths = {"image": colours, "means": colours, "mask": 1, "mask_logits": 1, "mask_posterior": 1}
-    widths |= {"grad_means": colours, "grad_mask": 1, "log_likelihood": 1, "leave_one_out": 1}
-    slices, start = {}, 0
-    for name, width in (widths | {"coordinates": num_coordinates}).items():
-        slices[name] = slice(start, start + width)
-        start += width
-    return slices
-
-
-CHANNELS = channel_slices(num_channels=3, num_coordinates=2)  # the paper's 17

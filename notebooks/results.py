@@ -9,8 +9,8 @@
 
     results/iodine-quick-cpu-0.json    evaluation.json and `further` scores: of slots DCI; without
                                        --scores what the model's further_scores(model, scenes) gives
-                                       and the `course` of training; minutes count from the first
-                                       run where one began with another's weights (--init)
+                                       and the `course` of training; minutes are with those of the
+                                       run whose weights it began with (--init)
     weights/iodine-quick.pt, .json     the checkpoint without its optimizer, in float16 where that
                                        moves no score by more than a tenth of its standard error;
                                        where it is from, and its scores
@@ -66,7 +66,8 @@ def read_run(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def pack(checkpoint: dict[str, Any], half: bool) -> bytes:
     """What load_model reads of a checkpoint, without where it was trained, as a file's bytes."""
     kept = {name: value for name, value in checkpoint.items() if name != "optimizer"}
-    kept["config"] = checkpoint["config"] | dict(out="", resume="")
+    here = {"out", "resume", "mnist_dir"} & checkpoint["config"].keys()
+    kept["config"] = checkpoint["config"] | dict.fromkeys(here, "")
     kept["model"] = {name: value.half() if half and value.is_floating_point() else value
                      for name, value in checkpoint["model"].items()}
     buffer = io.BytesIO()
@@ -99,8 +100,12 @@ def keep(run: Path, scores_only: bool, pictures: Iterable[str]) -> None:
     # runs/iodine-quick-0 is the preset itself; a folder with another name is a variation of it.
     if not re.fullmatch(rf"{name}-\d+(-\d+)?", run.name):
         name = run.name.removesuffix(f"-{evaluation['seed']}")
-    test = data.make(checkpoint["config"]["dataset"], "test", evaluation["seed"])
+    content = pack(checkpoint, half=True)
+    runs.require(scores_only or len(content) <= LIMIT,
+                 f"{run}: weights of {len(content):,} bytes, more than {LIMIT:,}; keep --scores")
     model, further = module.load_model(run), {}
+    maker = getattr(module, "make_scenes", lambda c, split: data.make(c.dataset, split, c.seed))
+    test = maker(model.config, "test")
     if hasattr(module, "further_scores") and not scores_only:
         further |= module.further_scores(model, test)
     if (course := training_course(run, before)) and not scores_only:
@@ -113,7 +118,7 @@ def keep(run: Path, scores_only: bool, pictures: Iterable[str]) -> None:
     if scores_only:
         return
     path = WEIGHTS / f"{name}.pt"
-    checkpoints.write(path, pack(checkpoint, half=True))
+    checkpoints.write(path, content)
     if moved(evaluation["metrics"], module.evaluate(module.load_model(path), test)["metrics"]):
         checkpoints.write(path, pack(checkpoint, half=False))
     origin = "model", "preset", "command", "seed", "device", "minutes", "steps", "commit"
@@ -195,12 +200,15 @@ def dataset_floors(scenes: data.Scenes) -> dict[str, Any]:
     """What no learning scores on FLOOR_SCENES of these scenes.
 
     Where each pixel has one owner: ari_fg, ari, miou of `no_learning`, with as many slots
-    as entities. Where objects blend: how often the most frequent number of them is right.
+    as entities. Where objects blend: how often the number is right that is the most frequent one
+    in as many scenes of training.
     """
     num_slots, floors, first = scenes.max_entities, {}, scenes.batch(0, 1)
     if first.coverage is not None:
-        counts = scenes.batch(0, FLOOR_SCENES).present[..., 1:].sum(-1).flatten()  # per frame
-        floors["most_frequent_count"] = dict(count_accuracy=counts == counts.mode().values)
+        train = data.make(scenes.name, "train", scenes.seed)
+        seen, counts = (part.batch(0, FLOOR_SCENES).present[..., 1:].sum(-1).flatten()  # per frame
+                        for part in (train, scenes))
+        floors["most_frequent_count"] = dict(count_accuracy=counts == seen.mode().values)
     elif first.masks is not None:
         for i in range(FLOOR_SCENES):  # one by one, as a photograph has thousands of components
             image, masks, present, *_ = scenes.batch(i, 1)

@@ -62,7 +62,7 @@ CALLS = {
     "attention": ("attention", *GLANCES, LONG, ["counts 2, has 3 of the $ that there are"]),
     "tracking": ("tracking", torch.rand(2, 3, 1, 40, 40), BOXES.nan_to_num(3).expand(2, 3, 3, 4),
                  torch.tensor([[0, 1, 2]]).expand(2, 3, 3), LONG, torch.rand(2, 3, 1, 40, 40)),
-    "confusion": ("confusion", np.arange(60).reshape(5, 12) ** 7, LONG),
+    "confusion": ("confusion", np.arange(60).reshape(5, 12) ** 4, LONG),
     "bars": ("bars", VALUES, LONG, LONG),
     "logarithmic bars": ("bars", VALUES, "Log", "variance $ / x", True),
     "negative bars": ("bars", {"a": (-120.5, 2), "b": (torch.tensor(-99.0), None)}, LONG, "elbo"),
@@ -131,7 +131,7 @@ def test_neither_backend_nor_matplotlibrc_of_the_user_matters(tmp_path):
     assert not plt.get_fignums() and dict(matplotlib.rcParams) == before
     rc = tmp_path / "matplotlibrc"
     rc.write_text("font.size: 20\nsavefig.dpi: 40\nfigure.facecolor: red\nsavefig.bbox: tight\n")
-    variables = {**os.environ, "MPLBACKEND": "not_installed", "MATPLOTLIBRC": str(rc)}
+    variables = {**os.environ, "MPLBACKEND": "module://not_installed", "MATPLOTLIBRC": str(rc)}
     command = [sys.executable, "-c", f"folder = {str(tmp_path / 'other')!r}\n{SCRIPT}"]
     subprocess.run(command, env=variables, check=True)
     for file in (tmp_path / "other").iterdir():

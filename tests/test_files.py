@@ -271,6 +271,27 @@ def test_pictures_of_all_sizes_are_resized(tmp_path):
         data.make(str(tmp_path))
 
 
+def test_pictures_are_upright_and_a_damaged_one_is_named(tmp_path):
+    sideways = Image.new("L", (8, 4))
+    sideways.putpixel((0, 0), 255)
+    sideways.getexif()[274] = 6  # a quarter turn to the right
+    for number in range(3):
+        sideways.save(tmp_path / f"{number}.png", exif=sideways.getexif())
+    image = data.make(str(tmp_path)).batch(0, 1).image
+    assert image.shape == (1, 3, 8, 4) and image[0, :, 0, 3].tolist() == [1, 1, 1]
+    whole = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r": 1.png: "):
+        data.make(str(tmp_path))
+
+
+def test_of_a_small_file_no_scene_is_tested_twice(tmp_path):
+    np.save(tmp_path / "f.npy", np.zeros((30, 8, 8, 3), np.uint8))
+    scenes = data.make(str(tmp_path / "f.npy"), "test")
+    assert scenes.first(320).tolist() == [0, 1, 2] and scenes.first(2).tolist() == [0, 1]
+    assert data.make("mini_sprites").first(4).tolist() == [0, 1, 2, 3]
+
+
 def test_a_picture_that_has_changed_is_read_again(tmp_path):
     for value in (10, 200):
         for number in range(3):
@@ -302,6 +323,8 @@ NUMBERS = delimited(2, delimited(3, delimited(1, b"\1\2\3\4")))  # an Int64List
 WHOLE = record(example(SCENE))
 IMAGE, MASKS = np.zeros((4, 8, 8, 3), np.uint8), np.zeros((4, 2, 8, 8), np.uint8)
 MASKS[:, 0] = 1
+ROOMS = [{"image": np.zeros((64, 64, 3), np.uint8), "mask": 255 * np.eye(
+    e, 1, dtype=np.uint8)[..., None].repeat(64, 1).repeat(64, 2)} for e in (4, 7)]
 ERRORS = {  # what fails: the file's name, its bytes, arrays or picture (None: no file), the message
     "truncated": ("file", WHOLE + WHOLE[:-5], "record 1: truncated"),
     "truncated header": ("file", WHOLE + WHOLE[:5], "record 1: truncated"),
@@ -324,7 +347,14 @@ ERRORS = {  # what fails: the file's name, its bytes, arrays or picture (None: n
                       "record 0: x: whole numbers, which no known file has"),
     "other factors": ("file", WHOLE + record(example({k: SCENE[k] for k in ("image", "mask")})),
                       "not all scenes have the same factors"),
+    "other entities": ("file", b"".join(record(example(room)) for room in ROOMS),
+                       "not all scenes have the same factors and entities"),
     "npz overlap": ("f.npz", dict(image=IMAGE, masks=MASKS | 1), "must be 1 once"),
+    "npz below 0": ("f.npz", dict(image=IMAGE, masks=np.array(
+        [1, 1, -1], np.int8)[None, :, None, None] * np.ones((4, 1, 8, 8), np.int8)), "1 once"),
+    "npz 257 masks": ("f.npz", dict(image=IMAGE, masks=np.eye(
+        257, 1, dtype=np.uint8)[None, ..., None] * np.ones((4, 1, 8, 8), np.uint8)), "256 at most"),
+    "npz five axes": ("f.npz", dict(image=IMAGE, masks=MASKS[:, None]), "do not fit image"),
     "npz uncovered": ("f.npz", dict(image=IMAGE, masks=MASKS * 0), "must be 1 once"),
     "npz 255": ("f.npz", dict(image=IMAGE, masks=MASKS * 255), "must be 1 once"),
     "npz float labels": ("f.npz", dict(image=IMAGE, masks=MASKS[:, 0] / 2), "256 different"),

@@ -56,7 +56,8 @@ class Eager:
 
     def sigma(self, t: int) -> float:
         """Of decode t = 0, 1, ...: its logarithm falls linearly over all decodes but the last."""
-        start, share = self.config.sigma_start, min(t / max(self.config.num_steps - 2, 1), 1)
+        start, last = self.config.sigma_start, self.config.num_steps - 2
+        share = t / last if t < last else 1
         logs = math.log(start or self.final_sigma), math.log(self.final_sigma)
         return math.exp((1 - share) * logs[0] + share * logs[1])
 
@@ -432,6 +433,23 @@ def test_the_schedules_of_quick(step, sigma, shading, lr):
     assert [x**2 * model.kl_weight(x) for x in sigmas] == pytest.approx([0.01] * 8)
 
 
+@pytest.mark.parametrize("preset", ["tetrominoes_long", "multi_dsprites_long", "solids_long"])
+def test_a_long_run_begins_where_the_short_one_ended(preset):
+    config, short = (iodine.make_config(name) for name in (preset, preset[:-4] + "short"))
+    model = iodine.IODINE(config, 3, 4, 4)
+    values = []
+    for step, c in ((short.steps, short), (0, config)):
+        model.config = c
+        model.set_step(step)
+        values.append((*model.sigmas(9), model.decoder.flat.shading.item()))
+    assert values[0] == values[1]
+
+
+def test_few_decodes_have_the_last_sigma():
+    config = iodine.make_config("quick", num_steps=2)
+    assert iodine.IODINE(config, 3, 4, 4).sigmas(3) == [config.sigma] * 3
+
+
 @pytest.mark.parametrize("preset", ["tetrominoes", "multi_dsprites", "multi_dsprites_binarized"])
 @pytest.mark.parametrize("step", [0, 1000])
 def test_the_papers_values_switch_all_of_it_off(preset, step):
@@ -460,7 +478,7 @@ def test_the_loss_follows_the_buffers(case):
     assert places == [x.data_ptr() for x in model.buffers()]
 
 
-def test_test_steps_change_the_evaluation_and_nothing_else():
+def test_with_the_same_noise_test_steps_change_the_evaluation_alone():
     scenes = MiniSprites(size=8, sprite=3, min_objects=2, max_objects=2)
     image, losses = scenes.batch(0, 2).image, []
     for test_steps, expected in ((0, 3), (2, 2), (8, 8)):
@@ -598,7 +616,9 @@ def test_inference_on_pooled_images_draws_whole_ones():
 @pytest.mark.parametrize(("overrides", "message"), [
     (dict(pool=3), "does not divide"), (dict(pool=2, decoder_kernel=3), "--decoder-kernel 1"),
     (dict(pool=2, decoder="deconv"), "no deconv"),
-    (dict(decoder_kernel=19), "--decoder-kernel: too large"),
+    (dict(decoder_kernel=19), "--decoder-kernel: at most 17"),
+    (dict(decoder_kernel=2), "--decoder-kernel must be odd"),
+    (dict(coordinate_gain=math.nan), "--coordinate-gain"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(overrides, message):
     with pytest.raises(runs.UserError, match=message):
@@ -664,17 +684,20 @@ def test_a_scene_whose_inference_diverges_is_left_out_and_counted():
 
 LEARNING = dict(
     preset="quick", num_slots=3, num_steps=4, latent_size=8, refinement_channels=(32, 32),
-    mlp_size=64, decoder_channels=(32, 32, 32), decoder_kernel=1,
+    mlp_size=64, decoder_channels=(32, 32, 32), decoder_kernel=1, sigma_steps=(100, 300),
+    color_steps=(150, 250),
 )  # fmt: skip
 
 
 def test_it_learns_to_separate_the_objects_of_unseen_scenes():
-    """Two objects on 8 x 8 pixels, always new scenes: 300 steps on one core take some seconds."""
+    """Two objects on 8 x 8 pixels, always new scenes: 300 steps on one core take some seconds.
+    ARI-FG would not do: two halves of the image score 0.60 there."""
     scenes = MiniSprites(size=8, sprite=3, min_objects=2, max_objects=2)
     model = iodine.build(small(**LEARNING), scenes)
     optimizer = torch.optim.Adam(model.parameters())
     for step in range(300):
         optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 30)
+        model.set_step(step)
         index = torch.arange(16) + 16 * step
         loss = model.loss(scenes.scenes(index).image, model.noise(scenes, index))["loss"]
         optimizer.zero_grad()
@@ -687,7 +710,12 @@ def test_it_learns_to_separate_the_objects_of_unseen_scenes():
     mean, masks, _ = iodine.reconstruct(last.decoded)
     single = batch.image.mean(0, keepdim=True).expand_as(batch.image)  # the best single image
     mse, baseline = (metrics.mse(batch.image, x).mean() for x in (mean, single))
-    assert mse < baseline / 1.5 and metrics.ari(batch.masks, masks).mean() > 0.35
+    low = torch.arange(8) < 4
+    sides = [(rows[:, None] & cols).expand(64, 8, 8)
+             for rows in (low, ~low) for cols in (low, ~low)]
+    found, blind = (metrics.miou(batch.masks, batch.present, segments).mean()
+                    for segments in (masks, torch.stack(sides, 1)))
+    assert mse < baseline / 1.5 and found > 0.5 > 1.2 * blind  # blind: four quarters of the image
 
 
 # -- mutants ---------------------------------------------------------------------------------------

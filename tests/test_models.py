@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import results
 import test_files
 import torch
 from checks import command_line
@@ -23,7 +24,7 @@ import iodine
 import kernels
 import mvae
 import slot_attention
-from data import runs
+from data import checkpoints, metrics, runs
 from kernels import benchmark
 
 ROOT = Path(__file__).parent.parent
@@ -70,7 +71,7 @@ def tiny(name: str, **changes) -> runs.RunConfig:
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "apdr"])
 def test_a_model_of_images_refuses_sequences(name):
-    with pytest.raises(runs.UserError, match=r"moving_mnist: sequences"):
+    with pytest.raises(runs.UserError, match=r"moving_mnist: (sequences|choose one)"):
         MODELS[name].check(tiny(name, dataset="moving_mnist", **ANY_SCENES.get(name, {})))
 
 
@@ -81,6 +82,9 @@ def test_every_preset_can_be_built_and_called(name, preset):
     module.check(config)
     model = module.build(config, data.make(config.dataset, device="cpu"))
     assert all(p.isfinite().all() for p in model.parameters())
+    if config.init:  # of a preset that goes on from kept weights
+        content = checkpoints.load(ROOT / config.init, name)
+        checkpoints.load_state(model, content["model"], config.init)
 
 
 @models
@@ -238,6 +242,35 @@ def test_committed_weights_open_with_every_option(monkeypatch, capsys, quick_eva
     status, _, error = resume("--steps", 10**6)
     assert status == 2 and "weights alone" in error
     assert path.stat().st_size <= 2 * 2**20
+
+
+@pytest.mark.parametrize(("name", "option"), [("iodine", "--test-steps"),
+                                              ("slot_attention", "--test-iterations")])
+def test_kept_weights_are_tested_with_another_number_of_steps(monkeypatch, capsys,
+                                                              quick_evaluation, name, option):
+    path = ROOT / f"notebooks/weights/{name}-quick.pt"
+    resume = functools.partial(command_line, monkeypatch, capsys, MODELS[name], "--resume", path)
+    assert resume("--eval-only", option, 5)[0] == 0
+    (written,) = Path("runs").glob("*/config.json")
+    assert json.loads(written.read_text())[option[2:].replace("-", "_")] == 5
+    status, _, error = resume("--eval-only", "--num-slots", 9)
+    assert status == 2 and "only a new run can change it" in error
+
+
+@pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.stem)
+def test_committed_weights_score_what_is_printed_beside_them(path):
+    """On a few test scenes, within what a few may differ by."""
+    name, kept = path.stem.partition("-")[0], json.loads(path.with_suffix(".json").read_text())
+    model, index = MODELS[name].load_model(path), torch.arange(8)
+    scenes = data.make(model.config.dataset, "test", kept["seed"])
+    if name in results.SLOT_MODELS:
+        *_, decoded = results.infer(name, model, scenes, index)
+        found = metrics.ari(scenes.scenes(index).masks, decoded[:, :, -1].softmax(1))
+        found = dict(ari_fg=metrics.mean_stderr(found))
+    else:
+        found = MODELS[name].evaluate(model, scenes, 16)["metrics"]
+    metric = next(m for m in ("ari_fg", "count_accuracy", "mse") if m in found)
+    assert found[metric]["mean"] == pytest.approx(kept["metrics"][metric], rel=0.3)
 
 
 @models
