@@ -660,7 +660,7 @@ TINY = dict(latent_size=3, glimpse_size=6, lstm_size=8, head_sizes=(8,), encoder
     dict(dataset="tetrominoes"), dict(mnist_dir="nowhere"), dict(kernels="torch"),
     dict(estimator="vimco", num_samples=1), dict(head_sizes=(8, 0)), dict(glimpse_size=1),
     dict(exploration=1.0), dict(prior_hold=-1), dict(sigma=0.0), dict(prior_ratio=0.0),
-    dict(decoder_bias=math.nan), dict(dataset="tetrominoes", mnist_dir="nowhere"),
+    dict(decoder_bias=math.nan),
 ], ids=str)  # fmt: skip
 def test_what_cannot_be_is_refused(changes):
     """By an error that names the last option."""

@@ -572,6 +572,45 @@ def test_evaluation(monkeypatch):
     assert mean["discovered"] == pytest.approx(0.2)  # known in the nine frames that follow
 
 
+def test_who_was_not_there_at_first_is_not_exchanged(monkeypatch):
+    """A perfect tracker, but for the last frame, in which the identities change places."""
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(apdr, "PARTICLES", 3)
+    scenes = data.make("moving_mnist_enter", "test")
+    batch = scenes.batch(0, 20)
+    present = batch.present[..., 1:]  # (B, T, 2)
+    identity = torch.tensor([1, 2]).repeat(20, 10, 1)
+    identity[:, -1] = torch.tensor([2, 1])
+    objects = SimpleNamespace(identity=identity * present, count=present.sum(2))
+    zero = torch.zeros(20, 10)
+    found = SimpleNamespace(objects=objects, born=zero, log_weight=zero, log_likelihood=zero)
+    model = apdr.build(apdr.make_config("quick", **TINY), scenes)
+    monkeypatch.setattr(apdr, "follow", lambda *_: found)
+    monkeypatch.setattr(model, "boxes", lambda _: batch.factors["box"][:, :, 1:])
+    exchanged = apdr.evaluate(model, scenes, 20)["metrics"]["exchanged"]
+    there = int((present[:, 0] & present[:, -1]).sum())
+    assert 0 < there < present[:, -1].sum() and (exchanged["mean"], exchanged["n"]) == (100, there)
+
+
+def test_noise_does_not_depend_on_the_number_of_processes(monkeypatch):
+    """A step's four sequences at once, or two by two: each half of each gets the same noise."""
+    seen = []  # {brightness of a half: number of its noise}, where there is a digit
+
+    def inputs(self, scenes, image, number, samples):
+        light = image.sum((1, 2, 3, 4)).tolist()
+        seen.append({x: n for x, n in zip(light, number.tolist(), strict=True) if x})
+
+    monkeypatch.setattr(apdr.APDR, "inputs", inputs)
+    config = apdr.make_config("quick", **TINY | dict(batch_size=4, lengths=(3, 6)))
+    for numbers in ([4, 5, 6, 7], [4, 5], [6, 7]):
+        run = SimpleNamespace(steps=lambda numbers=numbers: [(0, torch.tensor(numbers))],
+                              update=lambda *_, **__: {}, due=lambda _: False,
+                              finish=lambda *_: None)
+        monkeypatch.setattr(runs, "start", lambda *_, run=run, **__: run)
+        apdr.train(config)
+    assert len(seen[0]) >= 4 and seen[0] == seen[1] | seen[2]
+
+
 # -- options and training --------------------------------------------------------------------------
 
 

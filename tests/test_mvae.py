@@ -591,7 +591,7 @@ MUTANTS = {  # name: (check, text of mvae.py, its mutation)
     "t reaches the count": ("threshold", "high, low, right=True", "high, low, right=False"),
     "places not sorted": ("threshold", "flatten(1).sort(1, descending=True)[0]", "flatten(1)"),
     "one place at most": ("counting", "descending=True)[0]", "descending=True)[0][:, :1]"),
-    "t of the test scenes": ("evaluation", '"validation", model', '"test", model'),
+    "t of the test scenes": ("evaluation", '"validation", scenes', '"test", scenes'),
     "t of peaks for places": ("counting", "best_threshold(before", "best_threshold(peaks(seen)"),
     "confusion transposed": ("counting", "counts * most + counted", "counted * most + counts"),
     "chance of other scenes": ("evaluation", "maps), maps[-1]", "maps), maps[1]"),
