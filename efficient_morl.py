@@ -363,7 +363,8 @@ class EfficientMORL(nn.Module):
         # lambda^0 (2D,): mean 0, raw variance 1
         self.initial = nn.Parameter(torch.tensor([0.0, 1.0]).repeat_interleave(latent))
         self.geco = GECO(config, channels * height * width)
-        # Xavier's, as the released code, except for the encoder's embedding and refinement's GRU.
+        # Xavier's, as the released code (whose refinement has two heads), but for two layers:
+        # the encoder's embedding and refinement's GRU.
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_normal_(module.weight, config.init_gain)

@@ -62,8 +62,8 @@ def decomposition(path: str | Path, image: Any, reconstruction: Any, true_masks:
 
     image, reconstruction (N, C, H, W); true_masks (N, E, H, W) bool, exclusive, or None; masks
     (N, K, H, W) in [0, 1], shown as a mixture of the slots' colours; means (N, K, C, H, W), shown
-    with the mask as opacity. The slots of a row stand in the order of its entities, those that
-    match none last. `scores` (N): ARI-FG, printed at the left, a dash for NaN.
+    with the mask as opacity (images without colour: on grey). Slots stand in the order of entities,
+    those that match none last. `scores` (N): ARI-FG, printed at the left, a dash for NaN.
     """
     labels = [] if scores is None else [f"{s:.2f}".replace("nan", "–") for s in _array(scores)]
     args = image, reconstruction, true_masks, masks, means, masks, labels, "ARI-FG"
@@ -297,10 +297,11 @@ def _paint(masks: np.ndarray, entities: Iterable[int]) -> np.ndarray:
 def _decomposition(image: Any, reconstruction: Any, true_masks: Any, masks: Any, means: Any,
                    matched: Any, labels: Sequence[str] = (), corner: str = "") -> Figure:
     """The sheet of `decomposition`; the masks `matched` say which slot belongs to which entity."""
+    ground = 1 if np.shape(image)[1] == 3 else 0.6  # of the slots: white objects must show
     image, reconstruction = _images(image, "image", 4), _images(reconstruction, "reconstruction", 4)
     masks, means = _array(masks, "masks", 4), _images(means, "means", 5)
     truths = [None] * len(image) if true_masks is None else _array(true_masks, "true_masks", 4)
-    slots = 1 - masks[..., None] * (1 - means)  # on white, (N, K, H, W, 3)
+    slots = ground - masks[..., None] * (ground - means)  # (N, K, H, W, 3)
     rows = []
     for n, (truth, match) in enumerate(zip(truths[: len(image)], _array(matched), strict=False)):
         entity_of = _entities(truth, match)

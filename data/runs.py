@@ -254,9 +254,8 @@ class Run:
         saved = time.monotonic()
         began = saved - 60 * self.minutes
         self.last_log = self.step, saved
-        shown = processes.rank() == 0 and sys.stderr
         bar = tqdm(total=config.steps, initial=self.step, leave=False,
-                   disable=None if shown else True,  # None: unless it is a terminal
+                   disable=None if processes.rank() == 0 and sys.stderr else True,  # None: no tty
                    bar_format="{n_fmt}/{total_fmt} {bar:9} {elapsed}<{remaining}{postfix}")
         with processes.stop_signals() as raised, bar as self.bar:
             while self.step < config.steps and not processes.any_process(

@@ -150,7 +150,8 @@ def main(paths: list[str]) -> None:
     models = json.loads(file.read_text())["models"] if file.exists() else {}
     for path, model in networks.items():
         command = shlex.join(["python", "notebooks/generalise.py", path])
-        models[Path(path).stem] = dict(command=command) | generalise(model, pairs, crowds)
+        run = Path(path).parent if Path(path).name == "checkpoint.pt" else Path(path)
+        models[run.stem] = dict(command=command) | generalise(model, pairs, crowds)
     checkpoints.write_json(file, dict(scenes=COUNT, floors=floors, models=models,
                                       object_floors=object_floors(pairs["unseen"])))
 

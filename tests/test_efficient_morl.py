@@ -317,8 +317,9 @@ def test_the_models_have_the_papers_number_of_parameters(name, size, parameters)
 
 
 def test_the_first_values_are_those_of_the_released_code():
-    """Xavier's with gain 0.02, biases 0, but N(0, 1) for all of the DualGRU, and PyTorch's for the
-    encoder's embedding and the refinement's GRU: uniform to 1 / sqrt(fan in)."""
+    """Xavier's with gain 0.02 (of layers as they are here: refinement's two heads are one), biases
+    0, but N(0, 1) for all of the DualGRU, and PyTorch's for the encoder's embedding and the
+    refinement's GRU: uniform to 1 / sqrt(fan in)."""
     torch.manual_seed(0)
     model = efficient_morl.EfficientMORL(PAPER["tetrominoes"], 3, 35, 35)
     for name, p in model.named_parameters():
