@@ -438,6 +438,20 @@ def check_unbiased(module: ModuleType, name: str, samples: int = 1, **overrides)
     assert_same_gradients(model, expected, copies, -bound, name)
 
 
+def test_under_autocast_no_sum_is_of_bfloat16():
+    """Its 8 bits would cost nats: KL and logits are sums of what is float32 again."""
+    torch.set_default_dtype(torch.float32)
+    scenes = data.make("multi_mnist")
+    model, index = air.build(air.make_config("quick"), scenes), torch.arange(16)
+    image, (normal, _) = scenes.scenes(index).image, model.noise(scenes, index, 1)
+    exact = model.unroll(image, normal[:, 0])
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model.unroll(image, normal[:, 0])
+    for name in ("logits", "kl", "log_ratio", "log_likelihood"):
+        assert getattr(rounded, name).dtype == torch.float32, name
+    torch.testing.assert_close(rounded.kl, exact.kl, rtol=0.02, atol=0.02)
+
+
 def check_rebar(module: ModuleType, **overrides) -> None:
     config = small(estimator="rebar", **overrides)
     model = make_model(config, module=module)
