@@ -27,7 +27,7 @@ and a mask, the masks compete for pixels; a network f refines all slots' posteri
     minimise sum_t (t/T) L^(t) by gradient descent through all T steps                    eq. 4
 
     python iodine.py                                         the quick preset, two CPU cores
-    python iodine.py --preset tetrominoes_short              74 minutes; _long: 46 from its weights
+    python iodine.py --preset tetrominoes_short      74 minutes; _long: 46 from notebooks/weights
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
 runs/iodine-<preset>-<seed>/. `quick` (ten seeds): ARI-FG 0.969 (0.965 to 0.978), mIoU 0.952;
@@ -65,14 +65,14 @@ import kernels
 from data import draws, figures, metrics, processes, runs
 
 # B batch, K slots, N = B K, T decodes, D latent, C H W image, F input channels of the refinement
-# network, R its convolutions' channels and M its units; O channels of the decoder
+# network, R its convolutions' channels, h w their output, M mlp_size; O channels of the decoder
 
 INPUTS = ("image", "means", "mask", "mask_logits", "mask_posterior", "grad_means", "grad_mask",
           "log_likelihood", "leave_one_out", "coordinates", "posterior", "grad_posterior")
 
 @dataclass
 class Config(runs.RunConfig):
-    """The defaults are the paper's (appendix C.3, Tetris); PRESETS override them."""
+    """The paper's defaults (appendix C.3, Tetris); PRESETS override. lr, steps ..: RunConfig."""
 
     dataset: str = "tetrominoes"  # one of data.DATASETS
     train_dataset: str = ""  # scenes to train on; empty: those of `dataset`
@@ -80,17 +80,17 @@ class Config(runs.RunConfig):
     num_slots: int = 4  # K
     latent_size: int = 32  # D, of one slot; the tables of C.2 and C.3 print 2 D, the size of lambda
     sigma: float = 0.1  # standard deviation of a pixel's colours in a slot
-    sigma_start: float = 0.0  # of the first decode and of early training, see kl_weight; 0: sigma
+    sigma_start: float = 0.0  # > 0: sigma falls from it, over training and decodes; see kl_weight
     sigma_steps: tuple[int, int] = (0, 0)  # training steps between which sigma falls, exponentially
     decoder: Literal["broadcast", "deconv"] = "broadcast"  # deconv: the ablation of section 4.3
     decoder_channels: tuple[int, ...] = (32, 32, 32, 32)  # hidden layers
-    decoder_kernel: int = 5  # pixels; as the line before and the next, of broadcast alone
+    decoder_kernel: int = 5  # pixels; of broadcast alone, as decoder_channels, coordinate_gain
     coordinate_gain: float = 1.0  # the decoder's coordinates run from -this to this
-    flat_colors: float = 0.0  # 0: off; colours are flat at first, their final shading is this
-    color_steps: tuple[int, int] = (0, 0)  # training steps between which shading fades in
+    flat_colors: float = 0.0  # 0: off; else Flat's final `shading`, the factor on decoded colours
+    color_steps: tuple[int, int] = (0, 0)  # training steps between which it rises from 0
     # inference
     num_steps: int = 5  # T, decodes of a training step
-    test_steps: int = 0  # T of evaluation; 0: num_steps. Training's noise depends on it, too
+    test_steps: int = 0  # T of evaluation; 0: num_steps. Training's noise has the larger T, too
     step_weights: Literal["t/T", "from_zero"] = "t/T"  # from_zero, as released: (t-1)/(T-1)
     pool: int = 1  # images are pooled by this before all else; see `infer`
     refinement_channels: tuple[int, ...] = (32, 32, 32)  # convolutions of the refinement network
@@ -141,7 +141,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "multi_dsprites": dict(dataset="multi_dsprites_colored_on_grayscale", **DSPRITES),
     "multi_dsprites_binarized": dict(dataset="multi_dsprites_binarized", **DSPRITES),
 }
-PRESETS |= {f"{name}_long": PRESETS[f"{name}_short"] | dict(  # Adam starts anew
+PRESETS |= {f"{name}_long": PRESETS[f"{name}_short"] | dict(  # from kept weights, Adam anew
     init=f"notebooks/weights/iodine-{name}_short.pt", sigma_steps=(0, 0), color_steps=(0, 0),
     lr_steps=(500, 4000), steps=4000,
 ) | changes for name, changes in dict(
@@ -203,15 +203,15 @@ def refinement_inputs(
     mask = log_masks.exp()
     mask_posterior = log_n.softmax(1)  # N_k / sum_j N_j: who fits best, whatever the masks say
     log_likelihood = joint.logsumexp(1, keepdim=True).expand_as(joint)  # eq. 1, (B, K, 1, H, W)
-    # Paper: dL/dm_k, p(x|z), p(x|z_{i != k}). Released code: dL/da_k, log p(x|z), log of the
-    # ratio of the last two. Here: dL/da_k and logarithms; densities underflow, 1/m_k overflows.
+    # Paper: dL/dm_k, P = p(x|z), Q = p(x|z_{i != k}). Released code: dL/da_k, log P, log of the
+    # ratio of P and Q. Here: dL/da_k, log P, log Q: densities underflow, and 1/m_k overflows.
     with torch.no_grad():  # SG
         r = joint.softmax(1)  # responsibilities m_k N_k / p(x|z)
         # d(-log p)/dmu_k = -(m_k / p) dN_k/dmu_k, where dN_k/dmu_k = N_k (x - mu_k) / sigma^2
         grad_means = r * (means - image[:, None]) / sigma**2
         # d(-log p)/da_k = -sum_j (N_j / p) dm_j/da_k, where dm_j/da_k = m_j ([j = k] - m_k)
         grad_mask = mask - r
-        # log of sum_{j != k} m_j N_j / sum_{j != k} m_j: the other masks sum to 1 again
+        # Q = sum_{j != k} m_j N_j / sum_{j != k} m_j: the other masks sum to 1 again (paper silent)
         leave_one_out = logsumexp_of_others(joint) - logsumexp_of_others(log_masks)
         stopped = grad_means, grad_mask, log_likelihood, leave_one_out
         normalised = torch.cat([F.layer_norm(x, x.shape[2:]) for x in stopped], 2)  # LN
@@ -237,6 +237,12 @@ def coordinate_maps(height: int, width: int) -> Tensor:
     """(2, H, W): rows, then columns, each from -1 to 1."""
     rows, cols = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
     return torch.stack(torch.meshgrid(rows, cols, indexing="ij"))
+
+
+def share(step: int, between: tuple[int, int]) -> float:
+    """0 until the first of two steps, 1 from the second on, and linear between them."""
+    first, second = between
+    return 1.0 if step >= second else max(step - first, 0) / max(second - first, 1)
 
 
 ACTIVATIONS = {"elu": nn.ELU(inplace=True), "relu": nn.ReLU(inplace=True)}
@@ -337,7 +343,7 @@ class RefinementNetwork(nn.Module):
         x = x.mean((-2, -1)) if self.pooling == "mean" else x.amax((-2, -1))  # (N, R)
         x = self.activation(self.mlp(x)).unflatten(0, packed.shape[:2])  # (B, K, M)
         x = torch.cat([x, lam * self.keep_lam, self.norm_grad(gradient) * self.keep_gradient], -1)
-        if self.gates is not None:  # LSTM (Hochreiter & Schmidhuber 1997)
+        if self.gates is not None:  # LSTM with a forget gate (Gers et al. 2000), its bias 0
             zeros = x.new_zeros(*x.shape[:2], self.head.in_features)  # alg. 1, h^(1) = 0
             hidden, cell = (zeros, zeros) if state is None else state
             i, g, f, o = self.gates(torch.cat([x, hidden], -1)).chunk(4, -1)
@@ -365,7 +371,7 @@ class IODINE(nn.Module):
         self.config = config
         decoder = BroadcastDecoder if config.decoder == "broadcast" else DeconvDecoder
         self.decoder = decoder(config, channels, height, width)
-        self.decoder.flat = Flat(config, channels) if config.flat_colors else None
+        self.decoder.flat = Flat(config, channels) if config.flat_colors else None  # see decode
         self.refinement = RefinementNetwork(config, channels, height, width)
         self.initial = nn.Parameter(torch.zeros(2 * config.latent_size))  # lambda^(1)
         self.register_buffer("sigma", torch.tensor(config.sigma))  # the last decode's, see set_step
@@ -385,7 +391,7 @@ class IODINE(nn.Module):
             self.refinement.head.weight.mul_(self.config.update_gain)
             if self.config.flat_colors:
                 self.decoder.flat.linear.weight.mul_(0.3 / gain)  # colours near black
-                self.decoder.last.weight[:-1] = 0
+                self.decoder.last.weight[:-1] = 0  # shading fades in from none, not from random
             self.initial[self.config.latent_size :] = math.log(math.expm1(1))  # app. C: q = N(0, 1)
 
     def posterior(self, lam: Tensor) -> tuple[Tensor, Tensor]:
@@ -413,7 +419,7 @@ class IODINE(nn.Module):
             self.decoder.flat.shading.fill_(c.flat_colors * share(step, c.color_steps))
 
     def sigmas(self, num_steps: int) -> list[Tensor]:
-        """Of each decode: from sigma_start to `sigma`, reached at the last but one in training."""
+        """Of each decode: from sigma_start to self.sigma, which training's last refinement sees."""
         start, between = self.config.sigma_start or self.sigma, (0, self.config.num_steps - 2)
         return [start * (self.sigma / start) ** share(t, between) for t in range(num_steps)]
 
@@ -423,12 +429,12 @@ class IODINE(nn.Module):
 
     def infer(self, image: Tensor, noise: Tensor, num_steps: int = 0,
               training: bool = False) -> list[Step]:
-        """Algorithm 1, Fig. 3: T decodes (0: the config's); no refinement after the last.
+        """Algorithm 1, Fig. 3: T = num_steps decodes (0: the config's), no refinement after them.
 
-        image (B, C, H, W) in [0, 1], or a sequence (B, T, C, H, W): decode t predicts its frame t
-        (app. A.1). noise (B, T, K, D) standard normal. With `training` the steps are one graph;
-        else each is cut off and detached, so that memory does not grow with T. config.pool: all of
-        this, nll too, is of the pooled image; outside training `decoded` is then drawn whole.
+        image (B, C, H, W) in [0, 1], or a sequence (B, T, C, H, W), which sets T: decode t predicts
+        frame t (app. A.1). noise (B, T or more, K, D), normal. With `training` the steps are one
+        graph; else each is detached, so memory does not grow with T. config.pool: all of this, nll
+        too, is of the pooled image; outside training `decoded` is then drawn whole.
         """
         c, f, steps, state = self.config, self.refinement, [], None
         num_steps = num_steps or (c.num_steps if training else c.test_steps or c.num_steps)
@@ -438,9 +444,9 @@ class IODINE(nn.Module):
         eq_1 = kernels.mixture_log_likelihood if fused else mixture_log_likelihood
         inputs = kernels.refinement_inputs if fused else refinement_inputs
         with torch.set_grad_enabled(training):
-            lam = self.initial.expand(len(image), noise.shape[2], -1)  # (B, K, 2D)
+            lam = self.initial.expand(len(image), noise.shape[2], -1)  # (B, K, 2D), slots alike
             for t, (frame, sigma) in enumerate(zip(frames, self.sigmas(len(frames)), strict=True)):
-                with torch.enable_grad():  # always: f_phi is fed with dL/dlambda
+                with torch.enable_grad():  # for dL/dlambda; `inputs` gives d(-log p)/d decoded
                     lam = lam if training else lam.detach().requires_grad_()
                     loc, scale = self.posterior(lam)
                     z = loc + scale * noise[:, t]  # eq. 2, (B, K, D)
@@ -467,7 +473,7 @@ class IODINE(nn.Module):
 
     def noise(self, scenes: data.Scenes, index: Tensor, num_steps: int = 0,
               num_slots: int = 0) -> Tensor:
-        """(B, T, K, D) standard normal for scenes `index`: a function of these, seed and split."""
+        """(B, T, K, D) standard normal for scenes `index`, by these, seed, split, T and K."""
         c = self.config
         shape = num_steps or max(c.num_steps, c.test_steps), num_slots or c.num_slots, c.latent_size
         return draws.normal(draws.make_key("iodine noise", scenes.split, c.seed), index, shape)
@@ -478,7 +484,7 @@ class IODINE(nn.Module):
         steps = self.infer(image, noise, training=True)
         blind = c.step_weights == "from_zero" and len(steps) > 1  # the first decode has weight 0
         for t, (step, sigma) in enumerate(zip(steps, self.sigmas(len(steps)), strict=True), 1):
-            weight = (t - blind) / (len(steps) - blind)  # t/T
+            weight = (t - blind) / (len(steps) - blind)  # t/T, or (t-1)/(T-1)
             total = total + weight * (step.nll + self.kl_weight(sigma) * step.kl).mean()
         nll, kl = step.nll.detach().mean(), step.kl.detach().mean()
         return dict(loss=total, nll=nll, kl=kl, elbo=-nll - kl, decoded=step.decoded.detach())
@@ -494,7 +500,7 @@ def reconstruct(decoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def score(model: IODINE, scenes: data.Scenes, num_steps: int, num_slots: int, count: int) -> list:
-    """{metric: mean, standard error} of the first scenes after each decode; nll at its sigma."""
+    """{metric: (mean, stderr)} of the first scenes after each decode; nll at that one's sigma."""
     results: list[dict[str, list]] = [{} for _ in range(num_steps)]
     for index in scenes.first(count).split(32):
         batch = scenes.scenes(index)
@@ -540,12 +546,6 @@ def draw(model: IODINE, scenes: data.Scenes, folder: Path, results: dict[str, An
 # -- training --------------------------------------------------------------------------------------
 
 
-def share(step: int, between: tuple[int, int]) -> float:
-    """0 until the first of two steps, 1 from the second on, and linear between them."""
-    first, second = between
-    return 1.0 if step >= second else max(step - first, 0) / max(second - first, 1)
-
-
 def learning_rate(config: Config, step: int) -> float:
     """Warm-up; exponential decay to lr * lr_final between lr_steps, constant after them."""
     lr = config.lr * config.lr_final ** share(step, config.lr_steps)
@@ -553,7 +553,7 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def check(config: Config) -> None:
-    """UserError, in one line, where the options cannot be."""
+    """UserError, in one line, for options that are impossible, alone or together."""
     runs.check(config)
     sizes = [name for name in vars(config) if name.endswith(("_channels", "_kernel", "_size"))]
     sizes.remove("lstm_size")

@@ -16,8 +16,8 @@ L = −Σ log p(x|z); symbols and closed-form gradients as in mixture.py. SG: no
 LN: layer normalisation, over (C, H, W) of a slot for grad_means, else over (H, W); a gain and a
 bias for each of the C + 3 channels.
 
-Paper: ∂L/∂m_k, p(x|z), p(x|z∖k). Released code: ∂L/∂a_k, log p(x|z), log of the ratio of the last
-two. Here: ∂L/∂a_k and logarithms; 1/m_k overflows and densities underflow in float32.
+Paper: ∂L/∂m_k, P = p(x|z), Q = p(x|z∖k). Released code: ∂L/∂a_k, log P, log of the ratio of P and
+Q. Here: ∂L/∂a_k, log P, log Q: 1/m_k overflows and densities underflow in float32.
 
 Backward, from the cotangents dμ dm da dP of the unstopped channels and dL of the likelihood:
 
