@@ -131,11 +131,11 @@ def make_config(preset: str = "quick", **overrides: Any) -> Config:
 
 
 class MLP(nn.Sequential):
-    """Linear layers of these sizes, ReLU between them. Its outputs are not half: a KL sums them."""
+    """Linear layers, ReLU between them. At least float32 comes out: KL terms are summed from it."""
 
     def __init__(self, sizes: tuple[int, ...]):
-        pairs = pairwise(sizes)
-        super().__init__(*[m for p in pairs for m in (nn.Linear(*p), nn.ReLU(inplace=True))][:-1])
+        layers = [m for pair in pairwise(sizes) for m in (nn.Linear(*pair), nn.ReLU(inplace=True))]
+        super().__init__(*layers[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).to(torch.promote_types(x.dtype, torch.float32))
@@ -520,7 +520,7 @@ def evaluate(model: AIR, scenes: data.Scenes, count: int = 2000) -> dict[str, An
     values: dict[str, list] = {}
     most = max(model.config.max_objects, scenes.max_objects) + 1
     confusion = torch.zeros(most, most, dtype=torch.int64)
-    for index in scenes.first(count).split(256):
+    for index in torch.arange(count, device=scenes.device).split(256):
         batch = scenes.scenes(index)
         u = model.unroll(batch.image, model.noise(scenes, index, 1)[0][:, 0])
         bound, nll, kl = elbo(u, model.log_prior)
@@ -536,7 +536,7 @@ def evaluate(model: AIR, scenes: data.Scenes, count: int = 2000) -> dict[str, An
                                     taken),
         ).items():
             values.setdefault(name, []).append(value.double().cpu())
-    for index in scenes.first(math.ceil(count / 10)).split(8):
+    for index in torch.arange(math.ceil(count / 10), device=scenes.device).split(8):
         image = repeat(scenes.scenes(index).image, "b c h w -> (b s) c h w", s=100)
         u = model.unroll(image, model.noise(scenes, index, 100)[0].flatten(0, 1))
         log_w = model.log_prior + sums(u.log_ratio) + u.log_likelihood  # (B*S, N+1)

@@ -577,7 +577,7 @@ def evaluate(model: APDR, scenes: data.Scenes, count: int = 200) -> dict[str, An
     iw_elbo and fivo of PARTICLES each, so of fewer sequences, count / 25: nats per frame.
     `.._alone`: each frame by itself, which is AIR, the order of discovery being the identity."""
     values: dict[str, list[Tensor]] = {}
-    for index in scenes.first(count).split(40):
+    for index in torch.arange(count, device=scenes.device).split(40):
         batch = scenes.scenes(index)
         true, present = batch.factors["box"][:, :, 1:], batch.present[..., 1:]
         for name in ("", "_alone"):
@@ -598,7 +598,7 @@ def evaluate(model: APDR, scenes: data.Scenes, count: int = 200) -> dict[str, An
     frames = {k: [metrics.mean_stderr(f)["mean"] for f in v.unbind(1)] for k, v in values.items()}
     # One mean a sequence, as its frames are alike; of objects (swaps, exchanged), all values.
     values = {k: v.mean(1) if v.ndim == 2 else v for k, v in values.items()}
-    index = scenes.first(math.ceil(count / 25))
+    index = torch.arange(math.ceil(count / 25), device=scenes.device)
     inputs = model.inputs(scenes, scenes.scenes(index).image, index, PARTICLES)
     for name, resample in dict(iw_elbo=False, fivo=True).items():
         values[name] = particle_filter(model, inputs, resample) / len(frames["elbo"])

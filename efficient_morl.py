@@ -518,7 +518,7 @@ def evaluate(model: EfficientMORL, scenes: data.Scenes, count: int = 320) -> dic
     layers, trained = model.config.num_layers, model.config.num_steps_final
     num_steps = max(3, trained)  # 3: as many as the paper's
     results: list[dict[str, list]] = [{} for _ in range(layers + num_steps)]
-    for index in scenes.first(count).split(32):
+    for index in torch.arange(min(count, scenes.count), device=scenes.device).split(32):
         batch = scenes.scenes(index)
         noise = model.noise(scenes, index, num_steps)
         steps = model.infer(batch.image, noise, all_layers=True)

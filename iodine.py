@@ -72,7 +72,7 @@ INPUTS = ("image", "means", "mask", "mask_logits", "mask_posterior", "grad_means
 
 @dataclass
 class Config(runs.RunConfig):
-    """The paper's defaults (appendix C.3, Tetris); PRESETS override. lr, steps ..: RunConfig."""
+    """Defaults: the paper's (app. C.3, Tetris); PRESETS override them; lr, steps: RunConfig."""
 
     dataset: str = "tetrominoes"  # one of data.DATASETS
     train_dataset: str = ""  # scenes to train on; empty: those of `dataset`
@@ -473,7 +473,7 @@ class IODINE(nn.Module):
 
     def noise(self, scenes: data.Scenes, index: Tensor, num_steps: int = 0,
               num_slots: int = 0) -> Tensor:
-        """(B, T, K, D) standard normal for scenes `index`, by these, seed, split, T and K."""
+        """(B, T, K, D) standard normal: a function of scenes `index`, seed, split, T and K."""
         c = self.config
         shape = num_steps or max(c.num_steps, c.test_steps), num_slots or c.num_slots, c.latent_size
         return draws.normal(draws.make_key("iodine noise", scenes.split, c.seed), index, shape)
@@ -500,9 +500,9 @@ def reconstruct(decoded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def score(model: IODINE, scenes: data.Scenes, num_steps: int, num_slots: int, count: int) -> list:
-    """{metric: (mean, stderr)} of the first scenes after each decode; nll at that one's sigma."""
+    """{metric: `mean_stderr`} of the first scenes after each decode; nll at that decode's sigma."""
     results: list[dict[str, list]] = [{} for _ in range(num_steps)]
-    for index in scenes.first(count).split(32):
+    for index in torch.arange(min(count, scenes.count), device=scenes.device).split(32):
         batch = scenes.scenes(index)
         noise = model.noise(scenes, index, num_steps, num_slots)
         for result, step in zip(results, model.infer(batch.image, noise, num_steps), strict=True):

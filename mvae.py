@@ -369,8 +369,8 @@ def count_objects(seen: Tensor, seen_counts: Tensor, kl: Tensor, counts: Tensor)
 @torch.no_grad()
 def kl_maps(model: MVAE, scenes: data.Scenes, count: int) -> tuple[Tensor, Tensor]:
     """KL maps (count, h, w) of the first scenes; numbers (count,) of objects, hidden ones too."""
-    maps, counts = [], []
-    for batch in map(scenes.scenes, scenes.first(count).split(256)):
+    maps, counts, number = [], [], min(count, scenes.count)
+    for batch in map(scenes.scenes, torch.arange(number, device=scenes.device).split(256)):
         maps.append(model.kl_map(batch.image).cpu())
         counts.append(batch.present[:, 1:].sum(1).cpu())
     return torch.cat(maps), torch.cat(counts)
@@ -385,7 +385,7 @@ def evaluate(model: MVAE, scenes: data.Scenes, count: int = 1000) -> dict[str, A
     `count_accuracy` is of places, the literal reading; `count_chance` of the most frequent number.
     """
     values = defaultdict(list)
-    for index in scenes.first(count).split(64):
+    for index in torch.arange(min(count, scenes.count), device=scenes.device).split(64):
         batch = scenes.scenes(index)
         elbo, nll, kl, _ = model.elbo(batch.image, model.noise(scenes, index))
         before, after = model.exchange(batch.image)
@@ -474,8 +474,8 @@ def check(config: Config) -> None:
     runs.require(height % 8 == width % 8 == 0, f"--dataset {config.dataset}: {height} x {width} "
                  "pixels; the decoder's three upsamplings need multiples of 8")
     room = (height >> config.poolings) * (width >> config.poolings)  # places
-    runs.require(config.poolings <= layers, f"--poolings {config.poolings}: {layers} layers")
-    runs.require(room >= (config.model == "vae" or config.num_slots), f"--num-slots: up to {room}")
+    runs.require(room and config.poolings <= layers, f"--poolings {config.poolings}: too many")
+    runs.require(config.model == "vae" or room >= config.num_slots, f"--num-slots: at most {room}")
 
 
 def build(config: Config, scenes: data.Scenes) -> MVAE:

@@ -318,7 +318,7 @@ def evaluate(model: SlotAutoencoder, scenes: data.Scenes, count: int = 320) -> d
     """`metrics` after the test's T iterations; `settings`: after 1 to 2T of them."""
     test = model.config.test_iterations
     results: list[dict[str, list]] = [{} for _ in range(2 * test)]
-    for index in scenes.first(count).split(32):
+    for index in torch.arange(min(count, scenes.count), device=scenes.device).split(32):
         batch = scenes.scenes(index)
         trace = model.encode(batch.image, model.noise(scenes, index), len(results))
         for result, (slots, _) in zip(results, trace, strict=True):

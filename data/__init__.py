@@ -60,10 +60,6 @@ class Scenes:
             raise ValueError(f"batch needs start >= 0 and size >= 1, not {start} and {size}")
         return self.scenes(torch.arange(start, start + size, device=self.device))
 
-    def first(self, number: int) -> Tensor:
-        """The numbers of the first scenes, of a split that has fewer of all: int64, on `device`."""
-        return torch.arange(min(number, self.count), device=self.device)
-
     def scenes(self, index: Tensor) -> Batch:
         """The scenes whose numbers are in `index`, int64 (B,) on `device`, in that order."""
         raise NotImplementedError

@@ -75,9 +75,11 @@ def describe(device: torch.device) -> str:
 
 def commit() -> str | None:
     """The commit of this code, `-dirty` where it was changed since; None where it has none."""
+    # A repository that begins further up is another project's, with a copy of this code in it.
+    environment = os.environ | dict(GIT_CEILING_DIRECTORIES=str(ROOT.parent))
     with contextlib.suppress(OSError):  # no git here
         done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
-                              capture_output=True, text=True)
+                              env=environment, capture_output=True, text=True)
         return done.stdout.strip() or None
     return None
 

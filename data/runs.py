@@ -100,14 +100,14 @@ def positive(config: Any, *names: str) -> None:
 
 
 def check(config: RunConfig) -> None:
-    """UserError where the options of RunConfig cannot be, or a kernel has no middle pixel."""
+    """UserError where the options of RunConfig cannot be, or a convolution's kernel is even."""
     at_least(config, 1, "steps", "batch_size", "log_every")
     at_least(config, 0, "minutes")
     positive(config, "lr")
     require(-(2**63) <= config.seed < 2**63, f"--seed must fit into 64 bits, not {config.seed}")
     require(config.resume or not config.eval_only, "--eval-only needs --resume CHECKPOINT")
-    for name in [name for name in vars(config) if name.endswith("_kernel")]:
-        require(getattr(config, name) % 2, f"{option(name)} must be odd")
+    for name, value in vars(config).items():
+        require(not name.endswith("_kernel") or value % 2, f"{option(name)} must be odd")
     count = processes.world_size()
     require(config.batch_size % count == 0,
             f"--batch-size {config.batch_size} does not divide among {count} processes")
@@ -142,8 +142,7 @@ def parse(model_name: str, config_class: type, presets: dict[str, dict], argv: l
     if first.resume:
         for name, value in asdict(config).items():
             was = getattr(saved, name)
-            of_tests = config.eval_only and name.startswith("test_")
-            require(name in RUN_CONTROL or value == was or of_tests,
+            require(name in RUN_CONTROL or value == was,
                     f"{option(name)} {value}: trained with {was!r}; only a new run can change it")
         require("optimizer" in content or config.eval_only,
                 f"{first.resume}: weights alone; evaluate them with --eval-only, or train anew")
@@ -291,8 +290,11 @@ class Run:
         parts = {name: value.detach() for name, value in run(loss, *tensors).items()}
         groups = self.optimizer.param_groups
         parameters = [p for group in groups for p in group["params"]]
-        for p in parameters * (processes.world_size() > 1):  # all processes send as much
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if processes.world_size() > 1:  # all send a gradient where any of them has one
+            used = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
+            processes.average([used])
+            for p, share in zip(parameters, used.tolist(), strict=True):
+                p.grad = torch.zeros_like(p) if share and p.grad is None else p.grad
         gradients = [p.grad for p in parameters if p.grad is not None]
         processes.average(gradients + [value for value in parts.values() if value.ndim == 0])
         finite = nn.utils.get_total_norm(gradients).isfinite()  # of all groups, before clipping

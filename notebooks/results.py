@@ -47,6 +47,7 @@ RESULTS, WEIGHTS, FIGURES = (NOTEBOOKS / name for name in ("results", "weights",
 SLOT_MODELS = "iodine", "efficient_morl", "slot_attention"
 LIMIT = 2 * 2**20  # bytes of a file of weights: everybody who clones downloads it
 FLOOR_SCENES = 320  # of the test split, as many as a run evaluates
+COUNT_IMAGES = 12_800  # for the most frequent number, and for how often it is right (mvae.py's)
 
 # -- keep ------------------------------------------------------------------------------------------
 
@@ -81,6 +82,20 @@ def moved(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
             and abs(after[name]["mean"] - score["mean"]) > 0.1 * (score.get("stderr") or 0)]
 
 
+def choose_precision(run: Path, module: Any, checkpoint: dict[str, Any],
+                     evaluation: dict[str, Any], test: data.Scenes) -> bytes:
+    """The weights in float16, in float32 where that moves a score; UserError beyond LIMIT."""
+    path = run / "kept.pt"
+    checkpoints.write(path, pack(checkpoint, half=True))
+    if moved(evaluation["metrics"], module.evaluate(module.load_model(path), test)["metrics"]):
+        checkpoints.write(path, pack(checkpoint, half=False))
+    content = path.read_bytes()
+    path.unlink()
+    runs.require(len(content) <= LIMIT, f"{run}: weights of {len(content):,} bytes, more than "
+                                        f"{LIMIT:,}; keep its --scores")
+    return content
+
+
 def training_course(run: Path, before: float) -> list[list[float]]:
     """Minutes and ARI-FG of the scenes in training: means over twenty parts of a run."""
     points = [(before + record["seconds"] / 60, record["ari_fg"]) for record in runs.read_log(run)
@@ -100,9 +115,6 @@ def keep(run: Path, scores_only: bool, pictures: Iterable[str]) -> None:
     # runs/iodine-quick-0 is the preset itself; a folder with another name is a variation of it.
     if not re.fullmatch(rf"{name}-\d+(-\d+)?", run.name):
         name = run.name.removesuffix(f"-{evaluation['seed']}")
-    content = pack(checkpoint, half=True)
-    runs.require(scores_only or len(content) <= LIMIT,
-                 f"{run}: weights of {len(content):,} bytes, more than {LIMIT:,}; keep --scores")
     model, further = module.load_model(run), {}
     maker = getattr(module, "make_scenes", lambda c, split: data.make(c.dataset, split, c.seed))
     test = maker(model.config, "test")
@@ -113,20 +125,17 @@ def keep(run: Path, scores_only: bool, pictures: Iterable[str]) -> None:
     if scores := dci(evaluation["model"], model, test):
         further |= dict(dci=scores)
     evaluation |= dict(further=further) if further else {}
+    content = None if scores_only else choose_precision(run, module, checkpoint, evaluation, test)
     kind = "cuda" if "NVIDIA" in evaluation["device"] else "cpu"
     checkpoints.write_json(RESULTS / f"{name}-{kind}-{evaluation['seed']}.json", evaluation)
-    if scores_only:
+    if content is None:
         return
     path = WEIGHTS / f"{name}.pt"
     checkpoints.write(path, content)
-    if moved(evaluation["metrics"], module.evaluate(module.load_model(path), test)["metrics"]):
-        checkpoints.write(path, pack(checkpoint, half=False))
     origin = "model", "preset", "command", "seed", "device", "minutes", "steps", "commit"
     means = {metric: score["mean"] for metric, score in evaluation["metrics"].items()}
     checkpoints.write_json(path.with_suffix(".json"), {key: evaluation[key] for key in origin}
                     | dict(metrics=means))
-    runs.require(path.stat().st_size <= LIMIT,
-                 f"{path}: {path.stat().st_size:,} bytes, more than {LIMIT:,}")
     here = {picture.name.removeprefix(f"{name}-") for picture in FIGURES.glob(f"{name}-*")}
     for picture in here.union(pictures) & {path.name for path in (run / "figures").iterdir()}:
         shutil.copyfile(run / "figures" / picture, FIGURES / f"{name}-{picture}")
@@ -150,7 +159,7 @@ def dci(name: str, model: torch.nn.Module, scenes: data.Scenes) -> dict[str, Any
     codes, factors = [], {}
     if name not in SLOT_MODELS or scenes.batch(0, 1).masks is None:
         return {}
-    for index in torch.arange(320, device=scenes.device).split(32):
+    for index in torch.arange(min(320, scenes.count), device=scenes.device).split(32):
         batch, (slots, decoded) = scenes.scenes(index), infer(name, model, scenes, index)
         masks = decoded[:, :, -1].softmax(1).nan_to_num()  # (B, K, H, W)
         owners = metrics.match(batch.masks, masks, least_iou=0.1)  # slots, (B, E)
@@ -201,16 +210,20 @@ def dataset_floors(scenes: data.Scenes) -> dict[str, Any]:
 
     Where each pixel has one owner: ari_fg, ari, miou of `no_learning`, with as many slots
     as entities. Where objects blend: how often the number is right that is the most frequent one
-    in as many scenes of training.
+    in training; both of COUNT_IMAGES.
     """
     num_slots, floors, first = scenes.max_entities, {}, scenes.batch(0, 1)
-    if first.coverage is not None:
-        train = data.make(scenes.name, "train", scenes.seed)
-        seen, counts = (part.batch(0, FLOOR_SCENES).present[..., 1:].sum(-1).flatten()  # per frame
-                        for part in (train, scenes))
-        floors["most_frequent_count"] = dict(count_accuracy=counts == seen.mode().values)
+    blended = first.coverage is not None
+    number = COUNT_IMAGES // scenes.length if blended else min(FLOOR_SCENES, scenes.count)
+    if blended:
+        seen, counts = (torch.cat([  # of each frame, (scenes, T)
+            part.scenes(index).present[..., 1:].sum(-1).reshape(len(index), -1)
+            for index in torch.arange(number).split(320)
+        ]) for part in (data.make(scenes.name, "train", scenes.seed), scenes))
+        right = (counts == seen.flatten().mode().values).double().mean(1)
+        floors["most_frequent_count"] = dict(count_accuracy=right)
     elif first.masks is not None:
-        for i in range(FLOOR_SCENES):  # one by one, as a photograph has thousands of components
+        for i in range(number):  # one by one, as a photograph has thousands of components
             image, masks, present, *_ = scenes.batch(i, 1)
             for name, found in no_learning(image[0], num_slots, i).items():
                 floor = floors.setdefault(name, dict(ari_fg=[], ari=[], miou=[]))
@@ -221,7 +234,7 @@ def dataset_floors(scenes: data.Scenes) -> dict[str, Any]:
         floor.update({name: metrics.mean_stderr(values) for name, values in floor.items()})
     command = f"python notebooks/results.py floors {scenes.name}"
     return dict(command=command, dataset=scenes.name, split=scenes.split, seed=scenes.seed,
-                scenes=FLOOR_SCENES, num_slots=num_slots, floors=floors)  # fmt: skip
+                scenes=number, num_slots=num_slots, floors=floors)  # fmt: skip
 
 
 def keep_floors(name: str) -> None:

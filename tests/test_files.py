@@ -1,6 +1,7 @@
 """Scenes from disk: every kind of file, written here byte by byte, and every line of error."""
 
 import gzip
+import math
 import os
 import struct
 import subprocess
@@ -288,8 +289,7 @@ def test_pictures_are_upright_and_a_damaged_one_is_named(tmp_path):
 def test_of_a_small_file_no_scene_is_tested_twice(tmp_path):
     np.save(tmp_path / "f.npy", np.zeros((30, 8, 8, 3), np.uint8))
     scenes = data.make(str(tmp_path / "f.npy"), "test")
-    assert scenes.first(320).tolist() == [0, 1, 2] and scenes.first(2).tolist() == [0, 1]
-    assert data.make("mini_sprites").first(4).tolist() == [0, 1, 2, 3]
+    assert scenes.count == 3 and data.make("mini_sprites").count == math.inf
 
 
 def test_a_picture_that_has_changed_is_read_again(tmp_path):

@@ -528,7 +528,8 @@ def fake_scenes(coverage, often=True):
         present[:, 2] = (torch.arange(start, start + size) % 4 != 0) == often
         return Batch(labels[:, None] / 2, one_hot(labels, 3), present, {}, coverage)
 
-    return SimpleNamespace(name="n", split="test", seed=3, max_entities=3, batch=batch)
+    return SimpleNamespace(name="n", split="test", seed=3, max_entities=3, batch=batch, count=400,
+                           length=1, scenes=lambda index: batch(int(index[0]), len(index)))
 
 
 def test_floors_of_a_dataset(monkeypatch):
@@ -547,14 +548,15 @@ def test_floors_of_a_dataset(monkeypatch):
 @pytest.mark.parametrize("path", sorted(results.RESULTS.glob("floors-*.json")),
                          ids=lambda path: path.stem)
 def test_committed_floors_are_the_commands(path):
-    """Counts of all scenes, and segments of one small data set; of the others a few, unscored:
-    k-means may differ between versions of scikit-learn."""
+    """Counts and segments of two small data sets; of the others a few scenes, unscored: k-means
+    may differ between versions of scikit-learn."""
     content = json.loads(path.read_text())
     assert path.name == f"floors-{content['dataset']}.json" and content["split"] == "test"
     scenes = data.make(content["dataset"], "test", content["seed"])
-    scored = scenes.name == "mini_sprites" or "most_frequent_count" in content["floors"]
+    scored = scenes.name in ("mini_sprites", "sprites_3_32")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "FLOOR_SCENES", results.FLOOR_SCENES if scored else 4)
+        for name, number in dict(FLOOR_SCENES=4, COUNT_IMAGES=40).items() if not scored else ():
+            patch.setattr(results, name, number)
         again = results.dataset_floors(scenes)
     assert again.keys() == content.keys() and again["command"] == content["command"]
     assert again["floors"].keys() == content["floors"].keys()

@@ -82,7 +82,7 @@ def test_every_preset_can_be_built_and_called(name, preset):
     module.check(config)
     model = module.build(config, data.make(config.dataset, device="cpu"))
     assert all(p.isfinite().all() for p in model.parameters())
-    if config.init:  # of a preset that goes on from kept weights
+    if config.init:  # of a preset that continues from kept weights
         content = checkpoints.load(ROOT / config.init, name)
         checkpoints.load_state(model, content["model"], config.init)
 
@@ -242,19 +242,6 @@ def test_committed_weights_open_with_every_option(monkeypatch, capsys, quick_eva
     status, _, error = resume("--steps", 10**6)
     assert status == 2 and "weights alone" in error
     assert path.stat().st_size <= 2 * 2**20
-
-
-@pytest.mark.parametrize(("name", "option"), [("iodine", "--test-steps"),
-                                              ("slot_attention", "--test-iterations")])
-def test_kept_weights_are_tested_with_another_number_of_steps(monkeypatch, capsys,
-                                                              quick_evaluation, name, option):
-    path = ROOT / f"notebooks/weights/{name}-quick.pt"
-    resume = functools.partial(command_line, monkeypatch, capsys, MODELS[name], "--resume", path)
-    assert resume("--eval-only", option, 5)[0] == 0
-    (written,) = Path("runs").glob("*/config.json")
-    assert json.loads(written.read_text())[option[2:].replace("-", "_")] == 5
-    status, _, error = resume("--eval-only", "--num-slots", 9)
-    assert status == 2 and "only a new run can change it" in error
 
 
 @pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.stem)

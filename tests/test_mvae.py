@@ -503,8 +503,9 @@ def tiny(**changes) -> mvae.Config:
 
 @pytest.mark.parametrize(("answer", "changes"), [
     ("tetrominoes: 35 x 35 pixels", dict(dataset="tetrominoes", single_steps=0)),
-    ("--poolings 4: 3 layers", dict(poolings=4)),
-    ("--num-slots: up to 16", dict(num_slots=17)),
+    ("--poolings 4: too many", dict(poolings=4)),
+    ("--poolings 6: too many", dict(poolings=6, model="vae", encoder_channels=(4,) * 6)),
+    ("--num-slots: at most 16", dict(num_slots=17)),
     ("no scenes of just one object", dict(dataset="mini_sprites_16_shaded", poolings=2)),
     ("--exclusion-steps must rise", dict(exclusion_steps=(1, 2, 2, 3))),
 ])  # fmt: skip

@@ -565,7 +565,9 @@ def test_processes_may_use_other_parameters(context, tmp_path):
     for child in start_ranks(context, tmp_path, less_used, tiny("run")):
         status, printed = child.wait(30)
         assert status == 0, printed
-    assert (checkpoint(tmp_path / "rank0" / "run")["model"]["free"] != 1).all()
+    content = checkpoint(tmp_path / "rank0" / "run")
+    assert (content["model"]["free"] != 1).all()
+    assert len(content["optimizer"]["state"]) == 7  # not of `unused`, which no process has used
 
 
 # -- gradients that are not finite -----------------------------------------------------------------
@@ -708,6 +710,9 @@ def test_commit(tmp_path, monkeypatch):
     assert clean and not clean.endswith("-dirty")
     (tmp_path / "file").write_text("2")
     assert processes.commit() == f"{clean}-dirty"
+    (tmp_path / "copy").mkdir()
+    monkeypatch.setattr(processes, "ROOT", tmp_path / "copy")  # in another project's repository
+    assert processes.commit() is None
     monkeypatch.setenv("PATH", "")
     assert processes.commit() is None  # no git at all
 
