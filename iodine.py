@@ -27,11 +27,12 @@ and a mask, the masks compete for pixels; a network f refines all slots' posteri
     minimise sum_t (t/T) L^(t) by gradient descent through all T steps                    eq. 4
 
     python iodine.py                                         the quick preset, two CPU cores
-    python iodine.py --preset tetrominoes_short      74 minutes; _long: 46 from notebooks/weights
+    python iodine.py --preset tetrominoes_short      41 to 74 minutes; _long, from kept weights: 38
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
 runs/iodine-<preset>-<seed>/. `quick` (ten seeds): ARI-FG 0.969 (0.965 to 0.978), mIoU 0.952;
-`tetrominoes_long` (one): 0.958, 0.961. Config's defaults are the paper's (appendix C); `quick`:
+`tetrominoes_long` (three): 0.958 (0.934 to 0.965), 0.961. Config's defaults are the paper's
+(appendix C); `quick`:
 
     field                                 paper            quick
     dataset, num_slots                    tetrominoes, 4   mini_sprites_16_shaded, 6: a spare slot
