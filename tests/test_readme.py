@@ -92,7 +92,7 @@ def test_links_and_paths_lead_somewhere():
         elif "://" not in target:
             assert (ROOT / target).exists(), target
     for path in re.findall(r"`([\w/]+(?:\.py|\.ipynb|\.md|/))`", README):
-        here = ROOT / path, ROOT / "data" / path, ROOT / "kernels" / path
+        here = [ROOT / folder / path for folder in ("", "data", "kernels", "notebooks")]
         assert any(p.exists() for p in here) or path == "figures/", path
 
 
