@@ -284,7 +284,7 @@ ROWS = [
     ("iodine", "tetrominoes_long", "miou", 0.85, "–"),
     ("iodine", "multi_dsprites_long", "ari_fg", 0.77, "0.767 ± 0.056"),
     ("iodine", "multi_dsprites_binarized_short", "ari_fg", 0.65, "0.648 ± 0.172"),
-    ("iodine", "solids_short", "ari_fg", 0.9, "–"),
+    ("iodine", "solids_long", "ari_fg", 0.9, "–"),
     ("iodine", "shapes_short", "ari_fg", 0.91, "0.910 ± 0.119"),
     ("efficient_morl", "quick", "ari_fg", 0.95, "–"),
     ("efficient_morl", "quick", "miou", 0.9, "–"),
