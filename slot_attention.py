@@ -34,8 +34,8 @@ x and mu are in [-1, 1]. With `mask_entropy` the loss has the weighted entropy o
     python slot_attention.py --preset tetrominoes_short      65 minutes; _long: 39 from kept weights
 
 A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
-runs/slot_attention-<preset>-<seed>/. `quick` (five seeds): ARI-FG 0.952 (0.937 to 0.970), mIoU
-0.961; `tetrominoes_long` (one): 0.964, 0.410. Defaults are the released code's, for Tetrominoes in
+runs/slot_attention-<preset>-<seed>/. `quick` (ten seeds): ARI-FG 0.953 (0.937 to 0.975), mIoU
+0.962; `tetrominoes_long` (one): 0.964, 0.410. Defaults are the released code's, for Tetrominoes in
 the sizes of two ports (addtt/object-centric-library, adityabingi/Slot-Attention):
 
     field                              default          quick           why
