@@ -18,7 +18,7 @@
 """Slot Attention: an autoencoder whose slots compete for pixels, so that each takes an object.
 
 Locatello et al., NeurIPS 2020. Nothing is sampled but the initial slots, and there is no KL;
-EfficientMORL's layer is one iteration made stochastic. Images x and mu are in [-1, 1].
+EfficientMORL's layer is one iteration made stochastic. Here x, mu are in [-1, 1]; in code: [0, 1].
 
     h_i = encoder(x), a feature of every pixel i;    s_k ~ N(loc, diag(scale^2)), both learned
     T times:                                                                       algorithm 1
@@ -27,20 +27,20 @@ EfficientMORL's layer is one iteration made stochastic. Images x and mu are in [
         s_k = GRU(u_k, s_k);   s_k = s_k + MLP(LN(s_k))            the same weights every time
     mu_k, a_k = decoder(s_k);   m = softmax_k(a);   minimise mean (x - sum_k m_k mu_k)^2
 
-    python slot_attention.py                                 the quick preset, two CPU cores
+    python slot_attention.py                                 the quick preset, 6 minutes of one core
     python slot_attention.py --slots mlp                     the baseline Slot MLP: ordered slots
-    python slot_attention.py --preset tetrominoes_short      65 minutes; solids_short: 17
+    python slot_attention.py --preset tetrominoes_short      65 minutes; _long: 39; solids_short: 17
 
-A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to
-runs/slot_attention-<preset>-<seed>/. `quick` (ten seeds): ARI-FG 0.953 (0.937 to 0.975), mIoU
-0.962; `tetrominoes_long` (one): 0.964, 0.410. Defaults are the released code's, for Tetrominoes in
-the sizes of two ports (addtt/object-centric-library, adityabingi/Slot-Attention):
+A run writes config.json, metrics.jsonl, checkpoint.pt, evaluation.json and figures/ to runs/
+slot_attention-<preset>-<seed>/. `quick` (ten seeds): ARI-FG 0.953 (0.937 to 0.975), mIoU 0.962;
+`tetrominoes_long` (one): 0.964, 0.410 (slots share the ground). Defaults: the released code's, in
+the sizes of two ports for Tetrominoes (addtt/object-centric-library, adityabingi/Slot-Attention):
 
-    field                              default          quick           why
+    field                              default          quick           what changes, why
     dataset, num_slots                 tetrominoes, 4   mini_sprites_16_shaded, 6
-    flat_colors                        off              on              masks draw the shapes
-    normalise                          mean             sum             spare slots are empty
-    mask_entropy, entropy_steps        0, 1             0.1, 10000      a pixel has one slot
+    flat_colors                        off              on              mu_k: masks draw the shapes
+    normalise                          mean             sum             u_k: spare slots are empty
+    mask_entropy, entropy_steps        0, 1             0.1, 10000      loss: a pixel has one slot
     encoder_channels, encoder_kernel   4 x 32, 5        3 x 32, 3       smaller images
     decoder_kernel, coordinate_gain    5, 1             1, 15           less work; sharp edges
     test_iterations                    3                4               mIoU rises by 0.01
@@ -134,7 +134,7 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 class Embedding(nn.Linear):
-    """A linear map of 1 - x, x, y, 1 - y at each pixel: x its column, y its row, 0 to `gain`."""
+    """A linear map of gain * (1 - x, x, y, 1 - y) at each pixel; x (column), y (row): 0 to 1."""
 
     def __init__(self, size: int, height: int, width: int, gain: float = 1.0):
         super().__init__(4, size)
@@ -199,15 +199,15 @@ class SlotAttention(nn.Module):
         slots, results = self.loc + self.log_scale.exp() * noise, []
         for t in range(1, num_iterations + 1):
             if self.config.implicit and t == num_iterations:
-                # Chang et al. 2022: at a fixed point, (1 - J)^-1 as 1; J = d iterate / d slots.
-                slots = slots.detach()
+                # Chang et al. 2022: the gradient at a fixed point has a factor (1 - J)^-1, here 1;
+                slots = slots.detach()  # J = d iterate / d slots
             slots, attention = self.iterate(keys, values, slots)
             results.append((slots, attention))
         return results
 
 
 class SlotMLP(nn.Module):
-    """The baseline: an MLP makes all slots at once, in an order; `normalise` is not read."""
+    """The baseline: an MLP makes all slots at once, in order; normalise, implicit, T: not read."""
 
     def __init__(self, config: Config, height: int, width: int):
         super().__init__()
@@ -236,8 +236,8 @@ class BroadcastDecoder(nn.Module):
         self.last = kernels.Conv2d(sizes[-1], channels + 1, min(k, 3))
 
     def forward(self, slots: Tensor) -> Tensor:  # (N, D) -> (N, C+1, H, W)
-        # The first layer sees slot plus embedding at every pixel, an image that is never built:
-        # the response to the embedding (O, h, w) is the same for every slot.
+        # The first layer sees slot plus embedding at every pixel. A convolution is linear: its
+        # response to the embedding (O, h, w), bias included, is the same for every slot.
         response = self.first.layout(self.first(self.embedding()[None]))[0]
         x = F.relu(kernels.broadcast_conv(slots, self.first.weight, response), inplace=True)
         for conv in self.hidden:
@@ -276,11 +276,11 @@ class SlotAutoencoder(nn.Module):
         return draws.normal(key, index, (self.config.num_slots, self.config.latent_size))
 
     def encode(self, image: Tensor, noise: Tensor, num_iterations: int) -> list[tuple]:
-        """Slots (B, K, D) and attention (B, K, P; Slot MLP: None) after each of T iterations."""
+        """Slots (B, K, D), attention (B, K, P; Slot MLP: None) after each of T; noise (B, K, D)."""
         return kernels.full_precision(self.slots, self.encoder(image), noise, num_iterations)
 
     def decode(self, slots: Tensor) -> Tensor:
-        """Every slot alone: (B, K, D) -> means in [0, 1] and mask logits (B, K, C+1, H, W).
+        """Every slot alone: (B, K, D) -> means (not clipped) and mask logits (B, K, C+1, H, W).
 
         With flat_colors, a linear map of the slot is its colour and a logit, the same everywhere.
         4 times the decoder's logit is added to that one (masks learn faster); its means are unused.
@@ -290,7 +290,7 @@ class SlotAutoencoder(nn.Module):
         if self.flat:
             flat = kernels.full_precision(self.flat, slots)[..., None, None]  # (B, K, C+1, 1, 1)
             means, mask_logits = flat[:, :, :-1].expand_as(means), flat[:, :, -1:] + 4 * mask_logits
-        # Paper: images in [-1, 1]. Here: means of those in [0, 1], for scores and figures.
+        # Paper: means of images in [-1, 1]. Here: of images in [0, 1], for scores and figures.
         return torch.cat([(means + 1) / 2, mask_logits], 2)
 
     def loss(self, image: Tensor, noise: Tensor) -> dict[str, Tensor]:
@@ -385,7 +385,7 @@ def build(config: Config, scenes: data.Scenes) -> SlotAutoencoder:
 
 
 def load_model(path: str | Path, device: str = "cpu") -> SlotAutoencoder:
-    """The trained model of a checkpoint (a file or a run's folder), ready for `encode`."""
+    """The trained model of a checkpoint (a file or a run's folder): see `encode`, `decode`."""
     return runs.load_model(path, "slot_attention", Config,
                            lambda config: build(config, data.make(config.dataset, device=device)))
 

@@ -297,6 +297,7 @@ ROWS = [
     ("slot_attention", "quick", "miou", 0.9, "–"),
     ("slot_attention", "tetrominoes_long", "ari_fg", 0.95, "0.995 ± 0.002"),
     ("slot_attention", "multi_dsprites_short", "ari_fg", 0.9, "0.913 ± 0.003"),
+    ("slot_attention", "solids_short", "ari_fg", 0.9, "–"),
     ("air", "quick", "count_accuracy", 0.97, "–"),
     ("air", "multi_mnist", "count_accuracy", 0.97, "0.987 (Pyro)"),
     ("apdr", "quick", "count_accuracy", 0.95, "–"),
